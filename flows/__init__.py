@@ -1,0 +1,1 @@
+"""The flows: Prefect's view of the pipeline, derived from dvc.yaml."""
