@@ -18,6 +18,7 @@ Where things lie:
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -67,6 +68,9 @@ class Tracking(Section):
     experiment: str = Field(min_length=1, description="name of the MLflow experiment")
 
 
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child must not import
+_PR_SET_PDEATHSIG = 1
+
 SectionType = TypeVar("SectionType", bound=BaseModel)
 ParamsType = TypeVar("ParamsType", bound=BaseModel)
 
@@ -114,7 +118,11 @@ def _explain(model: type[BaseModel], section: str, detail: Any) -> str:
     fields = list(owner.model_fields) if owner is not None else []
     if detail["type"] == "extra_forbidden":
         near = get_close_matches(keys[-1], fields, n=1)
-        hint = f"did you mean `{'.'.join([section, *keys[:-1], near[0]])}`?" if near else f"known here: {', '.join(fields)}"
+        hint = (
+            f"did you mean `{'.'.join([section, *keys[:-1], near[0]])}`?"
+            if near
+            else f"known here: {', '.join(fields)}"
+        )
         return f"params.yaml: `{dotted}` is not a parameter; {hint}"
     if detail["type"] == "missing":
         return f"params.yaml: `{dotted}` is missing"
@@ -286,12 +294,8 @@ def pipeline_lock(owner: str) -> Iterator[None]:
 
 def die_with_parent() -> None:
     """Have Linux send SIGTERM to this process when its parent dies, so that no stage outlives its pipeline."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]]) -> None:
@@ -371,9 +375,7 @@ def _run_stage(
             "output": str(DATA / place),
         }
         _open_record(record, header)
-        stage._last_step = {
-            metric: line["step"] for line in metric_lines(record) for metric in line["metrics"]
-        }
+        stage._last_step = {metric: line["step"] for line in metric_lines(record) for metric in line["metrics"]}
         sender = _start_sender(record)
         try:
             figures = run(stage)

@@ -1,0 +1,47 @@
+"""The few lines at the end of a run: what ran, the main figures, where to look next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tasks.stage import DATA
+
+if TYPE_CHECKING:
+    from flows.graph import Node
+
+REPORT = DATA / "report" / "index.html"
+
+
+def main_figures(node: Node) -> str:
+    """Return the figures of a stage that dvc.yaml's `meta: figures:` names, from its metrics.json, in that order."""
+    path = DATA / Path(*node.name.split("@")) / "metrics.json"
+    if not path.exists():
+        return ""
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    chosen = [name for name in node.meta.get("figures", []) if name in metrics]
+    return ", ".join(f"{name} {format_number(metrics[name])}" for name in chosen)
+
+
+def format_number(value: float) -> str:
+    """Return a number as people write it: whole ones with separators, others with four significant digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def summarize(nodes: Sequence[Node], outcomes: Mapping[str, str], seconds: float) -> str:
+    """Return the summary of a run: a line a stage, then where to look next."""
+    width = max((len(node.name) for node in nodes), default=0)
+    lines = ["", f"The pipeline is up to date ({seconds:.0f} s).", ""]
+    for node in nodes:
+        lines.append(f"  {node.name:<{width}}  {outcomes.get(node.name, ''):<12}  {main_figures(node)}".rstrip())
+    lines += ["", "Look next:"]
+    if REPORT.exists():
+        lines.append(f"  {REPORT}  the report, for a browser")
+    lines += [
+        "  make ui                 MLflow's and Prefect's pages: every run, curve and checkpoint",
+        "  dvc metrics show        every figure; `dvc metrics diff` against the last commit",
+        "",
+    ]
+    return "\n".join(lines)

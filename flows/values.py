@@ -1,0 +1,96 @@
+"""Write a profile's values and the user's own into params.yaml, the only place where values live.
+
+A profile is a file of overrides: dotted names of params.yaml and their values, nothing else. `--set` on the command line
+and a deployment's `overrides` are the same, given by hand. DVC reads params.yaml alone, so `dvc repro` afterwards does
+the same as the flow; `git diff params.yaml` shows what was written, `git checkout params.yaml` takes it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from tasks.stage import PARAMS_FILE, flatten
+
+PROFILES = Path("profiles")
+
+
+def read_profile(name: str) -> dict[str, Any]:
+    """Return a profile's overrides. Raises ValueError when there is none of that name, naming those there are."""
+    from ruamel.yaml import YAML
+
+    path = PROFILES / f"{name}.yaml"
+    if not path.exists():
+        names = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
+        raise ValueError(f"there is no profile `{name}` ({path}); profiles: {names}")
+    return dict(YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {})
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return `sft.learning_rate=1e-5` as name and value; the value is read as YAML.
+
+    Raises ValueError for a text without `=`.
+    """
+    from ruamel.yaml import YAML
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text}: write it as NAME=VALUE, for instance --set pretrain.learning_rate=1e-3")
+    return name.strip(), YAML(typ="safe").load(value)
+
+
+def override(params: Any, overrides: Mapping[str, Any], origin: str) -> None:
+    """Put values into params under their dotted names; a mapping is replaced whole, not merged.
+
+    Raises ValueError for a name that params.yaml does not have, naming `origin` and the near match.
+    """
+    for name, value in overrides.items():
+        *parents, last = name.split(".")
+        place = params
+        for key in parents:
+            place = place.get(key) if isinstance(place, Mapping) else None
+        if not isinstance(place, Mapping) or last not in place:
+            known = [*flatten(params), *(".".join(name.split(".")[:-1]) for name in flatten(params))]
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ValueError(f"{origin}: `{name}` is not a parameter of params.yaml{hint}")
+        place[last] = value  # type: ignore[index]
+
+
+def parse(text: str) -> dict[str, Any]:
+    """Return params.yaml's text as a dictionary."""
+    from ruamel.yaml import YAML
+
+    return dict(YAML(typ="safe").load(text))
+
+
+def compose(profiles: Sequence[str], overrides: Mapping[str, Any]) -> str:
+    """Return params.yaml's text with the profiles' values and then the overrides written in, comments kept.
+
+    A text whose values do not change is returned as it is, to the letter.
+    """
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 120
+    before = PARAMS_FILE.read_text(encoding="utf-8")
+    params = yaml.load(before)
+    for profile in profiles:
+        override(params, read_profile(profile), f"profiles/{profile}.yaml")
+    override(params, overrides, "overrides")
+    after = StringIO()
+    yaml.dump(params, after)
+    return before if parse(after.getvalue()) == parse(before) else after.getvalue()
+
+
+def write(text: str) -> bool:
+    """Replace params.yaml in one step if it changes; return whether it did."""
+    if text == PARAMS_FILE.read_text(encoding="utf-8"):
+        return False
+    temporary = PARAMS_FILE.with_suffix(".yaml.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(PARAMS_FILE)
+    return True

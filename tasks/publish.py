@@ -1,0 +1,158 @@
+"""Make MLflow agree with dvc.lock: the last stage of the pipeline.
+
+Sends the records that could not be sent while MLflow was away; gives a run to each stage whose outputs came out of
+DVC's run cache, where nothing ran that could have recorded one; tags every stage's run and checkpoint with the digest of
+its output; registers the checkpoints as models. Doing it twice changes nothing.
+
+Reads dvc.lock, .runs/ and every stage's metrics.json. Writes data/publish/runs.csv: which output each stage's run made.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from tasks import tracking
+from tasks.stage import DATA, RUNS, SCRATCH, Section, Stage, code_revision, flatten, pipeline_id, read_params, start
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+class Params(Section):
+    """Parameters of `publish`."""
+
+    registered_model_prefix: str = Field(
+        min_length=1, description="a checkpoint is registered in MLflow under this prefix and its stage's name"
+    )
+
+
+def locked_stages() -> dict[str, dict[str, Any]]:
+    """Return dvc.lock's stages but this one, each with its `fingerprint` and the digest of its `output`.
+
+    The fingerprint is the digest of the lock's entry without outputs, as in `tasks.stage.fingerprint`.
+    """
+    from ruamel.yaml import YAML
+
+    lock = YAML(typ="safe").load(Path("dvc.lock").read_text(encoding="utf-8"))
+    stages = {}
+    for name, entry in lock["stages"].items():
+        if name == "publish" or not (DATA / Path(*name.split("@")) / "metrics.json").exists():
+            continue  # dvc.lock remembers stages that dvc.yaml no longer has
+        without_outputs = {key: value for key, value in entry.items() if key != "outs"}
+        text = json.dumps(without_outputs, sort_keys=True, default=str)
+        stages[name] = {
+            "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "output": entry["outs"][0]["md5"],
+            "params": flatten(entry.get("params", {}).get("params.yaml", {})),
+        }
+    return stages
+
+
+def send_waiting_records() -> int:
+    """Send the records that MLflow does not have whole, and forget all that it has; return how many were sent."""
+    num_sent = 0
+    for run_file in sorted(RUNS.rglob("run.json")):
+        record = run_file.parent
+        run = json.loads(run_file.read_text(encoding="utf-8"))
+        if run["stage"] == "publish" and run["status"] == "RUNNING":
+            continue
+        if not tracking.fully_sent(record):
+            tracking.send(record)
+            num_sent += 1
+        if run["status"] == "FINISHED" or not (SCRATCH / record.relative_to(RUNS)).exists():
+            tracking.forget(record)  # neither running nor to be resumed
+    return num_sent
+
+
+def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Mapping[str, Any]) -> str:
+    """Create the run of a stage whose outputs came from DVC's run cache: parameters and figures, no curves."""
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    parent = tracking.parent_run(client, experiment_id, pipeline_id(), now)
+    tags = {
+        "stage": name,
+        "fingerprint": stage["fingerprint"],
+        "attempt": "1",
+        "restored_from_run_cache": "true",
+        "mlflow.parentRunId": parent,
+        "mlflow.source.git.commit": code_revision()["commit"],
+    }
+    run_id = client.create_run(experiment_id, now, tags, name).info.run_id
+    figures = json.loads((DATA / Path(*name.split("@")) / "metrics.json").read_text(encoding="utf-8"))
+    params = [Param(key, str(value)[: tracking.LONGEST_PARAM]) for key, value in sorted(stage["params"].items())]
+    for first in range(0, len(params), tracking.PARAMS_PER_BATCH):
+        client.log_batch(run_id, params=params[first : first + tracking.PARAMS_PER_BATCH])
+    client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in sorted(figures.items())])
+    client.set_terminated(run_id, "FINISHED", now)
+    return run_id
+
+
+def register(client: MlflowClient, experiment_id: str, name: str, run_id: str, prefix: str, digest: str) -> None:
+    """Register a stage's checkpoint: one registered model per stage, one version per output digest."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    place = DATA / Path(*name.split("@"))
+    if not (place / "config.json").exists():
+        return
+    models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    tags = {"path": str(place), "stage": name}
+    model_id = (
+        models[0].model_id
+        if models
+        else mlflow.create_external_model(name.replace("@", "-"), run_id, tags, experiment_id=experiment_id).model_id
+    )
+    client.set_logged_model_tags(model_id, {"digest": digest})
+    registered = f"{prefix}-{name.replace('@', '-')}"
+    try:
+        client.get_registered_model(registered)
+    except MlflowException:
+        client.create_registered_model(registered)
+    versions = client.search_model_versions(f"name = '{registered}' and tags.digest = '{digest}'")
+    if not versions:
+        client.create_model_version(
+            registered, f"models:/{model_id}", run_id, {"digest": digest, "path": str(place)}, model_id=model_id
+        )
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Bring MLflow up to date with dvc.lock."""
+    from mlflow.exceptions import MlflowException
+
+    stages = locked_stages()
+    try:
+        client, experiment_id = tracking.connect(read_params()["tracking"]["experiment"])
+        send_waiting_records()
+        num_restored = 0
+        for name, locked in sorted(stages.items()):
+            identity = {"stage": name, "fingerprint": locked["fingerprint"]}
+            run_id = tracking.find_run(client, experiment_id, **identity)
+            if run_id is None:
+                run_id = restored_run(client, experiment_id, name, locked)
+                num_restored += 1
+            client.set_tag(run_id, "output_digest", locked["output"])
+            register(client, experiment_id, name, run_id, stage.params.registered_model_prefix, locked["output"])
+    except MlflowException as error:
+        raise ValueError(
+            f"MLflow does not answer ({str(error).splitlines()[0]}): start it or correct MLFLOW_TRACKING_URI, then "
+            "`dvc repro publish`; every other stage is done and recorded in .runs/"
+        ) from None
+    stage.log({"restored_runs": num_restored}, step=0)
+    with (stage.output / "runs.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["stage", "fingerprint", "output"])
+        writer.writerows([name, locked["fingerprint"], locked["output"]] for name, locked in sorted(stages.items()))
+    return {"stages": len(stages)}
+
+
+if __name__ == "__main__":
+    start(Params, run)

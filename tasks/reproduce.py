@@ -1,0 +1,117 @@
+"""The one Prefect task: bring one stage up to date.
+
+Runs `dvc --wait-for-lock repro --single-item STAGE` as a child process and passes its output on to Prefect's log. DVC is
+the only cache, so the task is never cached; what is out of date and what a stage needs stays DVC's to say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.stage import RUNS, die_with_parent
+
+DVC_ADVICE = (
+    "To track the changes",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+)
+
+_children: set[subprocess.Popen[str]] = set()
+_accelerator = threading.Lock()  # one training stage at a time: two would share a machine's only accelerator
+
+
+@task(cache_policy=NO_CACHE, task_run_name="{stage_name}")
+def reproduce(stage_name: str, seat: str | None) -> str:
+    """Bring one stage up to date; return "ran in N s" or "up to date".
+
+    `seat` "accelerator" lets one such stage run at a time. Raises RuntimeError with the stage's own message.
+    """
+    if seat == "accelerator":
+        with _accelerator:
+            return _run_dvc(stage_name)
+    return _run_dvc(stage_name)
+
+
+def _run_dvc(stage_name: str) -> str:
+    started = time.monotonic()
+    logger = get_run_logger()
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage_name]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # dvc.yaml says `python`
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        preexec_fn=die_with_parent,
+        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
+    )
+    _children.add(process)
+    skipped = False
+    last_lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            text = line.rstrip()
+            skipped = skipped or text.endswith("didn't change, skipping")
+            if text and not text.strip().startswith(DVC_ADVICE):
+                logger.info(text)
+                last_lines = [*last_lines[-4:], text]
+        status = process.wait()
+    finally:
+        _children.discard(process)
+    if status != 0:
+        raise RuntimeError(f"stage `{stage_name}` failed: {failure(stage_name) or ' / '.join(last_lines)}")
+    return "up to date" if skipped else f"ran in {time.monotonic() - started:.0f} s"
+
+
+def failure(stage_name: str) -> str | None:
+    """Return the message that the stage's newest record ended with, if any.
+
+    DVC passes on neither a stage's exit status nor its words.
+    """
+    records = sorted(
+        (RUNS / Path(*stage_name.split("@"))).glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
+    if not records:
+        return None
+    run = json.loads(records[0].read_text(encoding="utf-8"))
+    return None if run["status"] in ("RUNNING", "FINISHED") else run["error"] or run["status"]
+
+
+def stop_all(seconds: float = 25.0) -> None:
+    """End every stage that runs, with all its processes: asked first, killed when the time is up.
+
+    DVC dies of SIGTERM at once and leaves its child behind, so the whole tree is told.
+    """
+    import psutil
+
+    tree: list[psutil.Process] = []
+    for child in list(_children):
+        try:
+            parent = psutil.Process(child.pid)
+            tree += [parent, *parent.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue  # it ended by itself in the meantime
+    for process in tree:
+        try:
+            process.send_signal(signal.SIGTERM)
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(tree, timeout=seconds)
+    for process in alive:
+        process.kill()

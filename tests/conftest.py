@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOY_PARAMS = """\
+seed: 1
+tracking:
+  experiment: test
+machine:
+  threads: 1
+  workers: 1
+  scheduler: null
+  num_ranks: 1
+  hostfile: null
+grow:
+  num_steps: 3        # steps to take
+  seconds: 0.0        # time of one step
+  fail_at: null       # step that fails
+shrink:
+  factor: 0.5
+publish:
+  registered_model_prefix: toy
+"""
+
+# Two real stages of a toy pipeline: one logs metrics step by step and can resume, one reads its output.
+TOY_STAGES = {
+    "grow.py": """
+import time
+from pydantic import Field
+from tasks.stage import Section, Stage, start, write_json
+
+
+class Params(Section):
+    num_steps: int = Field(gt=0, description="steps to take")
+    seconds: float = Field(ge=0, description="time of one step")
+    fail_at: int | None = Field(description="step that fails")
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    state = stage.scratch / "state.txt"
+    step = int(state.read_text()) if state.exists() else 0
+    while step < stage.params.num_steps:
+        step += 1
+        if step == stage.params.fail_at:
+            raise ValueError(f"grow.fail_at: step {step} was told to fail")
+        time.sleep(stage.params.seconds)
+        stage.log({"train/loss": 1 / step}, step=step, tokens=10 * step)
+        state.write_text(str(step))
+    (stage.output / "grown.txt").write_text(f"{step} {stage.seed}\\n")
+    (stage.artifacts / "note.txt").write_text("seen\\n")
+    (stage.tables / "steps.csv").write_text("step,loss\\n1,1.0\\n")
+    return {"size": step}
+
+
+if __name__ == "__main__":
+    start(Params, run)
+""",
+    "shrink.py": """
+from pathlib import Path
+from pydantic import Field
+from tasks.stage import Section, Stage, start
+
+
+class Params(Section):
+    factor: float = Field(gt=0, lt=1, description="share that stays")
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    size = int(Path("data/grow/grown.txt").read_text().split()[0])
+    (stage.output / "shrunk.txt").write_text(f"{size * stage.params.factor}\\n")
+    return {"size": size * stage.params.factor}
+
+
+if __name__ == "__main__":
+    start(Params, run)
+""",
+}
+
+TOY_DVC = f"""\
+stages:
+  grow:
+    cmd: {sys.executable} -m grow
+    deps:
+    - grow.py
+    params:
+    - seed
+    - grow
+    outs:
+    - data/grow
+    meta:
+      figures: [size]
+  shrink:
+    cmd: {sys.executable} -m shrink
+    deps:
+    - shrink.py
+    - data/grow
+    params:
+    - seed
+    - shrink
+    outs:
+    - data/shrink
+    meta:
+      figures: [size]
+  publish:
+    cmd: {sys.executable} -m tasks.publish
+    deps:
+    - data/shrink/metrics.json
+    params:
+    - publish
+    outs:
+    - data/publish
+"""
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GIT_AUTHOR_NAME": "test",
+    "GIT_AUTHOR_EMAIL": "test@example.org",
+    "GIT_COMMITTER_NAME": "test",
+    "GIT_COMMITTER_EMAIL": "test@example.org",
+}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git and DVC repository of its own with the toy pipeline; the working directory of the test."""
+    root = tmp_path / "workspace"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    for name in ("ARRIERO_PIPELINE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (root / "params.yaml").write_text(TOY_PARAMS)
+    (root / "dvc.yaml").write_text(TOY_DVC)
+    (root / ".gitignore").write_text(".scratch/\n.runs/\nmlflow.db\nmlartifacts/\n__pycache__/\n")
+    for name, text in TOY_STAGES.items():
+        (root / name).write_text(text)
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], check=True)
+    subprocess.run(["git", "add", "-A"], check=True)
+    subprocess.run(["git", "commit", "-qm", "toy"], check=True, env={**os.environ, **QUIET})
+    return root
+
+
+def repro(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `dvc repro` in the working directory."""
+    command = [sys.executable, "-m", "dvc", "repro", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
