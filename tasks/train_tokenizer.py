@@ -85,7 +85,8 @@ def draw_sample(documents: Path, max_bytes: int, seed: int) -> dict[str, list[st
         texts = [text for _, text in sorted(drawn[source], reverse=True)]
         surplus = max(0, sizes[source] - max_bytes)
         texts[-1] = texts[-1][: len(texts[-1]) - surplus]
-        sample[source] = [text.decode(errors="ignore") for text in texts]  # a character cut in two is dropped
+        whole = [text.decode(errors="ignore") for text in texts]  # a character cut in two is dropped
+        sample[source] = [text for text in whole if text]
     return sample
 
 
@@ -149,7 +150,7 @@ def _explain(message: str, params: Params) -> str:
     name, size = "params.yaml: `train_tokenizer.vocab_size`", params.vocab_size
     if found := re.search(r"value <= (\d+)", message):
         return (
-            f"{name} is {size}, but the sample offers only {found[1]} tokens: set it to at most {found[1]}, or add text"
+            f"{name} is {size}, but the text offers only {found[1]} tokens: set it to at most {found[1]}, or add text"
         )
     if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (

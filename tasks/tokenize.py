@@ -1,0 +1,333 @@
+"""Turn the corpus into one stream of tokens, mixed by weight (LLaMA section 2.1 and table 1).
+
+Every document becomes BOS, its tokens, EOS. A share of each source is held out for validation, chosen by the
+document's id, so that a held-out document stays held out when others are added. The rest is drawn into the stream:
+the sources in proportion to their weights, each source's documents in a new random order every epoch.
+
+A source that can't fill its share within `max_epochs` gives what is missing to the others, in proportion to their
+weights. That is settled before the first document is drawn, so the proportions are the same all along the stream.
+
+Reads data/clean/documents/part-*.parquet, data/train_tokenizer/tokenizer.model.
+Writes train-*.npy (one stream, cut into shards), documents.parquet (where in it each document starts),
+validation-<source>.npy, validation.parquet, mixture.json, plots/mixture.csv.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from model.tokenizer import Tokenizer
+from tasks.encoding import Index, Tokens, encode_parts, open_tokens, read_index
+from tasks.mixture import draw, plan_targets, shuffled
+from tasks.stage import DATA, Section, Stage, start, write_json
+
+DOCUMENTS = DATA / "clean" / "documents"
+TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
+
+
+class Source(Section):
+    """What part one source has in the mixture."""
+
+    weight: float = Field(ge=0, description="its part of the stream's tokens, relative to the other sources' weights")
+    max_epochs: float = Field(ge=0, description="how often its text may be used at most")
+    validation_share: float = Field(ge=0, le=1, description="share of its documents held out of the stream")
+
+    @model_validator(mode="after")
+    def _is_trained_on_or_not(self) -> Source:
+        if len({self.weight == 0, self.max_epochs == 0, self.validation_share == 1}) > 1:
+            raise ValueError(
+                "a source for validation only has weight 0, max_epochs 0 and validation_share 1, "
+                "a source to train on has none of these"
+            )
+        return self
+
+
+class Params(Section):
+    """The stream and what it is mixed from."""
+
+    num_tokens: int = Field(gt=0, description="tokens to draw at most")
+    min_filled_share: float = Field(
+        gt=0, le=1, description="share of num_tokens that the sources must fill within their max_epochs"
+    )
+    shard_tokens: int = Field(gt=0, description="tokens in one file of the stream")
+    mixture: dict[str, Source] = Field(min_length=1, description="the sources and their parts in the stream")
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Encode the documents, hold some out, plan the mixture, write the stream."""
+    params = stage.params
+    tokenizer = Tokenizer(TOKENIZER)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    documents = sorted(DOCUMENTS.glob("part-*.parquet"))
+    check_sources(params.mixture, sources_of(documents))
+
+    started = time.monotonic()
+    parts = encode_parts(documents, TOKENIZER, stage.scratch / "encoded", dtype, stage.machine)
+    encoded = [open_tokens(part, dtype) for part in parts]
+    stage.log({"encoded_tokens_per_second": sum(map(len, encoded)) / (time.monotonic() - started)}, step=0)
+
+    train, held_out = {}, {}
+    for name, index in read_index(parts, DOCUMENTS).items():
+        train[name], held_out[name] = split(index, name, params.mixture[name].validation_share)
+    plan = plan_stream(params, train, stage.seed)
+
+    started = time.monotonic()
+    write_stream(stage.output, params.shard_tokens, plan, train, encoded)
+    write_validation(stage.output, held_out, encoded)
+    stage.log({"stream_tokens_per_second": plan.num_tokens / (time.monotonic() - started)}, step=0)
+    return report(stage, plan, train, held_out)
+
+
+# --- the sources ---
+
+
+def sources_of(documents: list[Path]) -> set[str]:
+    """Return the names of the sources that have documents.
+
+    Raises ValueError when there is no document at all.
+    """
+    import pyarrow.parquet
+
+    found: set[str] = set()
+    for part in documents:
+        with pyarrow.parquet.ParquetFile(part) as file:
+            for batch in file.iter_batches(columns=["source"]):
+                found.update(batch.column("source").unique().to_pylist())
+    if not found:
+        raise ValueError(f"{DOCUMENTS} holds no documents: see data/clean/rejected for the rules that rejected them")
+    return found
+
+
+def check_sources(mixture: dict[str, Source], found: set[str]) -> None:
+    """Raise ValueError when the mixture and the corpus don't name the same sources."""
+    for name in sorted(set(mixture) - found):
+        near = get_close_matches(name, sorted(found - set(mixture)) or sorted(found), n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"the corpus has {', '.join(sorted(found))}"
+        raise ValueError(
+            f"params.yaml: `tokenize.mixture.{name}` names a source without documents in {DOCUMENTS}; {hint}"
+        )
+    for name in sorted(found - set(mixture)):
+        raise ValueError(
+            f"params.yaml: `tokenize.mixture` doesn't name the source `{name}` that {DOCUMENTS} has: add "
+            f"`tokenize.mixture.{name}` (weight 0 keeps it for validation), or take it out of clean's sources"
+        )
+    if not any(source.weight for source in mixture.values()):
+        raise ValueError("params.yaml: `tokenize.mixture` gives every source weight 0: nothing is left to train on")
+
+
+def split(index: Index, name: str, share: float) -> tuple[Index, Index]:
+    """Return the documents to train on and those held out, told apart by a hash of each one's id alone.
+
+    Raises ValueError when the source has none for one of the two.
+    """
+    digests = (hashlib.sha256(f"held out {document:016x}".encode()).digest() for document in index.ids.tolist())
+    numbers = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.float64, len(index))
+    held_out = numbers < share * 2.0**64 if share < 1 else np.ones(len(index), bool)
+    for wanted, kind in ((share > 0, "held out"), (share < 1, "left to train on")):
+        chosen = held_out if kind == "held out" else ~held_out
+        if wanted and not chosen.any():
+            change = "raise" if kind == "held out" else "lower"
+            raise ValueError(
+                f"params.yaml: `tokenize.mixture.{name}.validation_share` is {share:g}, and of the source's "
+                f"{len(index)} documents none is {kind}: {change} it, or add documents"
+            )
+    return index.select(~held_out), index.select(held_out)
+
+
+# --- the mixture ---
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The documents of the stream in their order: the number of the source in `names`, the document's in the source."""
+
+    names: list[str]
+    sources: npt.NDArray[np.int16]
+    documents: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream."""
+        return int(self.lengths.sum())
+
+    def given(self, name: str) -> npt.NDArray[np.int64]:
+        """Return the lengths of the documents that a source gives."""
+        lengths: npt.NDArray[np.int64] = self.lengths[self.sources == self.names.index(name)]
+        return lengths
+
+
+def plan_stream(params: Params, train: dict[str, Index], seed: int) -> Plan:
+    """Decide the order of all documents in the stream.
+
+    Raises ValueError when a source gives nothing, or all together give too little.
+    """
+    names = sorted(name for name, source in params.mixture.items() if source.weight > 0)
+    capacities = {name: int(params.mixture[name].max_epochs * train[name].num_tokens) for name in names}
+    weights = {name: params.mixture[name].weight for name in names}
+    targets = plan_targets(weights, capacities, params.num_tokens)
+    drawn = draw(
+        [train[name].lengths.tolist() for name in names],
+        [targets[name] for name in names],
+        [capacities[name] for name in names],
+        params.num_tokens,
+        [shuffled(len(train[name]), name, seed) for name in names],
+    )
+    order = np.fromiter(drawn, np.dtype([("source", np.int16), ("document", np.int64)]))
+    lengths = np.zeros(len(order), np.int64)
+    for number, name in enumerate(names):
+        chosen = order["source"] == number
+        lengths[chosen] = train[name].lengths[order["document"][chosen]]
+        if not chosen.any():
+            shortest, longest = train[name].lengths.min(), train[name].lengths.max()
+            raise ValueError(
+                f"params.yaml: `tokenize.num_tokens` is {params.num_tokens}, of which source `{name}` may give "
+                f"{targets[name]:.0f}, too little for its next document (they have {shortest} to {longest} tokens): "
+                f"raise num_tokens, or weight or max_epochs in `tokenize.mixture.{name}`"
+            )
+    plan = Plan(names, order["source"], order["document"], lengths)
+    share = plan.num_tokens / params.num_tokens
+    if share < params.min_filled_share:
+        raise ValueError(
+            f"params.yaml: `tokenize.num_tokens` is {params.num_tokens}, but the sources give {plan.num_tokens} within "
+            f"their max_epochs: a share of {share:.3f}, below `tokenize.min_filled_share` ({params.min_filled_share}); "
+            "add text, raise max_epochs, or lower num_tokens"
+        )
+    return plan
+
+
+# --- the files ---
+
+
+def write_stream(output: Path, shard_tokens: int, plan: Plan, train: dict[str, Index], encoded: list[Tokens]) -> None:
+    """Write train-*.npy, the stream in shards, and documents.parquet."""
+    from tqdm import tqdm
+
+    total, dtype = plan.num_tokens, encoded[0].dtype
+    by_number = [train[name] for name in plan.names]
+    rest = np.empty(0, dtype)
+    documents = zip(plan.sources.tolist(), plan.documents.tolist(), strict=True)
+    with tqdm(total=total, desc="writing the stream", unit="token", unit_scale=True) as progress:
+        for number, begin in enumerate(range(0, total, shard_tokens)):
+            shape = (min(shard_tokens, total - begin),)
+            shard = np.lib.format.open_memmap(output / f"train-{number:05d}.npy", "w+", dtype, shape)
+            filled = 0
+            while filled < len(shard):
+                if not len(rest):
+                    source, document = next(documents)
+                    rest = by_number[source].read(document, encoded)
+                taken = min(len(rest), len(shard) - filled)
+                shard[filled : filled + taken] = rest[:taken]
+                filled, rest = filled + taken, rest[taken:]
+            shard.flush()
+            progress.update(len(shard))
+    ids = np.zeros(len(plan.documents), np.uint64)
+    for number, index in enumerate(by_number):
+        chosen = plan.sources == number
+        ids[chosen] = index.ids[plan.documents[chosen]]
+    sources = [plan.names[number] for number in plan.sources]
+    write_documents(output / "documents.parquet", sources, np.cumsum(plan.lengths) - plan.lengths, ids)
+
+
+def write_validation(output: Path, held_out: dict[str, Index], encoded: list[Tokens]) -> None:
+    """Write validation-<source>.npy, and validation.parquet with each document's start in its source's file."""
+    sources: list[str] = []
+    for name, index in held_out.items():
+        if not len(index):
+            continue
+        shape = (index.num_tokens,)
+        tokens = np.lib.format.open_memmap(output / f"validation-{name}.npy", "w+", encoded[0].dtype, shape)
+        for document, end in enumerate(np.cumsum(index.lengths)):
+            tokens[end - index.lengths[document] : end] = index.read(document, encoded)
+        tokens.flush()
+        sources += [name] * len(index)
+    starts = [np.cumsum(index.lengths) - index.lengths for index in held_out.values()]
+    ids = [index.ids for index in held_out.values()]
+    write_documents(output / "validation.parquet", sources, np.concatenate(starts), np.concatenate(ids))
+
+
+def write_documents(path: Path, sources: list[str], starts: npt.NDArray[np.int64], ids: npt.NDArray[np.uint64]) -> None:
+    """Write a table of documents: `source`, `start` (in tokens), `id`."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {
+        "source": pa.array(sources, pa.string()).dictionary_encode(),
+        "start": pa.array(starts, pa.int64()),
+        "id": pa.array([f"{document:016x}" for document in ids.tolist()], pa.string()),
+    }
+    pyarrow.parquet.write_table(pa.table(columns), path)
+
+
+def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], held_out: dict[str, Index]) -> dict[str, float]:
+    """Write the mixture as it was asked and as it came out (JSON, table, plot); return its figures."""
+    import pandas
+
+    mixture = stage.params.mixture
+    total_weight = sum(source.weight for source in mixture.values())
+    rows: list[dict[str, Any]] = []
+    for name, source in sorted(mixture.items()):
+        given = plan.given(name) if name in plan.names else np.empty(0, np.int64)
+        rows.append(
+            {
+                "source": name,
+                "share_asked": source.weight / total_weight,
+                "share_reached": int(given.sum()) / plan.num_tokens,
+                "tokens": int(given.sum()),
+                "documents": len(given),
+                "epochs": int(given.sum()) / train[name].num_tokens if source.weight else 0.0,
+                "max_epochs": source.max_epochs,
+                "source_tokens": train[name].num_tokens,
+                "source_documents": len(train[name]),
+                "validation_tokens": held_out[name].num_tokens,
+                "validation_documents": len(held_out[name]),
+            }
+        )
+    summary = {"tokens": plan.num_tokens, "tokens_asked": stage.params.num_tokens, "documents": len(plan.documents)}
+    write_json(stage.output / "mixture.json", {**summary, "sources": {row["source"]: row for row in rows}})
+    table = pandas.DataFrame(rows)
+    (stage.output / "plots").mkdir()
+    table.to_csv(stage.output / "plots" / "mixture.csv", index=False)
+    table.to_csv(stage.tables / "mixture.csv", index=False)
+    _plot(table, stage.artifacts / "mixture.png")
+    figures: dict[str, float] = {
+        "tokens": plan.num_tokens,
+        "documents": len(plan.documents),
+        "filled_share": plan.num_tokens / stage.params.num_tokens,
+        "validation_tokens": sum(index.num_tokens for index in held_out.values()),
+        "validation_documents": sum(map(len, held_out.values())),
+    }
+    for row in rows:
+        if row["max_epochs"]:
+            figures[f"epochs/{row['source']}"] = row["epochs"]
+            figures[f"share/{row['source']}"] = row["share_reached"]
+            figures[f"tokens/{row['source']}"] = row["tokens"]
+    return figures
+
+
+def _plot(table: Any, path: Path) -> None:
+    """Draw the shares asked and reached as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    trained = table[table["max_epochs"] > 0].set_index("source")
+    axes = trained[["share_asked", "share_reached"]].plot.bar(figsize=(8, 4), ylabel="share of the stream's tokens")
+    for place, epochs in enumerate(trained["epochs"]):
+        axes.text(
+            place, trained["share_reached"].iloc[place], f"{epochs:.2g} epochs", ha="left", va="bottom", fontsize=7
+        )
+    axes.figure.tight_layout()
+    axes.figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    start(Params, run)
