@@ -1,0 +1,91 @@
+"""A stream of tokens -> packed batches: documents one after another in flat tensors, none seeing another.
+
+Shapes: T tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IGNORED = -100  # target of a position that predicts nothing; cross_entropy's own mark
+
+Tokens = npt.NDArray[Any]  # unsigned integers, often memory-mapped
+Starts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a packed batch lie; attention stays within one, and its positions count from 0."""
+
+    lengths: tuple[int, ...]
+    positions: Tensor  # (T,) of each token in its document
+    boundaries: Tensor  # int32: first token of each document, and the end of the last
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens and the token that each has to predict (IGNORED: none)."""
+
+    ids: Tensor  # (T,)
+    targets: Tensor  # (T,)
+    documents: Documents
+
+    @property
+    def num_targets(self) -> int:
+        """Number of tokens that are predicted."""
+        return int((self.targets != IGNORED).sum())
+
+
+def documents_of(lengths: Sequence[int], device: torch.device) -> Documents:
+    """Return the layout of documents with these lengths, one after another."""
+    lengths_D = np.asarray(lengths, dtype=np.int64)
+    boundaries = np.concatenate(([0], np.cumsum(lengths_D)))
+    positions_T = np.arange(boundaries[-1]) - np.repeat(boundaries[:-1], lengths_D)
+    return Documents(
+        lengths=tuple(int(length) for length in lengths),
+        positions=torch.from_numpy(positions_T).to(device),
+        boundaries=torch.from_numpy(boundaries.astype(np.int32)).to(device),
+    )
+
+
+def num_rows(stream: Tokens, context: int) -> int:
+    """Return how many full rows of `context` tokens a stream gives; each row's last token needs one more to predict."""
+    return max(0, (len(stream) - 1) // context)
+
+
+def batch_of_rows(
+    stream: Tokens, starts: Starts, first_row: int, rows: int, context: int, device: torch.device
+) -> Batch:
+    """Return rows `first_row` to `first_row + rows` of a stream, cut every `context` tokens, as one packed batch.
+
+    `starts` are the documents' first tokens in the stream, ascending. The part of a document that a row begins with
+    counts as a document of its own: it can't see the row before. A token predicts the next one of its document, in
+    the next row too; nothing predicts a document's first token. Rows beyond the stream's end are empty; the last row
+    may be short.
+    """
+    begin = first_row * context
+    end = min((first_row + rows) * context, len(stream))
+    ids = np.asarray(stream[begin : end + 1], dtype=np.int64)
+    length = end - begin
+    inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, end, side="right")] - begin
+    targets = np.full(length, IGNORED, dtype=np.int64)
+    targets[: len(ids) - 1] = ids[1:]
+    targets[inside[inside > 0] - 1] = IGNORED
+    cuts = np.unique(np.concatenate((inside[inside < length], np.arange(0, length, context), [length])))
+    return Batch(
+        ids=torch.from_numpy(ids[:length]).to(device),
+        targets=torch.from_numpy(targets).to(device),
+        documents=documents_of([int(n) for n in np.diff(cuts)], device),
+    )

@@ -1,0 +1,254 @@
+"""Llama 2 in PyTorch (Llama 2, section 2.2; LLaMA, sections 2.2 and 2.4): its parameters carry Hugging Face's names.
+
+Shapes: T tokens of a packed batch (model/packing.py), D hidden size, N query heads, K key/value heads, H head size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from model.losses import token_losses
+from model.packing import Documents
+
+Checkpointing = Literal["off", "selective", "full"]
+
+
+class Architecture(BaseModel):
+    """What a model is made of, without its vocabulary; names are Hugging Face's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    hidden_size: int = Field(gt=0, description="width of the residual stream")
+    intermediate_size: int = Field(gt=0, description="width of the feed-forward layers")
+    num_hidden_layers: int = Field(gt=0, description="number of layers")
+    num_attention_heads: int = Field(gt=0, description="number of query heads")
+    num_key_value_heads: int = Field(gt=0, description="number of key/value heads; fewer than query heads: grouped")
+    max_position_embeddings: int = Field(gt=1, description="context, tokens")
+    rms_norm_eps: float = Field(gt=0, description="added to the mean square in RMSNorm")
+    rope_theta: float = Field(gt=0, description="base of the rotary embedding's wave lengths")
+    initializer_range: float = Field(gt=0, description="standard deviation of the first weights")
+    tie_word_embeddings: bool = Field(description="one matrix for input and output embeddings")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 2 x num_attention_heads ({heads})")
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads {heads} must be a multiple of num_key_value_heads ({kv_heads})")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class ModelConfig(Architecture):
+    """A model: its architecture and its vocabulary."""
+
+    vocab_size: int = Field(gt=1, description="number of tokens in the vocabulary")
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Return the number of trained weights."""
+    attention = 2 * config.hidden_size * config.head_size * (config.num_attention_heads + config.num_key_value_heads)
+    layer = attention + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    return config.num_hidden_layers * layer + embeddings + config.hidden_size
+
+
+def flops_per_token(config: ModelConfig, context: int) -> int:
+    """Return the floating-point operations that training on one token takes, forward and backward.
+
+    Six per weight that multiplies (the input embedding is only looked up) and 12 x layers x width x context for
+    attention, of which the causal half is computed (PaLM, appendix B, halved there). Recomputing does not count.
+    """
+    input_embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    products = 6 * (num_parameters(config) - input_embedding)
+    return products + 6 * config.num_hidden_layers * config.hidden_size * context
+
+
+def rotary_angles(config: Architecture, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of each position's angles, both (T, 1, H/2), float32 (RoFormer, section 3.2.2)."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions_T.device) / config.head_size
+    frequencies = 1.0 / config.rope_theta**exponents
+    angles = positions_T[:, None, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_TNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each head's pairs by its position's angles; a pair is (i, i + H/2), as in Hugging Face's weights."""
+    cos, sin = angles
+    first, second = x_TNH.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
+    """Causal attention within each document: no weights stored, no masked score between documents computed.
+
+    GPUs have one kernel for documents of any lengths, in half precision. Everywhere else it is one call a document:
+    measured on CPUs, that beats masks from a few hundred tokens on and equals them below, and float32 beats bfloat16.
+    """
+    if q_TNH.is_cuda and v_TKH.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends, longest = documents.boundaries, documents.longest
+        q_TNH, k_TKH = q_TNH.to(v_TKH.dtype), k_TKH.to(v_TKH.dtype)
+        out = varlen_attn(q_TNH, k_TKH, v_TKH, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        assert isinstance(out, Tensor), "no more than the output was asked for"
+        return out
+    lengths = list(documents.lengths)
+    parts = [torch.split(x.float().transpose(0, 1)[None], lengths, dim=2) for x in (q_TNH, k_TKH, v_TKH)]
+    outs = [
+        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation with a learned scale (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return x scaled to a root mean square of 1, times the weights."""
+        return nn.functional.rms_norm(x_TD, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        kv_size = config.num_key_value_heads * config.head_size
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        """Return what each token gathers from its document's tokens up to itself."""
+        q_TNH, k_TKH, v_TKH = (
+            projection(x_TD).unflatten(-1, (-1, self.head_size))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_TNH = attend(rotate(q_TNH, angles), rotate(k_TKH, angles), v_TKH, documents)
+        out_TD: Tensor = self.o_proj(out_TNH.flatten(1).to(x_TD.dtype))
+        return out_TD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return down(silu(gate(x)) * up(x))."""
+        out_TD: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return out_TD
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each on normalised input, each added to the residual stream."""
+
+    def __init__(self, config: Architecture) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+        """Return the residual stream after this layer."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, documents)
+        out_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return out_TD
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig, checkpointing: Checkpointing) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.run_layer = CHECKPOINTING[checkpointing]
+
+    def forward(self, ids_T: Tensor, documents: Documents) -> Tensor:
+        """Return the hidden states (T, D)."""
+        angles = rotary_angles(self.config, documents.positions)
+        x_TD = self.embed_tokens(ids_T)
+        for layer in self.layers:
+            x_TD = self.run_layer(layer, x_TD, angles, documents)
+        out_TD: Tensor = self.norm(x_TD)
+        return out_TD
+
+
+class Llama(nn.Module):
+    """A Llama 2 language model."""
+
+    def __init__(self, config: ModelConfig, checkpointing: Checkpointing) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, checkpointing)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids_T: Tensor, documents: Documents, targets_T: Tensor | None = None) -> Tensor:
+        """Return the logits (T, V), or, given targets, each token's loss (T,) in nats."""
+        hidden_TD = self.model(ids_T, documents)
+        if targets_T is not None:
+            return token_losses(hidden_TD, self.lm_head, targets_T)
+        logits_TV: Tensor = self.lm_head(hidden_TD)
+        return logits_TV
+
+
+def first_weights(name: str, shape: torch.Size, config: ModelConfig, generator: torch.Generator) -> Tensor:
+    """Return the value that a parameter starts from: ones for a norm, else normal.
+
+    The projections that add to the residual stream start smaller, by the root of their number, so that the stream's
+    size does not grow with depth (GPT-2, section 2.3).
+    """
+    if len(shape) == 1:
+        return torch.ones(shape)
+    deviation = config.initializer_range
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        deviation /= math.sqrt(2 * config.num_hidden_layers)
+    return torch.empty(shape).normal_(0.0, deviation, generator=generator)
+
+
+def _plain(layer: nn.Module, *arguments: object) -> Tensor:
+    out: Tensor = layer(*arguments)
+    return out
+
+
+# What is expensive to compute is kept, the rest computed again in the backward pass (LLaMA, section 2.4).
+_keep_matrix_products = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+CHECKPOINTING: dict[Checkpointing, Callable[..., Tensor]] = {
+    "off": _plain,
+    "selective": partial(checkpoint, use_reentrant=False, context_fn=_keep_matrix_products),
+    "full": partial(checkpoint, use_reentrant=False),
+}
