@@ -1,0 +1,121 @@
+"""Personal data: documents rich in it are rejected, single finds are masked (recipe section 1; Llama 2, section 2.1).
+
+A find is checked, not only matched: phone numbers by phonenumbers (Google's libphonenumber), cards by Luhn's check
+digit, IP addresses by the standard library.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from pydantic import Field
+
+from tasks.stage import Section
+
+TYPES = ("email", "ip", "card", "phone")  # in the order of the search: a card's digits are no phone number
+
+_EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
+_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}(?:[0-9A-Fa-f]{1,4}|(?:\d{1,3}\.){3}\d{1,3})?(?![\w:]|\.\d)")
+_CARD = re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?![\w]|[.,-]\d)")
+_PHONE = re.compile(r"(?<![\w.,/])(?:\+|\(|\(\+)?\d[\d ().\-–/]{5,60}\d(?![\w]|[.,/]\d)")
+
+
+class PersonalData(Section):
+    """What counts as personal data, and how much of it a document may hold."""
+
+    phone_regions: list[str] = Field(description="ISO 3166 regions whose national phone numbers are known without +")
+    local_addresses: bool = Field(description="mask loopback, private and documentation IP addresses too")
+    rich_min_finds: int = Field(gt=0, description="a document of this many finds is rejected ...")
+    rich_share: float = Field(ge=0, description="... if they are more than this many a word")
+
+
+Find = tuple[int, int, str]  # start, end, type
+
+
+def find_personal_data(text: str, params: PersonalData) -> list[Find]:
+    """Return e-mail and IP addresses, card and phone numbers in the text, by place; they don't overlap."""
+    has_digits = _has_digits(text)
+    taken: list[Find] = []
+    for kind in TYPES:
+        if (kind == "email" and "@" not in text) or (kind != "email" and not has_digits):
+            continue
+        for start, end in _FINDERS[kind](text, params):
+            if all(end <= other_start or other_end <= start for other_start, other_end, _ in taken):
+                taken.append((start, end, kind))
+    return sorted(taken)
+
+
+def mask(text: str, finds: Sequence[Find]) -> str:
+    """Return the text with `[EMAIL]`, `[IP]`, `[CARD]`, `[PHONE]` in the finds' places."""
+    parts, position = [], 0
+    for start, end, kind in finds:
+        parts += [text[position:start], f"[{kind.upper()}]"]
+        position = end
+    return "".join([*parts, text[position:]])
+
+
+def is_rich(num_finds: int, num_words: int, params: PersonalData) -> bool:
+    """Tell whether a document holds so much personal data that masking would leave little."""
+    return num_finds >= params.rich_min_finds and num_finds > params.rich_share * num_words
+
+
+def _has_digits(text: str) -> bool:
+    return re.search(r"\d", text) is not None or "::" in text
+
+
+def _emails(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
+    for match in _EMAIL.finditer(text):
+        yield match.span()
+
+
+def _addresses(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
+    for pattern, needed in ((_IPV4, "."), (_IPV6, ":")):
+        if needed not in text:
+            continue
+        for match in pattern.finditer(text):
+            try:
+                address = ipaddress.ip_address(match.group())
+            except ValueError:
+                continue
+            if params.local_addresses or address.is_global:
+                yield match.span()
+
+
+def _cards(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
+    for match in _CARD.finditer(text):
+        digits = [int(character) for character in match.group() if character.isdigit()]
+        if digits[0] in (2, 3, 4, 5, 6) and luhn(digits) and len(set(digits)) > 1:
+            yield match.span()
+
+
+def luhn(digits: Sequence[int]) -> bool:
+    """Check a card number's last digit (ISO/IEC 7812-1, annex B)."""
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
+    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def _phones(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
+    """Numbers that libphonenumber calls valid in one of the regions; it is asked only about what looks like one."""
+    import phonenumbers
+
+    for candidate in _PHONE.finditer(text):
+        written = candidate.group()
+        if sum(map(str.isdigit, written)) < 7:
+            continue
+        for region in [None] if "+" in written else params.phone_regions:
+            matches = list(phonenumbers.PhoneNumberMatcher(written, region, leniency=phonenumbers.Leniency.VALID))
+            if matches:
+                for match in matches:
+                    yield candidate.start() + match.start, candidate.start() + match.end
+                break
+
+
+_FINDERS: dict[str, Callable[[str, PersonalData], Iterator[tuple[int, int]]]] = {
+    "email": _emails,
+    "ip": _addresses,
+    "card": _cards,
+    "phone": _phones,
+}

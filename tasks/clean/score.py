@@ -1,0 +1,135 @@
+"""How well `clean` did, where the truth is known: in the default world. Truth is read only after cleaning is done."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tasks.clean.personal_data import TYPES
+
+Key = tuple[str, int]  # file and row
+
+
+class Outcome(NamedTuple):
+    """What became of one document: `rule` is "" if it was kept, and only then the text is known."""
+
+    rule: str
+    language: str
+    masked: Mapping[str, int]
+    text: str
+
+
+def score(labels: Path, output: Path) -> dict[str, float]:
+    """Return precision and recall of each kind of planted dirt, and the accuracy of languages and repairs.
+
+    `labels` holds one planted thing a line (file, row, kind, and the truth about it); `output` is what `clean` wrote.
+    """
+    truth: dict[str, dict[Key, dict[str, Any]]] = defaultdict(dict)
+    for line in labels.read_text(encoding="utf-8").splitlines():
+        label = json.loads(line)
+        truth[label["kind"]][label["file"], label["row"]] = label
+    outcomes = _read_outcomes(output, {key for kind in truth.values() for key in kind})
+    return {
+        **_score_duplicates(truth, outcomes),
+        **_score_personal_data(truth, outcomes),
+        **_score_languages(truth["language"], outcomes),
+        **_score_rejections(truth, outcomes),
+        "broken_unicode_repaired": ratio(
+            outcomes[key].rule != "" or outcomes[key].text.strip() == label["repaired"].strip()
+            for key, label in truth["broken_unicode"].items()
+        ),
+    }
+
+
+def _read_outcomes(output: Path, with_text: set[Key]) -> dict[Key, Outcome]:
+    """What became of each document; the text only of kept ones that have a label."""
+    import pandas as pd
+
+    outcomes = {}
+    for folder in ("documents", "rejected"):
+        for path in sorted((output / folder).glob("part-*.parquet")):
+            part = pd.read_parquet(path)
+            for row in part.to_dict("records"):
+                key = (row["file"], row["row"])
+                masked = {kind: row.get(f"masked_{kind}", 0) for kind in TYPES}
+                text = row["text"] if folder == "documents" and key in with_text else ""
+                outcomes[key] = Outcome(row.get("rule", ""), row["language"], masked, text)
+    return outcomes
+
+
+def ratio(hits: Iterable[bool]) -> float:
+    """Share of hits; 1 where there was nothing to hit."""
+    counted = Counter(map(bool, hits))
+    total = counted.total()
+    return counted[True] / total if total else 1.0
+
+
+def _score_duplicates(
+    truth: Mapping[str, dict[Key, dict[str, Any]]], outcomes: Mapping[Key, Outcome]
+) -> dict[str, float]:
+    """Recall: of a group's members, all but one go. Precision: what goes as a copy was planted as one."""
+    figures = {}
+    for kind, name in (("duplicate", "duplicates"), ("near_duplicate", "near_duplicates")):
+        groups: dict[Any, list[Key]] = defaultdict(list)
+        for key, label in truth[kind].items():
+            groups[label["group"]].append(key)
+        extra = sum(len(group) - 1 for group in groups.values())
+        found = sum(min(len(group) - 1, sum(outcomes[key].rule != "" for key in group)) for group in groups.values())
+        figures[f"{name}_recall"] = found / extra if extra else 1.0
+        planted = {*truth["duplicate"], *truth["near_duplicate"]}
+        figures[f"{name}_precision"] = ratio(
+            key in planted for key, outcome in outcomes.items() if outcome.rule == kind
+        )
+    return figures
+
+
+def _score_personal_data(
+    truth: Mapping[str, dict[Key, dict[str, Any]]], outcomes: Mapping[Key, Outcome]
+) -> dict[str, float]:
+    """Recall: a planted value stands in no kept text. Precision: of what was masked, as much was planted there."""
+    figures = {}
+    labelled = {**truth["personal_data"], **truth["personal_data_rich"]}
+    for kind in TYPES:
+        values = [
+            (key, value["value"])
+            for key, label in labelled.items()
+            for value in label.get("values", [])
+            if value["type"] == kind
+        ]
+        figures[f"{kind}_recall"] = ratio(
+            outcomes[key].rule != "" or value not in outcomes[key].text for key, value in values
+        )
+        planted = Counter(key for key, _ in values)
+        masked = {key: outcome.masked[kind] for key, outcome in outcomes.items() if outcome.masked[kind]}
+        right = sum(min(number, planted[key]) for key, number in masked.items())
+        figures[f"{kind}_precision"] = right / sum(masked.values()) if masked else 1.0
+    return figures
+
+
+def _score_languages(labels: Mapping[Key, dict[str, Any]], outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
+    """Accuracy on labelled documents; precision of rejecting by language: those have a label."""
+    return {
+        "language_accuracy": ratio(outcomes[key].language == label["language"] for key, label in labels.items()),
+        "language_precision": ratio(key in labels for key, outcome in outcomes.items() if outcome.rule == "language"),
+    }
+
+
+def _score_rejections(
+    truth: Mapping[str, dict[Key, dict[str, Any]]], outcomes: Mapping[Key, Outcome]
+) -> dict[str, float]:
+    """Recall of what must go for its quality or its wealth of personal data; precision of going for quality at all."""
+    planted = {*truth["boilerplate"], *truth["low_quality"]}
+    for_quality = [key for key, outcome in outcomes.items() if outcome.rule.startswith(("c4_", "gopher_", "empty"))]
+    return {
+        **{
+            f"{kind}_recall": ratio(outcomes[key].rule != "" for key in truth[kind])
+            for kind in ("boilerplate", "low_quality", "personal_data_rich")
+        },
+        "quality_precision": ratio(key in planted for key in for_quality),
+        "personal_data_rich_precision": ratio(
+            key in truth["personal_data_rich"] for key, outcome in outcomes.items() if outcome.rule == "personal_data"
+        ),
+    }
