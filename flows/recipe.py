@@ -11,26 +11,21 @@ import argparse
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("DO_NOT_TRACK", "1")  # read by Prefect when it is imported
 
 from prefect import flow, get_run_logger
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import graph, summary, values
+from flows import graph, servers, summary, values
 from tasks.reproduce import reproduce, stop_all
-from tasks.stage import PIPELINE_VARIABLE, pipeline_lock
+from tasks.stage import PARAMS_FILE, PIPELINE_VARIABLE, pipeline_lock
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from prefect.futures import PrefectFuture
-
-LOCAL_SERVER = "http://127.0.0.1:4200/api"
 
 
 @flow(name="recipe", task_runner=ThreadPoolTaskRunner(max_workers=64), validate_parameters=False)
@@ -72,11 +67,8 @@ def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, 
         if node.name not in stale:
             continue
         task = reproduce.with_options(retries=int(node.meta.get("retries", 0)))
-        futures[node.name] = task.submit(
-            node.name,
-            node.meta.get("seat"),
-            wait_for=[futures[name] for name in node.after if name in futures],
-        )
+        wait_for = [futures[name] for name in node.after if name in futures]
+        futures[node.name] = task.submit(node.name, node.meta.get("seat"), wait_for=wait_for, return_state=False)
     outcomes = {node.name: "up to date" for node in nodes}
     failures = []
     for name, future in futures.items():
@@ -94,33 +86,13 @@ def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, 
     return outcomes
 
 
-def use_running_server() -> None:
-    """Record in the server that `make ui` started, if one answers; otherwise Prefect starts one for this run alone."""
-    if "PREFECT_API_URL" in os.environ:
-        return
-    try:
-        with urllib.request.urlopen(f"{LOCAL_SERVER}/health", timeout=1):
-            os.environ["PREFECT_API_URL"] = LOCAL_SERVER
-    except (urllib.error.URLError, TimeoutError):
-        return
+def wait_for_records() -> None:
+    """Wait until the server has all that this process tells it in the background: when it stops, the rest is lost."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
 
-
-def wait_for_records(flow_run_id: UUID) -> None:
-    """Wait until the server has stored every task run's end: what a server of this run alone has not, is lost with it."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-
-    deadline = time.monotonic() + 15
-    client = get_client(sync_client=True)
-    mine = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
-    num_seen = -1
-    while time.monotonic() < deadline:
-        runs = client.read_task_runs(flow_run_filter=mine)
-        all_ended = all(run.state is not None and run.state.is_final() for run in runs)
-        if all_ended and len(runs) == num_seen:
-            return
-        num_seen = len(runs)
-        time.sleep(1)
+    for worker in (EventsWorker, APILogWorker):
+        worker.drain_all(timeout=15, at_exit=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,16 +122,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], text: str) -> int:
     """Run the flow if there is anything to do, then print the summary."""
     started = time.monotonic()
-    if text == values.PARAMS_FILE.read_text(encoding="utf-8"):
+    with pipeline_lock("a look at what is out of date"):
         nodes = graph.read_graph(targets)
-        if not graph.find_stale(nodes):
+        unchanged = text == PARAMS_FILE.read_text(encoding="utf-8")
+        if unchanged and not graph.find_stale(nodes):
             outcomes = {node.name: "up to date" for node in nodes}
             sys.stdout.write(summary.summarize(nodes, outcomes, time.monotonic() - started))
             return 0
-    use_running_server()
-    state = recipe(targets, profiles, overrides, return_state=True)
+    with servers.prefect_server() as url, temporary_settings({PREFECT_API_URL: url}):
+        try:
+            state = recipe(targets, profiles, overrides, return_state=True)
+        finally:
+            wait_for_records()
     nodes = graph.read_graph(targets)
-    wait_for_records(state.state_details.flow_run_id)
     if state.is_completed():
         sys.stdout.write(summary.summarize(nodes, state.result(), time.monotonic() - started))
         return 0

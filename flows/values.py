@@ -1,8 +1,8 @@
 """Write a profile's values and the user's own into params.yaml, the only place where values live.
 
-A profile is a file of overrides: dotted names of params.yaml and their values, nothing else. `--set` on the command line
-and a deployment's `overrides` are the same, given by hand. DVC reads params.yaml alone, so `dvc repro` afterwards does
-the same as the flow; `git diff params.yaml` shows what was written, `git checkout params.yaml` takes it back.
+A profile is a file of overrides: dotted names of params.yaml and their values, nothing else. `--set` on the command
+line and a deployment's `overrides` are the same, given by hand. DVC reads params.yaml alone, so `dvc repro` afterwards
+does the same as the flow; `git diff params.yaml` shows what was written, `git checkout params.yaml` takes it back.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Make MLflow agree with dvc.lock: the last stage of the pipeline.
 
 Sends the records that could not be sent while MLflow was away; gives a run to each stage whose outputs came out of
-DVC's run cache, where nothing ran that could have recorded one; tags every stage's run and checkpoint with the digest of
-its output; registers the checkpoints as models. Doing it twice changes nothing.
+DVC's run cache, where nothing ran that could have recorded one; tags every stage's run and checkpoint with the digest
+of its output; registers the checkpoints as models. Doing it twice changes nothing.
 
 Reads dvc.lock, .runs/ and every stage's metrics.json. Writes data/publish/runs.csv: which output each stage's run made.
 """
@@ -86,7 +86,7 @@ def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Map
         "mlflow.parentRunId": parent,
         "mlflow.source.git.commit": code_revision()["commit"],
     }
-    run_id = client.create_run(experiment_id, now, tags, name).info.run_id
+    run_id: str = client.create_run(experiment_id, now, tags, name).info.run_id
     figures = json.loads((DATA / Path(*name.split("@")) / "metrics.json").read_text(encoding="utf-8"))
     params = [Param(key, str(value)[: tracking.LONGEST_PARAM]) for key, value in sorted(stage["params"].items())]
     for first in range(0, len(params), tracking.PARAMS_PER_BATCH):

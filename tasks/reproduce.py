@@ -1,18 +1,18 @@
 """The one Prefect task: bring one stage up to date.
 
-Runs `dvc --wait-for-lock repro --single-item STAGE` as a child process and passes its output on to Prefect's log. DVC is
-the only cache, so the task is never cached; what is out of date and what a stage needs stays DVC's to say.
+Runs `dvc --wait-for-lock repro --single-item STAGE` as a child process and passes its output on to Prefect's log. DVC
+is the only cache, so the task is never cached; what is out of date and what a stage needs stays DVC's to say.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -29,6 +29,7 @@ DVC_ADVICE = (
 )
 
 _children: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()
 _accelerator = threading.Lock()  # one training stage at a time: two would share a machine's only accelerator
 
 
@@ -45,6 +46,8 @@ def reproduce(stage_name: str, seat: str | None) -> str:
 
 
 def _run_dvc(stage_name: str) -> str:
+    if _stopping.is_set():
+        raise RuntimeError(f"stage `{stage_name}` was not started: the flow is being stopped")
     started = time.monotonic()
     logger = get_run_logger()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage_name]
@@ -100,18 +103,22 @@ def stop_all(seconds: float = 25.0) -> None:
     """
     import psutil
 
-    tree: list[psutil.Process] = []
-    for child in list(_children):
-        try:
-            parent = psutil.Process(child.pid)
-            tree += [parent, *parent.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue  # it ended by itself in the meantime
-    for process in tree:
-        try:
-            process.send_signal(signal.SIGTERM)
-        except psutil.NoSuchProcess:
-            continue
-    _, alive = psutil.wait_procs(tree, timeout=seconds)
+    _stopping.set()
+    deadline = time.monotonic() + seconds
+    children = list(_children)
+    descendants: list[psutil.Process] = []
+    for child in children:
+        with suppress(psutil.NoSuchProcess):  # it ended by itself in the meantime
+            descendants += psutil.Process(child.pid).children(recursive=True)
+        child.terminate()
+    for process in descendants:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(descendants, timeout=seconds)
     for process in alive:
         process.kill()
+    for child in children:  # by Popen and not psutil, which would take the exit status away from it
+        try:
+            child.wait(timeout=max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()

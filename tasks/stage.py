@@ -328,7 +328,8 @@ def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Map
 
 def full_disk(error: OSError) -> str:
     """Return the message for a full disk."""
-    return f"the disk is full (writing {error.filename or 'the output'}): free space and run again; earlier results are untouched"
+    place = error.filename or "the output"
+    return f"the disk is full (writing {place}): free space and run again; earlier results are untouched"
 
 
 def _interrupt(signal_number: int, frame: object) -> None:

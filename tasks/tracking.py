@@ -102,12 +102,14 @@ def send(record: Path) -> None:
         state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else {}
         run_id, parent = _open_run(client, experiment_id, run, state)
         lines = list(metric_lines(record))
-        metrics = [
+        points = [
             Metric(key, value, int(line["time"] * 1000), step)
             for line in lines[state.get("lines", 0) :]
             for name, value in line["metrics"].items()
             for key, step in _axes(name, line)
         ]
+        known = {} if "lines" in state else _last_steps(client, run_id)
+        metrics = [point for point in points if point.step > known.get(point.key, -1)]
         for first in range(0, len(metrics), LINES_PER_BATCH):
             client.log_batch(run_id, metrics=metrics[first : first + LINES_PER_BATCH])
         state = {"run_id": run_id, "lines": len(lines), "opened": run["started"], "ended": None}
@@ -125,6 +127,12 @@ def _axes(name: str, line: dict[str, Any]) -> list[tuple[str, int]]:
     if line["tokens"] is not None:
         axes.append((f"by_tokens/{name}", line["tokens"]))
     return axes
+
+
+def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    """The last step that MLflow has of each metric, asked for when our own note of what was sent is lost."""
+    keys = client.get_run(run_id).data.metrics
+    return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
 
 
 def _open_run(client: MlflowClient, experiment_id: str, run: dict[str, Any], state: dict[str, Any]) -> tuple[str, str]:
@@ -230,7 +238,7 @@ def fully_sent(record: Path) -> bool:
         return False
     run = json.loads((record / "run.json").read_text(encoding="utf-8"))
     state = json.loads(state_file.read_text(encoding="utf-8"))
-    return run["status"] != "RUNNING" and state["ended"] == run["ended"]
+    return bool(run["status"] != "RUNNING" and state["ended"] == run["ended"])
 
 
 def follow(record: Path) -> None:
@@ -242,7 +250,7 @@ def follow(record: Path) -> None:
     ended = False
     while not ended:
         readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_SENDS)
-        ended = bool(readable) and not sys.stdin.buffer.read1(1)
+        ended = bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
         run = json.loads(run_file.read_text(encoding="utf-8"))
         if run["started"] != started:
             return  # the stage died and was started again: the newer run has its own sender

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,8 +130,19 @@ QUIET = {
 }
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables and nothing in them: making one takes MLflow several seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    program = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
+    subprocess.run(
+        [sys.executable, "-c", program, f"sqlite:///{path}"], check=True, cwd=path.parent, env={**os.environ, **QUIET}
+    )
+    return path
+
+
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> Path:
     """A git and DVC repository of its own with the toy pipeline; the working directory of the test."""
     root = tmp_path / "workspace"
     root.mkdir()
@@ -143,6 +155,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "params.yaml").write_text(TOY_PARAMS)
     (root / "dvc.yaml").write_text(TOY_DVC)
     (root / ".gitignore").write_text(".scratch/\n.runs/\nmlflow.db\nmlartifacts/\n__pycache__/\n")
+    shutil.copy(empty_mlflow, root / "mlflow.db")
     for name, text in TOY_STAGES.items():
         (root / name).write_text(text)
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):

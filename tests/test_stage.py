@@ -160,7 +160,7 @@ def test_the_fingerprint_changes_with_what_dvc_compares_only(workspace: Path) ->
     code = Path("grow.py")
     code.write_text(code.read_text() + "\n# changed\n")
     assert fingerprint("grow")[0] not in (before, with_other_params)
-    with pytest.raises(ValueError, match="dvc.yaml's stage `grwo` can't be read"):
+    with pytest.raises(ValueError, match=r"dvc.yaml's stage `grwo` can't be read"):
         fingerprint("grwo")
 
 

@@ -10,7 +10,7 @@ import sentencepiece
 from model.tokenizer import Tokenizer
 from tasks.encoding import Index, open_tokens, read_index
 from tasks.stage import Machine, Stage, parse_section
-from tasks.tokenize import Params, Source, check_sources, plan_stream, run, split
+from tasks.tokenize import Params, Source, check_sources, plan_stream, run, split, write_validation
 
 WORDS = ["the", "llama", "walks", "over", "a", "high", "mountain", "and", "then", "it", "rests", "1999", "times", "é"]
 SHARES = {"web": (67.0, 2.0, 0.1), "books": (4.5, 1.0, 0.2), "wiki": (20.0, 3.0, 0.1), "questions": (0.0, 0.0, 1.0)}
@@ -59,8 +59,8 @@ def make_params(mixture=None, **changes):
         name: {"weight": weight, "max_epochs": epochs, "validation_share": share}
         for name, (weight, epochs, share) in shares.items()
     }
-    values = {"num_tokens": 8000, "min_filled_share": 0.95, "shard_tokens": 3000, "mixture": named}
-    return Params.model_validate(values | changes)
+    values = {"num_tokens": 8000, "min_filled_share": 0.95, "max_piece_tokens": 50, "shard_tokens": 3000}
+    return Params.model_validate(values | {"mixture": named} | changes)
 
 
 def make_stage(root, params, workers=1):
@@ -87,7 +87,7 @@ def read_stream(output):
     return shards, np.concatenate(shards), pandas.read_parquet(output / "documents.parquet")
 
 
-def test_the_stream_is_each_document_between_bos_and_eos(finished):
+def test_the_stream_is_each_document_between_bos_and_eos_cut_into_pieces(finished):
     stage, figures, tokenizer = finished
     shards, stream, documents = read_stream(stage.output)
     assert stream.dtype == np.uint16
@@ -97,7 +97,25 @@ def test_the_stream_is_each_document_between_bos_and_eos(finished):
     ends = [*documents["start"][1:], len(stream)]
     for row, end in zip(documents.itertuples(), ends, strict=True):
         assert row.source == DOCUMENTS[row.id]["source"]
-        assert stream[row.start : end].tolist() == tokenizer.encode(DOCUMENTS[row.id]["text"], bos=True, eos=True)
+        whole = tokenizer.encode(DOCUMENTS[row.id]["text"], bos=True, eos=True)
+        assert stream[row.start : end].tolist() == whole[row.piece * 50 : row.piece * 50 + 50]
+    assert set(documents["piece"]) >= {0, 1, 2}
+
+
+def test_an_epoch_has_every_piece_of_every_document_once(finished):
+    stage, _, tokenizer = finished
+    _, _, documents = read_stream(stage.output)
+    held_out = set(pandas.read_parquet(stage.output / "validation.parquet")["id"])
+    pieces = {
+        (row["id"], piece)
+        for row in DOCUMENTS.values()
+        if row["source"] == "web" and row["id"] not in held_out
+        for piece in range(-(-len(tokenizer.encode(row["text"], bos=True, eos=True)) // 50))
+    }
+    web = documents[documents["source"] == "web"]
+    drawn = list(zip(web["id"], web["piece"], strict=True))
+    assert len(drawn) > len(pieces)
+    assert set(drawn[: len(pieces)]) == pieces
 
 
 def test_validation_files_hold_the_held_out_documents(finished):
@@ -192,19 +210,24 @@ def test_tables_and_pictures_show_the_mixture(finished):
 
 def make_index(lengths, ids=None):
     number = len(lengths)
-    return Index(
-        np.array(range(number) if ids is None else ids, np.uint64),
-        np.zeros(number, np.int32),
-        np.zeros(number, np.int64),
-        np.array(lengths, np.int64),
-    )
+    zeros = np.zeros(number, np.int32)
+    starts = np.cumsum(lengths) - lengths
+    return Index(np.array(range(number) if ids is None else ids, np.uint64), zeros, zeros, starts, np.array(lengths))
+
+
+def test_documents_are_cut_into_pieces_that_cover_them():
+    pieces = make_index([7, 3, 6], ids=[70, 30, 60]).cut(3)
+    assert pieces.ids.tolist() == [70, 70, 70, 30, 60, 60]
+    assert pieces.pieces.tolist() == [0, 1, 2, 0, 0, 1]
+    assert pieces.starts.tolist() == [0, 3, 6, 7, 10, 13]
+    assert pieces.lengths.tolist() == [3, 3, 1, 3, 3, 3]
 
 
 def test_a_source_used_up_gives_its_share_to_the_others():
     params = make_params({"a": (1, 2, 0.1), "b": (1, 9, 0.1), "c": (2, 9, 0.1)}, num_tokens=3000)
     # a has 50 tokens for two epochs: 100 of its 750; the missing 650 go to b and c at 1 to 2
     plan = plan_stream(params, {name: make_index([size] * 5) for name, size in (("a", 10), ("b", 100), ("c", 100))}, 1)
-    given = {name: int(plan.given(name).sum()) for name in "abc"}
+    given = {name: plan.tokens_of(name) for name in "abc"}
     assert given["a"] == 100
     assert given["b"] == pytest.approx(2900 / 3, abs=100)
     assert given["c"] == pytest.approx(2900 * 2 / 3, abs=100)
@@ -269,7 +292,10 @@ def test_a_source_half_trained_on_is_refused(changes):
 def test_too_few_tokens_for_one_document_names_the_source():
     params = make_params({"a": (1, 1, 0.1), "b": (99, 1, 0.1)}, num_tokens=1000)
     train = {"a": make_index([100, 100]), "b": make_index([10] * 200)}
-    with pytest.raises(ValueError, match=r"`tokenize.num_tokens` is 1000, of which source `a` may give 10, too little"):
+    with pytest.raises(
+        ValueError,
+        match=r"`tokenize.num_tokens` is 1000, of which source `a` may give 10, too little for its next piece",
+    ):
         plan_stream(params, train, 1)
 
 
@@ -292,6 +318,13 @@ def test_a_document_that_occurs_twice_is_named(finished, tmp_path):
     first = min(DOCUMENTS)
     with pytest.raises(ValueError, match=rf"corpus holds document {first} more than once \({len(DOCUMENTS)} surplus"):
         read_index([part, part], tmp_path / "corpus")
+
+
+def test_no_validation_at_all_is_an_empty_table(tmp_path):
+    write_validation(tmp_path, {"web": make_index([])}, [np.empty(0, np.uint16)])
+    table = pandas.read_parquet(tmp_path / "validation.parquet")
+    assert table.columns.tolist() == ["source", "start", "id", "piece"]
+    assert len(table) == 0
 
 
 def test_a_part_without_documents_has_no_tokens(tmp_path):
