@@ -23,9 +23,10 @@ Tokens = npt.NDArray[Any]  # uint16 or uint32, by the size of the vocabulary
 
 @dataclass(frozen=True)
 class Index:
-    """Where the documents of one source are in the encoded parts, in the order of their ids."""
+    """Where the documents of one source are in the encoded parts, in the order of their ids; or pieces of them."""
 
     ids: npt.NDArray[np.uint64]
+    pieces: npt.NDArray[np.int32]  # which piece of its document; 0 for the first, or for a whole document
     parts: npt.NDArray[np.int32]
     starts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
@@ -39,8 +40,19 @@ class Index:
         return int(self.lengths.sum())
 
     def select(self, chosen: npt.NDArray[Any]) -> Index:
-        """Return the chosen documents (a mask)."""
-        return Index(self.ids[chosen], self.parts[chosen], self.starts[chosen], self.lengths[chosen])
+        """Return the chosen documents: a mask, or positions."""
+        return Index(
+            self.ids[chosen], self.pieces[chosen], self.parts[chosen], self.starts[chosen], self.lengths[chosen]
+        )
+
+    def cut(self, max_tokens: int) -> Index:
+        """Return the documents cut into pieces of `max_tokens`, the last of each document shorter."""
+        counts = -(-self.lengths // max_tokens)
+        whole = self.select(np.repeat(np.arange(len(self)), counts))
+        pieces = np.arange(len(whole)) - np.repeat(np.cumsum(counts) - counts, counts)
+        offsets = pieces * max_tokens
+        lengths = np.minimum(whole.lengths - offsets, max_tokens)
+        return Index(whole.ids, pieces.astype(np.int32), whole.parts, whole.starts + offsets, lengths)
 
     def read(self, document: int, encoded: list[Tokens]) -> Tokens:
         """Return one document's tokens from the encoded parts."""
@@ -65,7 +77,11 @@ def encode_parts(
     missing = [(part, result) for part, result in zip(documents, results, strict=True) if not result.exists()]
     if not missing:
         return results
-    local = {"n_workers": min(machine.workers, len(missing)), "threads_per_worker": 1, "dashboard_address": None}
+    local = {
+        "n_workers": min(machine.workers, len(missing)),
+        "threads_per_worker": 1,
+        "dashboard_address": "127.0.0.1:0",  # any free port
+    }
     options = {"address": machine.scheduler} if machine.scheduler else local
     with Client(**options) as client:  # type: ignore[no-untyped-call]
         futures = [
@@ -129,6 +145,7 @@ def read_index(parts: list[Path], corpus: Path) -> dict[str, Index]:
             f"{corpus} holds document {twice['id'].iloc[0]:016x} more than once ({len(twice)} surplus copies): "
             "identical texts have to be removed, see `clean` in params.yaml"
         )
+    rows["piece"] = np.zeros(len(rows), np.int32)
     groups = {str(name): group for name, group in rows.groupby("source", observed=True)}
-    columns = ("id", "part", "start", "length")
+    columns = ("id", "piece", "part", "start", "length")
     return {name: Index(*(groups[name][column].to_numpy() for column in columns)) for name in sorted(groups)}

@@ -1,14 +1,15 @@
 """Turn the corpus into one stream of tokens, mixed by weight (LLaMA section 2.1 and table 1).
 
 Every document becomes BOS, its tokens, EOS. A share of each source is held out for validation, chosen by the
-document's id, so that a held-out document stays held out when others are added. The rest is drawn into the stream:
-the sources in proportion to their weights, each source's documents in a new random order every epoch.
+document's id, so that a held-out document stays held out when others are added. The rest is cut into pieces, lest a
+whole book fill batch after batch, and drawn into the stream: the sources in proportion to their weights, each
+source's pieces in a new random order every epoch.
 
 A source that can't fill its share within `max_epochs` gives what is missing to the others, in proportion to their
-weights. That is settled before the first document is drawn, so the proportions are the same all along the stream.
+weights. That is settled before the first piece is drawn, so the proportions are the same all along the stream.
 
 Reads data/clean/documents/part-*.parquet, data/train_tokenizer/tokenizer.model.
-Writes train-*.npy (one stream, cut into shards), documents.parquet (where in it each document starts),
+Writes train-*.npy (one stream, cut into shards), documents.parquet (where in it each piece starts),
 validation-<source>.npy, validation.parquet, mixture.json, plots/mixture.csv.
 """
 
@@ -58,6 +59,7 @@ class Params(Section):
     min_filled_share: float = Field(
         gt=0, le=1, description="share of num_tokens that the sources must fill within their max_epochs"
     )
+    max_piece_tokens: int = Field(gt=1, description="longer documents are cut into pieces, in tokens")
     shard_tokens: int = Field(gt=0, description="tokens in one file of the stream")
     mixture: dict[str, Source] = Field(min_length=1, description="the sources and their parts in the stream")
 
@@ -77,7 +79,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
     train, held_out = {}, {}
     for name, index in read_index(parts, DOCUMENTS).items():
-        train[name], held_out[name] = split(index, name, params.mixture[name].validation_share)
+        kept, held_out[name] = split(index, name, params.mixture[name].validation_share)
+        train[name] = kept.cut(params.max_piece_tokens)
     plan = plan_stream(params, train, stage.seed)
 
     started = time.monotonic()
@@ -148,11 +151,11 @@ def split(index: Index, name: str, share: float) -> tuple[Index, Index]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The documents of the stream in their order: the number of the source in `names`, the document's in the source."""
+    """The stream's pieces in their order: the number of the source in `names`, and the piece's number in the source."""
 
     names: list[str]
     sources: npt.NDArray[np.int16]
-    documents: npt.NDArray[np.int64]
+    pieces: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
     @property
@@ -160,14 +163,13 @@ class Plan:
         """Tokens of the stream."""
         return int(self.lengths.sum())
 
-    def given(self, name: str) -> npt.NDArray[np.int64]:
-        """Return the lengths of the documents that a source gives."""
-        lengths: npt.NDArray[np.int64] = self.lengths[self.sources == self.names.index(name)]
-        return lengths
+    def tokens_of(self, name: str) -> int:
+        """Return the tokens that a source gives."""
+        return int(self.lengths[self.sources == self.names.index(name)].sum()) if name in self.names else 0
 
 
 def plan_stream(params: Params, train: dict[str, Index], seed: int) -> Plan:
-    """Decide the order of all documents in the stream.
+    """Decide the order of all pieces in the stream.
 
     Raises ValueError when a source gives nothing, or all together give too little.
     """
@@ -182,19 +184,19 @@ def plan_stream(params: Params, train: dict[str, Index], seed: int) -> Plan:
         params.num_tokens,
         [shuffled(len(train[name]), name, seed) for name in names],
     )
-    order = np.fromiter(drawn, np.dtype([("source", np.int16), ("document", np.int64)]))
+    order = np.fromiter(drawn, np.dtype([("source", np.int16), ("piece", np.int64)]))
     lengths = np.zeros(len(order), np.int64)
     for number, name in enumerate(names):
         chosen = order["source"] == number
-        lengths[chosen] = train[name].lengths[order["document"][chosen]]
+        lengths[chosen] = train[name].lengths[order["piece"][chosen]]
         if not chosen.any():
             shortest, longest = train[name].lengths.min(), train[name].lengths.max()
             raise ValueError(
                 f"params.yaml: `tokenize.num_tokens` is {params.num_tokens}, of which source `{name}` may give "
-                f"{targets[name]:.0f}, too little for its next document (they have {shortest} to {longest} tokens): "
+                f"{targets[name]:.0f}, too little for its next piece (they have {shortest} to {longest} tokens): "
                 f"raise num_tokens, or weight or max_epochs in `tokenize.mixture.{name}`"
             )
-    plan = Plan(names, order["source"], order["document"], lengths)
+    plan = Plan(names, order["source"], order["piece"], lengths)
     share = plan.num_tokens / params.num_tokens
     if share < params.min_filled_share:
         raise ValueError(
@@ -215,7 +217,7 @@ def write_stream(output: Path, shard_tokens: int, plan: Plan, train: dict[str, I
     total, dtype = plan.num_tokens, encoded[0].dtype
     by_number = [train[name] for name in plan.names]
     rest = np.empty(0, dtype)
-    documents = zip(plan.sources.tolist(), plan.documents.tolist(), strict=True)
+    pieces = zip(plan.sources.tolist(), plan.pieces.tolist(), strict=True)
     with tqdm(total=total, desc="writing the stream", unit="token", unit_scale=True) as progress:
         for number, begin in enumerate(range(0, total, shard_tokens)):
             shape = (min(shard_tokens, total - begin),)
@@ -223,47 +225,57 @@ def write_stream(output: Path, shard_tokens: int, plan: Plan, train: dict[str, I
             filled = 0
             while filled < len(shard):
                 if not len(rest):
-                    source, document = next(documents)
-                    rest = by_number[source].read(document, encoded)
+                    source, piece = next(pieces)
+                    rest = by_number[source].read(piece, encoded)
                 taken = min(len(rest), len(shard) - filled)
                 shard[filled : filled + taken] = rest[:taken]
                 filled, rest = filled + taken, rest[taken:]
             shard.flush()
             progress.update(len(shard))
-    ids = np.zeros(len(plan.documents), np.uint64)
+    ids, numbers = np.zeros(len(plan.pieces), np.uint64), np.zeros(len(plan.pieces), np.int32)
     for number, index in enumerate(by_number):
         chosen = plan.sources == number
-        ids[chosen] = index.ids[plan.documents[chosen]]
-    sources = [plan.names[number] for number in plan.sources]
-    write_documents(output / "documents.parquet", sources, np.cumsum(plan.lengths) - plan.lengths, ids)
+        ids[chosen] = index.ids[plan.pieces[chosen]]
+        numbers[chosen] = index.pieces[plan.pieces[chosen]]
+    starts = np.cumsum(plan.lengths) - plan.lengths
+    write_table(output / "documents.parquet", plan.names, plan.sources, starts, ids, numbers)
 
 
 def write_validation(output: Path, held_out: dict[str, Index], encoded: list[Tokens]) -> None:
     """Write validation-<source>.npy, and validation.parquet with each document's start in its source's file."""
-    sources: list[str] = []
+    held_out = {name: index for name, index in held_out.items() if len(index)}
+    names = list(held_out)
     for name, index in held_out.items():
-        if not len(index):
-            continue
         shape = (index.num_tokens,)
         tokens = np.lib.format.open_memmap(output / f"validation-{name}.npy", "w+", encoded[0].dtype, shape)
         for document, end in enumerate(np.cumsum(index.lengths)):
             tokens[end - index.lengths[document] : end] = index.read(document, encoded)
         tokens.flush()
-        sources += [name] * len(index)
+    sources = np.repeat(np.arange(len(names), dtype=np.int16), [len(index) for index in held_out.values()])
     starts = [np.cumsum(index.lengths) - index.lengths for index in held_out.values()]
-    ids = [index.ids for index in held_out.values()]
-    write_documents(output / "validation.parquet", sources, np.concatenate(starts), np.concatenate(ids))
+    ids, pieces = [index.ids for index in held_out.values()], [index.pieces for index in held_out.values()]
+    empty = [np.empty(0, np.int64)]
+    columns = [np.concatenate(column or empty) for column in (starts, ids, pieces)]
+    write_table(output / "validation.parquet", names, sources, *columns)
 
 
-def write_documents(path: Path, sources: list[str], starts: npt.NDArray[np.int64], ids: npt.NDArray[np.uint64]) -> None:
-    """Write a table of documents: `source`, `start` (in tokens), `id`."""
+def write_table(
+    path: Path,
+    names: list[str],
+    sources: npt.NDArray[np.int16],
+    starts: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.uint64],
+    pieces: npt.NDArray[np.int32],
+) -> None:
+    """Write where documents start: `source`, `start` (in tokens), `id`, `piece` (of a document that was cut)."""
     import pyarrow as pa
     import pyarrow.parquet
 
     columns = {
-        "source": pa.array(sources, pa.string()).dictionary_encode(),
+        "source": pa.DictionaryArray.from_arrays(pa.array(sources), pa.array(names, pa.string())),
         "start": pa.array(starts, pa.int64()),
         "id": pa.array([f"{document:016x}" for document in ids.tolist()], pa.string()),
+        "piece": pa.array(pieces, pa.int32()),
     }
     pyarrow.parquet.write_table(pa.table(columns), path)
 
@@ -276,23 +288,22 @@ def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], held_out: 
     total_weight = sum(source.weight for source in mixture.values())
     rows: list[dict[str, Any]] = []
     for name, source in sorted(mixture.items()):
-        given = plan.given(name) if name in plan.names else np.empty(0, np.int64)
+        tokens = plan.tokens_of(name)
         rows.append(
             {
                 "source": name,
                 "share_asked": source.weight / total_weight,
-                "share_reached": int(given.sum()) / plan.num_tokens,
-                "tokens": int(given.sum()),
-                "documents": len(given),
-                "epochs": int(given.sum()) / train[name].num_tokens if source.weight else 0.0,
+                "share_reached": tokens / plan.num_tokens,
+                "tokens": tokens,
+                "epochs": tokens / train[name].num_tokens if source.weight else 0.0,
                 "max_epochs": source.max_epochs,
                 "source_tokens": train[name].num_tokens,
-                "source_documents": len(train[name]),
+                "source_documents": len(np.unique(train[name].ids)),
                 "validation_tokens": held_out[name].num_tokens,
                 "validation_documents": len(held_out[name]),
             }
         )
-    summary = {"tokens": plan.num_tokens, "tokens_asked": stage.params.num_tokens, "documents": len(plan.documents)}
+    summary = {"tokens": plan.num_tokens, "tokens_asked": stage.params.num_tokens, "pieces": len(plan.pieces)}
     write_json(stage.output / "mixture.json", {**summary, "sources": {row["source"]: row for row in rows}})
     table = pandas.DataFrame(rows)
     (stage.output / "plots").mkdir()
@@ -301,7 +312,7 @@ def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], held_out: 
     _plot(table, stage.artifacts / "mixture.png")
     figures: dict[str, float] = {
         "tokens": plan.num_tokens,
-        "documents": len(plan.documents),
+        "documents": sum(row["source_documents"] for row in rows if row["max_epochs"]),
         "filled_share": plan.num_tokens / stage.params.num_tokens,
         "validation_tokens": sum(index.num_tokens for index in held_out.values()),
         "validation_documents": sum(map(len, held_out.values())),
@@ -319,6 +330,8 @@ def _plot(table: Any, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     trained = table[table["max_epochs"] > 0].set_index("source")
     axes = trained[["share_asked", "share_reached"]].plot.bar(figsize=(8, 4), ylabel="share of the stream's tokens")
     for place, epochs in enumerate(trained["epochs"]):
@@ -327,6 +340,7 @@ def _plot(table: Any, path: Path) -> None:
         )
     axes.figure.tight_layout()
     axes.figure.savefig(path, dpi=120)
+    pyplot.close(axes.figure)
 
 
 if __name__ == "__main__":
