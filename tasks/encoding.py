@@ -6,6 +6,8 @@ One file at a time in each of several processes, so memory stays bounded however
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +68,9 @@ def encode_parts(
 ) -> list[Path]:
     """Encode Parquet files of documents into directories below `directory`, and return these in the same order.
 
-    Runs on Dask: local processes, or a cluster that shares this file system. What an interrupted run encoded is kept.
+    What an interrupted run has encoded is kept.
     """
-    from distributed import Client, as_completed
+    from distributed import as_completed
     from tqdm import tqdm
 
     directory = directory.resolve()
@@ -77,13 +79,7 @@ def encode_parts(
     missing = [(part, result) for part, result in zip(documents, results, strict=True) if not result.exists()]
     if not missing:
         return results
-    local = {
-        "n_workers": min(machine.workers, len(missing)),
-        "threads_per_worker": 1,
-        "dashboard_address": "127.0.0.1:0",  # any free port
-    }
-    options = {"address": machine.scheduler} if machine.scheduler else local
-    with Client(**options) as client:  # type: ignore[no-untyped-call]
+    with connect(machine, num_workers=min(machine.workers, len(missing)), scratch=directory) as client:
         futures = [
             client.submit(encode_part, part.resolve(), tokenizer.resolve(), result, dtype.str, pure=False)
             for part, result in missing
@@ -92,6 +88,36 @@ def encode_parts(
         for future in tqdm(finished, total=len(futures), desc="encoding", unit="part"):
             future.result()
     return results
+
+
+@contextmanager
+def connect(machine: Machine, num_workers: int, scratch: Path) -> Iterator[Any]:
+    """Give a Dask client: of the cluster at `machine.scheduler`, which shares this file system, or of local processes.
+
+    Raises ValueError when no scheduler answers.
+    """
+    from distributed import Client, LocalCluster
+
+    cluster: Any = nullcontext(machine.scheduler)
+    if machine.scheduler is None:
+        cluster = LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=num_workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",  # any free port
+            local_directory=str(scratch / "dask"),
+            security=True,  # other users of this machine can't send it code
+        )
+    with cluster as address:
+        try:
+            client: Any = Client(address, timeout="30s")  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"params.yaml: `machine.scheduler` is {machine.scheduler}, but no Dask scheduler answers there "
+                f"({error}): start it, or set null for local processes"
+            ) from None
+        with client:
+            yield client
 
 
 def encode_part(documents: Path, tokenizer_path: Path, result: Path, dtype: str) -> None:
