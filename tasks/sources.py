@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 import shutil
 import sys
@@ -194,14 +195,16 @@ def read(file: File) -> Iterator[Document | Malformed]:
 
     Raises ValueError, naming the file and what to do, where the file as a whole can't be read.
     """
-    import aiohttp
+    from aiohttp import ClientError
 
+    unreachable = f"{file.location} can't be fetched: check the address and the network"
     try:
         yield from _READERS[file.format](file)
+    except ClientError as error:
+        raise ValueError(f"{unreachable} ({error})") from None
     except FileNotFoundError:
-        raise ValueError(f"{file.location} is missing: bring it, or take it out of source `{file.source}`") from None
-    except aiohttp.ClientError as error:
-        raise ValueError(f"{file.location} can't be fetched ({error}): check the address and the network") from None
+        gone = f"{file.location} is missing: bring it, or take it out of source `{file.source}`"
+        raise ValueError(unreachable if is_url(file.location) else gone) from None
     except OSError as error:
         raise ValueError(
             f"{file.location} can't be read ({error}): it may be damaged or cut off; fetch it again"
@@ -410,6 +413,7 @@ def _read_warc(file: File) -> Iterator[Document | Malformed]:
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
+    logging.getLogger("trafilatura").setLevel(logging.ERROR)  # it warns of each page without text
     row = 0
     with _open(file) as stream:
         try:

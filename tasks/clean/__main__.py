@@ -132,7 +132,8 @@ def dask_client(machine: Machine, scratch: Path) -> Iterator[Any]:
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
             local_directory=str(scratch / "dask"),
             security=True,
         )

@@ -17,10 +17,16 @@ from tasks.stage import Section
 TYPES = ("email", "ip", "card", "phone")  # in the order of the search: a card's digits are no phone number
 
 _EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
-_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)")
+_IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}(?:[0-9A-Fa-f]{1,4}|(?:\d{1,3}\.){3}\d{1,3})?(?![\w:]|\.\d)")
-_CARD = re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?![\w]|[.,-]\d)")
-_PHONE = re.compile(r"(?<![\w.,/])(?:\+|\(|\(\+)?\d[\d ().\-–/]{5,60}\d(?![\w]|[.,/]\d)")
+_CARD = re.compile(r"(?<![\w.,-])\d(?:[ -]?\d){12,18}(?!\w|[.,-]\d)")
+_PHONE = re.compile(r"(?<![\w.,/])(?<!\d:)(?:\+|\(\+?)?\d[\d ().\-–/]{5,60}\d(?!\w|[.,/:]\d)")
+_NO_PHONE = re.compile(r"[-(]*\d*\.\d+|.*\d{4}-\d\d-\d\d.*")  # a decimal number; a date
+_PHONE_CUE = re.compile(r"(?:call|dial|fax|mobile|phone|tel|telephone|whatsapp)\W{1,4}$", re.IGNORECASE)
+_CARD_ISSUERS = re.compile(  # by first digits and length: Visa, Mastercard, American Express, Discover, JCB, Diners
+    r"4\d{12}(?:\d{3}){0,2}|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}|3[47]\d{13}"
+    r"|(?:6011|64[4-9]\d|65\d\d)\d{12,15}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[68]\d)\d{11}"
+)
 
 
 class PersonalData(Section):
@@ -72,10 +78,12 @@ def _emails(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
 
 
 def _addresses(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
-    for pattern, needed in ((_IPV4, "."), (_IPV6, ":")):
-        if needed not in text:
-            continue
-        for match in pattern.finditer(text):
+    """Addresses with enough in them: four small numbers are a version (1.8.9.1), few groups a time or code (be::)."""
+    for pattern, separator, enough in ((_IPV4, ".", 3), (_IPV6, ":", 3)):
+        for match in pattern.finditer(text) if separator in text else ():
+            groups = [group for group in match.group().split(separator) if group]
+            if (max(map(len, groups)) if separator == "." else len(groups)) < enough:
+                continue
             try:
                 address = ipaddress.ip_address(match.group())
             except ValueError:
@@ -85,9 +93,10 @@ def _addresses(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
 
 
 def _cards(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
+    """Numbers that an issuer may have given out, with a right check digit."""
     for match in _CARD.finditer(text):
-        digits = [int(character) for character in match.group() if character.isdigit()]
-        if digits[0] in (2, 3, 4, 5, 6) and luhn(digits) and len(set(digits)) > 1:
+        digits = match.group().replace(" ", "").replace("-", "")
+        if _CARD_ISSUERS.fullmatch(digits) and luhn([int(digit) for digit in digits]):
             yield match.span()
 
 
@@ -98,18 +107,27 @@ def luhn(digits: Sequence[int]) -> bool:
 
 
 def _phones(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
-    """Numbers that libphonenumber calls valid in one of the regions; it is asked only about what looks like one."""
-    import phonenumbers
+    """Numbers in use, says libphonenumber; it is asked only about what looks like one.
+
+    After a word such as `call`, or with a country's code, a number of the right length will do. Digits in one row
+    without either may count anything.
+    """
+    from phonenumbers import Leniency, PhoneNumberMatcher
 
     for candidate in _PHONE.finditer(text):
         written = candidate.group()
-        if sum(map(str.isdigit, written)) < 7:
+        if sum(map(str.isdigit, written)) < 7 or _NO_PHONE.fullmatch(written):
             continue
+        announced = _PHONE_CUE.search(text[max(0, candidate.start() - 20) : candidate.start()]) is not None
+        if written.isdigit() and not announced:
+            continue
+        leniency = Leniency.POSSIBLE if announced or "+" in written else Leniency.VALID
         for region in [None] if "+" in written else params.phone_regions:
-            matches = list(phonenumbers.PhoneNumberMatcher(written, region, leniency=phonenumbers.Leniency.VALID))
+            matches = list(PhoneNumberMatcher(written, region, leniency))
+            for match in matches:
+                opened = match.raw_string.startswith("(") and match.raw_string.count("(") > match.raw_string.count(")")
+                yield candidate.start() + match.start + opened, candidate.start() + match.end
             if matches:
-                for match in matches:
-                    yield candidate.start() + match.start, candidate.start() + match.end
                 break
 
 

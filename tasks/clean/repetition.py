@@ -92,7 +92,7 @@ def extend(hashes: NDArray[np.uint64], codes: NDArray[np.uint64], n: int) -> NDA
 
 
 def top_share(hashes: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) -> float:
-    """Share of the characters in the most frequent n-gram (the longest of those that tie); 0 if none comes twice."""
+    """Share of the characters in the most frequent n-gram (of those that tie, the first); 0 if none comes twice."""
     import numpy as np
 
     again, places = _sort(hashes)
@@ -102,9 +102,8 @@ def top_share(hashes: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) ->
     if highest < 2:
         return 0.0
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    starts = places[runs[:-1][counts == highest]]
-    longest = (ends[starts + n] - ends[starts]).max()
-    return min(1.0, float(longest * highest / ends[-1]))
+    start = places[runs[:-1][counts == highest]].min()
+    return min(1.0, float((ends[start + n] - ends[start]) * highest / ends[-1]))
 
 
 def repeated_share(hashes: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) -> float:
