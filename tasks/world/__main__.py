@@ -1,0 +1,180 @@
+"""Write the embedded stand-in for the world outside: a corpus of known truth, with labelled dirt.
+
+Reads the seed texts data/seeds/world/*.toml (committed). Writes below data/world:
+
+- corpus/encyclopedia.jsonl.gz  entries about people, places, animals and crafts, and surveys of them
+- corpus/stories/*.md           stories in which the facts occur
+- corpus/howto.csv              instructions
+- corpus/dialogue.parquet       questions and answers about the entities that are not held out, and small talk
+- corpus/arithmetic.jsonl.zst   small sums, comparisons, counting
+- corpus/lists/*.txt            lists
+- corpus/web.warc.gz            HTML pages: entries, stories and instructions inside navigation and banners
+- corpus/questions.jsonl        validation only: questions about held-out entities, in wordings that occur nowhere else
+- corpus/labels.jsonl           what is planted where; truth to score cleaning by, never to clean by
+- truth/facts.jsonl             every fact (tasks/world/facts.py reads it and judges answers)
+- truth/questions.jsonl         the held-out questions one by one, with their entity, attribute and answer
+
+The corpus takes the place of the mixture of public sources in section 2.1 of LLaMA (2023) and Llama 2 (2023).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import Field
+
+from tasks.stage import Section, Stage, start
+from tasks.world import files
+from tasks.world.arithmetic import exercises, lists
+from tasks.world.dialogue import dialogue, held_out_questions
+from tasks.world.dirt import Dirt, Sources, plant
+from tasks.world.documents import Document, Shingles, distinct
+from tasks.world.entries import entry, survey
+from tasks.world.facts import KINDS, SEEDS, Fact, World, all_facts, build_world, read_texts, write_facts
+from tasks.world.howto import howto, subjects
+from tasks.world.stories import story
+
+Buckets = dict[tuple[str, ...], list[Shingles]]  # documents on one subject, which must differ
+
+
+class Params(Section):
+    """Size of the world, of its corpus, and its dirt."""
+
+    num_people: int = Field(ge=8, description="people")
+    num_places: int = Field(ge=4, description="towns")
+    num_animals: int = Field(ge=4, description="animals")
+    num_crafts: int = Field(ge=4, description="crafts")
+    held_out_share: float = Field(gt=0, lt=1, description="share of each kind of entity that no dialogue asks about")
+    num_entries: int = Field(gt=0, description="encyclopaedic entries")
+    num_surveys: int = Field(gt=0, description="encyclopaedic comparisons of several entities")
+    num_stories: int = Field(gt=0, description="stories, one file each")
+    num_howtos: int = Field(gt=0, description="how-to texts")
+    num_dialogues: int = Field(gt=0, description="dialogues of 5 to 8 questions")
+    num_arithmetic: int = Field(gt=0, description="pages of small arithmetic problems")
+    num_lists: int = Field(gt=0, description="pages of lists, one file each")
+    num_pages: int = Field(gt=0, description="HTML pages in a WARC file")
+    similarity_max: float = Field(
+        gt=0, lt=0.7, description="Jaccard similarity of word 3-grams that two documents on one subject stay below"
+    )
+    dirt: Dirt = Field(description="planted dirt")
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Write the corpus, its labels and the truth."""
+    params = stage.params
+
+    def generator(purpose: str) -> random.Random:
+        # One generator a purpose: changing the size of one source leaves the others as they were.
+        return random.Random(f"{stage.seed}/{purpose}")
+
+    counts = dict(
+        zip(KINDS, (params.num_people, params.num_places, params.num_animals, params.num_crafts), strict=True)
+    )
+    world = build_world(read_texts(SEEDS), counts, params.held_out_share, generator("facts"))
+    write_facts(stage.output / "truth" / "facts.jsonl", all_facts(world))
+    asked = ask(world, generator("questions"))
+    write_questions(stage.output / "truth" / "questions.jsonl", asked)
+
+    sources = write_sources(world, params, generator)
+    plant(world, sources, params.dirt, params.similarity_max, generator("dirt"))
+    corpus = stage.output / "corpus"
+    corpus.mkdir()
+    placed = files.write_pages(corpus, "web", sources["web"], world.texts["dirt"]["pages"], generator("pages"))
+    for name, write in files.WRITERS.items():
+        placed += write(corpus, name, sources[name])
+    files.write_lines(corpus, "questions", [Document(interview) for interview, _ in asked])
+    write_labels(corpus / "labels.jsonl", placed)
+
+    figures: Counter[str] = Counter()
+    for name, documents in sources.items():
+        figures[f"documents/{name}"] = len(documents)
+        figures[f"characters/{name}"] = sum(len(document.text) for document in documents)
+        for document in documents:
+            figures.update(f"labels/{label['kind']}" for label in document.labels)
+    figures["entities"] = len(world.entities)
+    figures["facts"] = len(all_facts(world))
+    figures["held_out_questions"] = sum(len(questions) for _, questions in asked)
+    return {name: float(figure) for name, figure in sorted(figures.items())}
+
+
+def write_sources(world: World, params: Params, generator: Callable[[str], random.Random]) -> Sources:
+    """Write the documents of every training source, clean so far; no two on one subject are alike."""
+    buckets: Buckets = defaultdict(list)
+
+    def entry_about(index: int, rng: random.Random) -> Document:
+        entity = list(world.entities.values())[index % len(world.entities)]
+        bucket = buckets["entry", entity.name]
+        return distinct(lambda: entry(world, entity, rng), bucket, params.similarity_max, "num_entries")
+
+    def survey_of(index: int, rng: random.Random) -> Document:
+        kind = list(KINDS)[index % len(KINDS)]
+        return distinct(lambda: survey(world, kind, rng), buckets["survey", kind], params.similarity_max, "num_surveys")
+
+    def story_after(index: int, rng: random.Random) -> Document:
+        plots = world.texts["stories"]["plots"]
+        plot = plots[index % len(plots)]
+        bucket = buckets["story", plot["thing"]]
+        return distinct(lambda: story(world, plot, rng), bucket, params.similarity_max, "num_stories")
+
+    def howto_about(index: int, rng: random.Random) -> Document:
+        topics = subjects(world)
+        topic, name = topics[index % len(topics)]
+        return distinct(
+            lambda: howto(world, topic, name, rng), buckets[topic, name], params.similarity_max, "num_howtos"
+        )
+
+    def page_of(index: int, rng: random.Random) -> Document:
+        return rng.choice([entry_about, entry_about, story_after, howto_about])(rng.randrange(10**6), rng)
+
+    makers: dict[str, list[tuple[int, Callable[[int, random.Random], Document]]]] = {
+        "encyclopedia": [(params.num_entries, entry_about), (params.num_surveys, survey_of)],
+        "stories": [(params.num_stories, story_after)],
+        "howto": [(params.num_howtos, howto_about)],
+        "dialogue": [(params.num_dialogues, lambda index, rng: Document(dialogue(world, rng)))],
+        "arithmetic": [(params.num_arithmetic, lambda index, rng: Document(exercises(world, rng)))],
+        "lists": [(params.num_lists, lambda index, rng: Document(lists(world, rng)))],
+        "web": [(params.num_pages, page_of)],
+    }
+    return {
+        name: [make(index, rng) for rng in [generator(name)] for number, make in parts for index in range(number)]
+        for name, parts in makers.items()
+    }
+
+
+def ask(world: World, rng: random.Random) -> list[tuple[str, list[tuple[Fact, str, str]]]]:
+    """Return, for each held-out entity, interviews about all its facts, each fact asked in a new wording."""
+    asked = []
+    for entity in world.entities.values():
+        if entity.held_out:
+            for questions in held_out_questions(world, entity, rng):
+                text = "\n".join(f"Question: {question}\nAnswer: {answer}" for _, question, answer in questions)
+                asked.append((text, questions))
+    return asked
+
+
+def write_questions(path: Path, asked: list[tuple[str, list[tuple[Fact, str, str]]]]) -> None:
+    """Write the held-out questions one by one."""
+    lines = [
+        {"entity": fact.entity, "attribute": fact.attribute, "question": question, "answer": answer}
+        for _, questions in asked
+        for fact, question, answer in questions
+    ]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_labels(path: Path, placed: files.Placed) -> None:
+    """Write what is planted, keyed by where its document stands."""
+    lines = [
+        json.dumps({"file": file, "row": row, **label}, ensure_ascii=False) + "\n"
+        for file, row, document in placed
+        for label in document.labels
+    ]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    start(Params, run)
