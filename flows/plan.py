@@ -23,7 +23,8 @@ GIB = 2**30
 ZERO_STAGES = (0, 1, 2, 3)
 ZERO_3_LIVE_PARAMETERS = 1_000_000_000  # gathered at once at most: DeepSpeed's `stage3_max_live_parameters`
 
-Checkpointing = Literal["none", "selective", "full"]
+Precision = Literal["fp32", "bf16"]
+Checkpointing = Literal["off", "selective", "full"]
 
 
 class PlanParams(Section):
@@ -38,7 +39,7 @@ class PlanParams(Section):
     reported_device_hours: float | None = Field(gt=0, description="device hours others report for it; null: none")
 
 
-class Architecture(BaseModel):
+class Sizes(BaseModel):
     """The sizes that count, under their names in params.yaml and in a Hugging Face config.json."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -58,81 +59,93 @@ class Architecture(BaseModel):
         return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
 
 
-def num_layer_parameters(model: Architecture) -> dict[str, int]:
+def num_layer_parameters(sizes: Sizes) -> dict[str, int]:
     """Return one layer's parameters by part: no biases, two RMSNorm gains, three matrices of SwiGLU."""
     return {
-        "attention": 2 * model.hidden_size * (model.hidden_size + model.key_value_size),
-        "feed-forward": 3 * model.hidden_size * model.intermediate_size,
-        "norms": 2 * model.hidden_size,
+        "attention": 2 * sizes.hidden_size * (sizes.hidden_size + sizes.key_value_size),
+        "feed-forward": 3 * sizes.hidden_size * sizes.intermediate_size,
+        "norms": 2 * sizes.hidden_size,
     }
 
 
-def num_parameters(model: Architecture) -> int:
+def num_parameters(sizes: Sizes) -> int:
     """Return the exact count: embedding, layers, last norm, and the output matrix where it is not the embedding."""
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return embeddings + model.num_hidden_layers * sum(num_layer_parameters(model).values()) + model.hidden_size
+    embeddings = sizes.vocab_size * sizes.hidden_size * (1 if sizes.tie_word_embeddings else 2)
+    return embeddings + sizes.num_hidden_layers * sum(num_layer_parameters(sizes).values()) + sizes.hidden_size
 
 
-def state_bytes(num_parameters: int, bf16: bool, zero_stage: int, num_devices: int) -> dict[str, float]:
+def bytes_a_parameter(precision: Precision, zero_stage: int) -> dict[str, int]:
+    """Return what Adam takes for each parameter: ZeRO's 2 + 2 + 12 bytes in mixed precision, 4 + 4 + 8 in fp32.
+
+    The 12 are fp32 master weights and two moments; fp32 needs no masters. With bf16 weights, gradients take 2 bytes at
+    stage 0 and 4 above: there model/engine.py has them added up in fp32.
+    """
+    if precision == "fp32":
+        return {"weights": 4, "gradients": 4, "optimizer": 8}
+    return {"weights": 2, "gradients": 2 if zero_stage == 0 else 4, "optimizer": 12}
+
+
+def state_bytes(
+    num_parameters: int, each: Mapping[str, int], zero_stage: int, num_devices: int, offload: bool
+) -> dict[str, float]:
     """Return the bytes on one device of weights, gradients and optimiser states, and of what ZeRO 3 gathers.
 
-    ZeRO, section 3 and figure 1, with 2 + 2 + 12 bytes a parameter for Adam in mixed precision (weights, gradients, fp32
-    master weights and two moments), 4 + 4 + 8 in fp32, which needs no masters. Stage 1 divides the optimiser's share
-    among the devices, stage 2 the gradients as well, stage 3 all; it then gathers the layers in use for a moment.
+    ZeRO, section 3 and figure 1: stage 1 divides the optimiser's states among the devices, stage 2 the gradients too,
+    stage 3 the weights, and then gathers those of the layers in use for a moment. Offloaded states take none.
     """
-    weight_bytes, optimizer_bytes = (2, 12) if bf16 else (4, 8)
 
-    def share(from_stage: int) -> int:
-        return num_devices if zero_stage >= from_stage else 1
+    def share(from_stage: int) -> float:
+        return num_parameters / (num_devices if zero_stage >= from_stage else 1)
 
     gathered = min(num_parameters, ZERO_3_LIVE_PARAMETERS) if zero_stage == 3 and num_devices > 1 else 0
     return {
-        "weights": weight_bytes * num_parameters / share(3),
-        "gradients": weight_bytes * num_parameters / share(2),
-        "optimizer": optimizer_bytes * num_parameters / share(1),
-        "gathered": weight_bytes * gathered,
+        "weights": each["weights"] * share(3),
+        "gradients": each["gradients"] * share(2),
+        "optimizer": 0 if offload and zero_stage > 0 else each["optimizer"] * share(1),
+        "gathered": each["weights"] * gathered,
     }
 
 
-def activation_bytes(model: Architecture, checkpointing: Checkpointing, num_tokens: int, bf16: bool) -> int:
-    """Return the bytes that the forward pass of one micro batch keeps for the backward pass, the logits left out.
+def activation_bytes(sizes: Sizes, checkpointing: Checkpointing, num_tokens: int, bf16: bool) -> int:
+    """Return the bytes that the layers keep of one micro batch from the forward pass for the backward pass.
 
-    Counted as Korthikanti et al. section 4.1 do, in values a token and layer, for this architecture: no dropout, SwiGLU,
-    grouped queries, attention weights never stored. With h the width, k the width of the keys, f that of SwiGLU:
+    Counted as Korthikanti et al., section 4.1, but for this architecture: no dropout, SwiGLU, grouped queries,
+    attention weights never stored. In values a token and layer, h the width, k the keys' width, f that of SwiGLU:
 
-    - none: each norm's input and output (4h), queries, keys, values (h + 2k), attention's output (h), gate, up, the
-      gate's SiLU and the product (4f)
-    - selective: the layer's input (h) and the outputs of matrix products and attention: queries, keys, values (h + 2k),
-      attention (h), its projection (h), gate, up (2f), down (h); the rest is computed again (LLaMA section 2.4)
-    - full: the layer's input (h); one layer at a time is computed again, and holds what `none` holds
+    - off: each norm's input and output (4h), queries, keys, values (h + 2k), attention (h), gate, its SiLU, up, their
+      product (4f). That is with a GPU's fused kernels; on a CPU norms and attention keep up to 1.6 times the sum.
+    - selective: the layer's input (h) and the matrix products: queries, keys, values (h + 2k), attention's projection
+      (h), gate, up (2f), down (h); the rest is computed again (LLaMA, section 2.4).
+    - full: the layer's input (h).
+
+    Where something is computed again, one layer at a time holds what `off` holds.
     """
-    h, k, f = model.hidden_size, model.key_value_size, model.intermediate_size
-    without = 6 * h + 2 * k + 4 * f
-    a_layer = {"none": without, "selective": 5 * h + 2 * k + 2 * f, "full": h}[checkpointing]
-    once = 0 if checkpointing == "none" else without - a_layer
-    return (2 if bf16 else 4) * num_tokens * (model.num_hidden_layers * a_layer + once)
+    h, k, f = sizes.hidden_size, sizes.key_value_size, sizes.intermediate_size
+    off = 6 * h + 2 * k + 4 * f
+    a_layer = {"off": off, "selective": 4 * h + 2 * k + 2 * f, "full": h}[checkpointing]
+    return (2 if bf16 else 4) * num_tokens * (sizes.num_hidden_layers * a_layer + off - a_layer)
 
 
-def logits_bytes(model: Architecture, num_tokens: int, bf16: bool) -> int:
-    """Return the bytes of one micro batch's logits: as computed, in fp32, and their gradient in fp32."""
-    return num_tokens * model.vocab_size * ((2 if bf16 else 4) + 4 + 4)
+def loss_bytes(vocab_size: int, num_tokens: int) -> int:
+    """Return the bytes that the loss keeps of one micro batch: each token's log-probabilities, in fp32."""
+    return 4 * num_tokens * vocab_size
 
 
-def key_value_cache_bytes(model: Architecture, num_key_value_heads: int, bf16: bool) -> int:
+def key_value_cache_bytes(sizes: Sizes, num_key_value_heads: int, bf16: bool) -> int:
     """Return the bytes of one sequence's keys and values at full context (Llama 2, section A.2.1)."""
-    head_size = model.hidden_size // model.num_attention_heads
-    values = 2 * model.num_hidden_layers * num_key_value_heads * head_size * model.max_position_embeddings
+    head_size = sizes.hidden_size // sizes.num_attention_heads
+    values = 2 * sizes.num_hidden_layers * num_key_value_heads * head_size * sizes.max_position_embeddings
     return (2 if bf16 else 4) * values
 
 
-def token_flops(model: Architecture) -> int:
+def token_flops(sizes: Sizes) -> int:
     """Return the FLOPs to train on one token: 6N + 12 L d T (PaLM, appendix B).
 
     6N for the matrices, forward and backward; the rest for attention over a full context of T tokens, not halved for
     being causal. What activation checkpointing computes again doesn't count: MFU looks at useful work.
     """
-    attention = 12 * model.num_hidden_layers * model.hidden_size * model.max_position_embeddings
-    return 6 * num_parameters(model) + attention
+    attention = 12 * sizes.num_hidden_layers * sizes.hidden_size * sizes.max_position_embeddings
+    return 6 * num_parameters(sizes) + attention
 
 
 def device_hours(flops: float, peak_tflops: float, mfu: float) -> float:
@@ -145,19 +158,25 @@ def implied_mfu(flops: float, peak_tflops: float, hours: float) -> float:
     return flops / (peak_tflops * 1e12 * hours * 3600)
 
 
-class Training(Architecture):
+class Training(Sizes):
     """The keys of `pretrain` that decide memory and time, beside the sizes."""
 
-    batch_tokens: int = Field(gt=0)
-    micro_batch_size: int = Field(gt=0)
+    batch_rows: int = Field(gt=0)
+    micro_batch_rows: int = Field(gt=0)
     zero_stage: Literal[0, 1, 2, 3]
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
+    offload: Literal["none", "cpu"]
     activation_checkpointing: Checkpointing
 
     @property
     def bf16(self) -> bool:
-        """Whether weights are held in bf16, with fp32 masters."""
+        """Whether weights and activations are held in bf16."""
         return self.precision == "bf16"
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimiser step, all devices together."""
+        return self.batch_rows * self.max_position_embeddings
 
 
 class Stream(BaseModel):
@@ -174,7 +193,7 @@ def plan(params: Mapping[str, Any]) -> str:
     Raises ValueError, naming the parameter, when `plan` or a key of `pretrain` that it needs is missing or wrong.
     """
     assumed = parse_section(PlanParams, params, "plan")
-    training = parse_section(Training, params, "pretrain")
+    training = parse_section(Training, _with_vocabulary(params), "pretrain")
     num_ranks = parse_section(Machine, params, "machine").num_ranks
     blocks = [
         _model_block(training),
@@ -186,41 +205,56 @@ def plan(params: Mapping[str, Any]) -> str:
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
 
+def read_sizes(params: Mapping[str, Any]) -> Sizes:
+    """Return the sizes of the model that `pretrain` trains; its vocabulary is the tokenizer's."""
+    return parse_section(Sizes, _with_vocabulary(params), "pretrain")
+
+
+def _with_vocabulary(params: Mapping[str, Any]) -> dict[str, Any]:
+    return {"pretrain": {**params["pretrain"], "vocab_size": params["train_tokenizer"]["vocab_size"]}}
+
+
 def _row(name: str, value: str, note: str = "") -> str:
     return f"  {name:<24}{value:>24}  {note}".rstrip()
 
 
-def _model_block(model: Architecture) -> list[str]:
-    parts = ", ".join(f"{name} {count:,}" for name, count in num_layer_parameters(model).items())
+def _model_block(sizes: Sizes) -> list[str]:
+    parts = ", ".join(f"{name} {count:,}" for name, count in num_layer_parameters(sizes).items())
     return [
         "Model",
-        _row("parameters", f"{num_parameters(model):,}", "exact, embedding and output matrix included"),
-        _row("layers", f"{model.num_hidden_layers:,}"),
-        _row("  parameters of one", f"{sum(num_layer_parameters(model).values()):,}", parts),
-        _row("width", f"{model.hidden_size:,}", f"{model.intermediate_size:,} in SwiGLU"),
-        _row("heads", f"{model.num_attention_heads:,}", f"{model.num_key_value_heads} for keys and values"),
-        _row("vocabulary", f"{model.vocab_size:,}"),
-        _row("context", f"{model.max_position_embeddings:,}", "tokens"),
+        _row("parameters", f"{num_parameters(sizes):,}", "exact, embedding and output matrix included"),
+        _row("layers", f"{sizes.num_hidden_layers:,}"),
+        _row("  parameters of one", f"{sum(num_layer_parameters(sizes).values()):,}", parts),
+        _row("width", f"{sizes.hidden_size:,}", f"{sizes.intermediate_size:,} in SwiGLU"),
+        _row("heads", f"{sizes.num_attention_heads:,}", f"{sizes.num_key_value_heads} for keys and values"),
+        _row("vocabulary", f"{sizes.vocab_size:,}"),
+        _row("context", f"{sizes.max_position_embeddings:,}", "tokens"),
     ]
 
 
 def _memory_block(training: Training, assumed: PlanParams) -> list[str]:
-    tokens = training.micro_batch_size * training.max_position_embeddings
+    tokens = training.micro_batch_rows * training.max_position_embeddings
     precision = training.precision
     names = {
         "weights": f"weights, {precision}",
-        "gradients": f"gradients, {precision}",
+        "gradients": "gradients",
         "optimizer": "masters, moments, fp32" if training.bf16 else "moments, fp32",
         "gathered": "gathered weights, at most",
         "activations": "activations",
-        "logits": "logits",
+        "loss": "loss, fp32",
         "overhead": "overhead (assumed)",
     }
     columns = [
         {
-            **state_bytes(num_parameters(training), training.bf16, stage, assumed.num_devices),
+            **state_bytes(
+                num_parameters(training),
+                bytes_a_parameter(precision, stage),
+                stage,
+                assumed.num_devices,
+                offload=training.offload == "cpu",
+            ),
             "activations": activation_bytes(training, training.activation_checkpointing, tokens, training.bf16),
-            "logits": logits_bytes(training, tokens, training.bf16),
+            "loss": loss_bytes(training.vocab_size, tokens),
             "overhead": assumed.overhead_gib * GIB,
         }
         for stage in ZERO_STAGES
@@ -228,7 +262,7 @@ def _memory_block(training: Training, assumed: PlanParams) -> list[str]:
     sums = [sum(column.values()) / GIB for column in columns]
     fits = ["yes" if total <= assumed.memory_gib else "no" for total in sums]
     titles = [f"ZeRO {stage}{' *' if stage == training.zero_stage else ''}" for stage in ZERO_STAGES]
-    micro_batch = f"{training.micro_batch_size} x {training.max_position_embeddings:,} tokens"
+    micro_batch = f"{training.micro_batch_rows} x {training.max_position_embeddings:,} tokens"
     return [
         f"Memory of one device, GiB ({assumed.num_devices:,} x {assumed.device}; * the chosen stage)",
         _columns("", titles),
@@ -243,14 +277,16 @@ def _columns(name: str, values: Sequence[str]) -> str:
     return f"  {name:<26}" + "".join(f"{value:>12}" for value in values)
 
 
-def _cache_block(model: Training) -> list[str]:
-    own = key_value_cache_bytes(model, model.num_attention_heads, model.bf16)
-    grouped = key_value_cache_bytes(model, model.num_key_value_heads, model.bf16)
+def _cache_block(training: Training) -> list[str]:
+    own = key_value_cache_bytes(training, training.num_attention_heads, training.bf16)
+    grouped = key_value_cache_bytes(training, training.num_key_value_heads, training.bf16)
     return [
-        f"KV cache of one sequence of {model.max_position_embeddings:,} tokens, {model.precision}",
-        _row(f"with {model.num_attention_heads} heads", f"{own:,} B", f"{own / MIB:,g} MiB, without grouped queries"),
+        f"KV cache of one sequence of {training.max_position_embeddings:,} tokens, {training.precision}",
         _row(
-            f"with {model.num_key_value_heads} heads",
+            f"with {training.num_attention_heads} heads", f"{own:,} B", f"{own / MIB:,g} MiB, without grouped queries"
+        ),
+        _row(
+            f"with {training.num_key_value_heads} heads",
             f"{grouped:,} B",
             f"{grouped / MIB:,g} MiB, this model: {own / grouped:g} x smaller",
         ),
@@ -284,12 +320,11 @@ def _time_block(training: Training, assumed: PlanParams, num_tokens: float) -> l
 
 
 def _batch_block(training: Training, assumed: PlanParams, num_ranks: int) -> list[str]:
-    sequences = training.batch_tokens // training.max_position_embeddings
-    micro_batches = sequences // training.micro_batch_size
+    micro_batches = training.batch_rows // training.micro_batch_rows
     return [
         "Batch",
-        _row("sequences", f"{sequences:,}", f"of {training.max_position_embeddings:,} tokens"),
-        _row("micro batches", f"{micro_batches:,}", f"of {training.micro_batch_size:,}, to divide among the devices"),
+        _row("rows", f"{training.batch_rows:,}", f"of {training.max_position_embeddings:,} tokens"),
+        _row("micro batches", f"{micro_batches:,}", f"of {training.micro_batch_rows:,}, to divide among the devices"),
         _row("hosts", f"{-(-assumed.num_devices // num_ranks):,}", f"of {num_ranks} devices (machine.num_ranks)"),
         _row("accumulation", *_accumulation(micro_batches, assumed.num_devices)),
     ]
@@ -303,5 +338,5 @@ def _accumulation(num_micro_batches: int, num_devices: int) -> tuple[str, str]:
 
 
 def largest_divisor(number: int, at_most: int) -> int:
-    """Return the largest divisor of a number that is not above a limit: how many devices can share its micro batches."""
+    """Return a number's largest divisor up to a limit: how many devices can share so many micro batches."""
     return next(candidate for candidate in range(at_most, 0, -1) if number % candidate == 0)

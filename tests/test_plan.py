@@ -11,6 +11,7 @@ from flows.plan import (
     ZERO_STAGES,
     Sizes,
     activation_bytes,
+    bytes_a_parameter,
     device_hours,
     implied_mfu,
     key_value_cache_bytes,
@@ -81,23 +82,36 @@ def test_the_width_of_swiglu_follows_from_the_width(profile):
     assert model.intermediate_size == -(-exact // multiple) * multiple
 
 
+def lasting(num_parameters, each, zero_stage, num_devices, offload=False):
+    parts = state_bytes(num_parameters, each, zero_stage, num_devices, offload)
+    return sum(parts.values()) - parts["gathered"]
+
+
 def test_state_bytes_are_those_of_figure_1_of_the_zero_paper():
-    # 7.5B parameters, 64 devices, K = 12: 120, 31.4, 16.6 and 1.9 GB; stage 3 there without what it gathers
-    expected = {0: 120.0, 1: 31.4, 2: 16.6, 3: 1.9}
-    for stage, gigabytes in expected.items():
-        parts = state_bytes(7_500_000_000, bf16=True, zero_stage=stage, num_devices=64)
-        assert (sum(parts.values()) - parts["gathered"]) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    each = {"weights": 2, "gradients": 2, "optimizer": 12}
+    for stage, gigabytes in {0: 120.0, 1: 31.4, 2: 16.6, 3: 1.9}.items():
+        assert lasting(7_500_000_000, each, stage, num_devices=64) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
-@given(st.integers(1, 10**11), st.booleans(), st.integers(1, 4096))
-def test_a_higher_stage_never_needs_more_for_what_lasts(count, bf16, devices):
-    sums = []
-    for stage in ZERO_STAGES:
-        parts = state_bytes(count, bf16, stage, devices)
-        sums.append(sum(parts.values()) - parts["gathered"])
+@given(st.integers(1, 10**11), st.sampled_from(["fp32", "bf16"]), st.integers(1, 4096))
+def test_a_higher_stage_never_needs_more_for_what_lasts(count, precision, devices):
+    each = bytes_a_parameter(precision, zero_stage=1)
+    sums = [lasting(count, each, stage, devices) for stage in ZERO_STAGES]
     assert sums == sorted(sums, reverse=True)
     if devices == 1:
-        assert sums == [16 * count] * 4
+        assert sums == [sum(each.values()) * count] * len(sums)
+
+
+def test_all_bytes_of_a_parameter_are_counted():
+    assert sum(bytes_a_parameter("bf16", 0).values()) == 2 + 2 + 4 + 4 + 4  # weight, gradient, master, two moments
+    assert sum(bytes_a_parameter("bf16", 1).values()) == 2 + 4 + 4 + 4 + 4  # the gradient in fp32
+    assert sum(bytes_a_parameter("fp32", 0).values()) == 4 + 4 + 4 + 4
+
+
+def test_offloaded_states_take_no_memory_of_the_device():
+    each = bytes_a_parameter("bf16", 2)
+    assert lasting(1000, each, 2, num_devices=1, offload=True) == 1000 * (2 + 4)
+    assert lasting(1000, each, 0, num_devices=1, offload=True) == lasting(1000, each, 0, num_devices=1)
 
 
 @pytest.mark.parametrize(("checkpointing", "above"), [("off", 1.25), ("selective", 1.03), ("full", 1.03)])
@@ -122,7 +136,6 @@ MEASURED = {
 
 
 def bytes_kept(checkpointing, num_layers, dtype):
-    """Bytes of all tensors that are alive after a forward pass and were not before it."""
     import torch
 
     from model.packing import documents_of
@@ -131,20 +144,20 @@ def bytes_kept(checkpointing, num_layers, dtype):
         def __init__(self, tensor):
             self.tensor = tensor
 
-    def storages():
-        gc.collect()
-        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor]
-        return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
-
     llama = module(toy(**MEASURED, num_hidden_layers=num_layers), checkpointing, "cpu").to(dtype)
     documents = documents_of([MEASURED_TOKENS], torch.device("cpu"))
     ids = torch.zeros(MEASURED_TOKENS, dtype=torch.long)
-    before = storages()
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        out = llama.model(ids, documents)
-    kept = sum(size for place, size in storages().items() if place not in before)
-    del out
-    return kept
+    weights = {weight.untyped_storage().data_ptr() for weight in llama.parameters()}
+    gc.freeze()  # from here on the collector lists new objects only
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            out = llama.model(ids, documents)
+        gc.collect()
+        new = [each.untyped_storage() for each in gc.get_objects() if type(each) is torch.Tensor]
+    finally:
+        gc.unfreeze()
+    assert out.shape == (MEASURED_TOKENS, MEASURED["hidden_size"])  # alive until now, and all that hangs on it
+    return sum({each.data_ptr(): each.nbytes() for each in new if each.data_ptr() not in weights}.values())
 
 
 def module(sizes, checkpointing, device):
