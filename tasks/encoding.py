@@ -152,11 +152,8 @@ def open_tokens(part: Path, dtype: np.dtype[Any]) -> Tokens:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def read_index(parts: list[Path], corpus: Path) -> dict[str, Index]:
-    """Return every source's documents in the order of their ids: how they are spread over parts changes nothing.
-
-    Raises ValueError when an id occurs twice: one text could then be held out and trained on.
-    """
+def read_index(parts: list[Path]) -> dict[str, Index]:
+    """Return every source's documents in the order of their ids: how they are spread over parts changes nothing."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -165,12 +162,6 @@ def read_index(parts: list[Path], corpus: Path) -> dict[str, Index]:
         table = pyarrow.parquet.read_table(part / "index.parquet", read_dictionary=["source"])
         tables.append(table.append_column("part", pa.array(np.full(len(table), number, np.int32))))
     rows = pa.concat_tables(tables).to_pandas().sort_values("id", ignore_index=True)
-    twice = rows[rows["id"].duplicated()]
-    if len(twice):
-        raise ValueError(
-            f"{corpus} holds document {twice['id'].iloc[0]:016x} more than once ({len(twice)} surplus copies): "
-            "identical texts have to be removed, see `clean` in params.yaml"
-        )
     rows["piece"] = np.zeros(len(rows), np.int32)
     groups = {str(name): group for name, group in rows.groupby("source", observed=True)}
     columns = ("id", "piece", "part", "start", "length")

@@ -70,44 +70,50 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     tokenizer = Tokenizer(TOKENIZER)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     documents = sorted(DOCUMENTS.glob("part-*.parquet"))
-    check_sources(params.mixture, sources_of(documents))
+    ids = read_ids(documents)
+    check_sources(params.mixture, set(ids))
+    held_out = {name: hold_out(ids[name], name, params.mixture[name].validation_share) for name in sorted(ids)}
 
     started = time.monotonic()
     parts = encode_parts(documents, TOKENIZER, stage.scratch / "encoded", dtype, stage.machine)
     encoded = [open_tokens(part, dtype) for part in parts]
     stage.log({"encoded_tokens_per_second": sum(map(len, encoded)) / (time.monotonic() - started)}, step=0)
 
-    train, held_out = {}, {}
-    for name, index in read_index(parts, DOCUMENTS).items():
-        kept, held_out[name] = split(index, name, params.mixture[name].validation_share)
-        train[name] = kept.cut(params.max_piece_tokens)
+    index = read_index(parts)
+    train = {name: index[name].select(~held_out[name]).cut(params.max_piece_tokens) for name in held_out}
+    validation = {name: index[name].select(held_out[name]) for name in held_out}
     plan = plan_stream(params, train, stage.seed)
 
     started = time.monotonic()
     write_stream(stage.output, params.shard_tokens, plan, train, encoded)
-    write_validation(stage.output, held_out, encoded)
+    write_validation(stage.output, validation, encoded)
     stage.log({"stream_tokens_per_second": plan.num_tokens / (time.monotonic() - started)}, step=0)
-    return report(stage, plan, train, held_out)
+    return report(stage, plan, train, validation)
 
 
 # --- the sources ---
 
 
-def sources_of(documents: list[Path]) -> set[str]:
-    """Return the names of the sources that have documents.
+def read_ids(documents: list[Path]) -> dict[str, npt.NDArray[np.uint64]]:
+    """Return the ids of every source's documents, in ascending order.
 
-    Raises ValueError when there is no document at all.
+    Raises ValueError when there is no document at all, or one twice: it could then be held out and trained on.
     """
+    import pyarrow as pa
     import pyarrow.parquet
 
-    found: set[str] = set()
-    for part in documents:
-        with pyarrow.parquet.ParquetFile(part) as file:
-            for batch in file.iter_batches(columns=["source"]):
-                found.update(batch.column("source").unique().to_pylist())
-    if not found:
+    tables = [pyarrow.parquet.read_table(part, columns=["id", "source"]) for part in documents]
+    if not any(len(table) for table in tables):
         raise ValueError(f"{DOCUMENTS} holds no documents: see data/clean/rejected for the rules that rejected them")
-    return found
+    rows = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    twice = rows["id"][rows["id"].duplicated()]
+    if len(twice):
+        raise ValueError(
+            f"{DOCUMENTS} holds document {twice.min()} more than once ({len(twice)} surplus copies): identical texts "
+            "have to be removed before, see `clean.deduplication` in params.yaml"
+        )
+    rows["id"] = [int(document, 16) for document in rows["id"]]
+    return {str(name): np.sort(group.to_numpy(np.uint64)) for name, group in rows.groupby("source")["id"]}
 
 
 def check_sources(mixture: dict[str, Source], found: set[str]) -> None:
@@ -127,23 +133,24 @@ def check_sources(mixture: dict[str, Source], found: set[str]) -> None:
         raise ValueError("params.yaml: `tokenize.mixture` gives every source weight 0: nothing is left to train on")
 
 
-def split(index: Index, name: str, share: float) -> tuple[Index, Index]:
-    """Return the documents to train on and those held out, told apart by a hash of each one's id alone.
+def hold_out(ids: npt.NDArray[np.uint64], name: str, share: float) -> npt.NDArray[np.bool_]:
+    """Tell which documents of a source are held out: a hash of each one's id decides, and nothing else.
 
-    Raises ValueError when the source has none for one of the two.
+    Raises ValueError when the source has none to hold out, or none to train on, and should.
     """
-    digests = (hashlib.sha256(f"held out {document:016x}".encode()).digest() for document in index.ids.tolist())
-    numbers = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.float64, len(index))
-    held_out = numbers < share * 2.0**64 if share < 1 else np.ones(len(index), bool)
-    for wanted, kind in ((share > 0, "held out"), (share < 1, "left to train on")):
-        chosen = held_out if kind == "held out" else ~held_out
+    digests = (hashlib.sha256(f"held out {document:016x}".encode()).digest() for document in ids.tolist())
+    numbers = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.float64, len(ids))
+    held_out: npt.NDArray[np.bool_] = numbers < share * 2.0**64 if share < 1 else np.ones(len(ids), bool)
+    for wanted, chosen, kind, change in (
+        (share > 0, held_out, "held out", "raise"),
+        (share < 1, ~held_out, "left to train on", "lower"),
+    ):
         if wanted and not chosen.any():
-            change = "raise" if kind == "held out" else "lower"
             raise ValueError(
                 f"params.yaml: `tokenize.mixture.{name}.validation_share` is {share:g}, and of the source's "
-                f"{len(index)} documents none is {kind}: {change} it, or add documents"
+                f"{len(ids)} documents none is {kind}: {change} it, or add documents"
             )
-    return index.select(~held_out), index.select(held_out)
+    return held_out
 
 
 # --- the mixture ---
@@ -241,19 +248,19 @@ def write_stream(output: Path, shard_tokens: int, plan: Plan, train: dict[str, I
     write_table(output / "documents.parquet", plan.names, plan.sources, starts, ids, numbers)
 
 
-def write_validation(output: Path, held_out: dict[str, Index], encoded: list[Tokens]) -> None:
+def write_validation(output: Path, validation: dict[str, Index], encoded: list[Tokens]) -> None:
     """Write validation-<source>.npy, and validation.parquet with each document's start in its source's file."""
-    held_out = {name: index for name, index in held_out.items() if len(index)}
-    names = list(held_out)
-    for name, index in held_out.items():
+    validation = {name: index for name, index in validation.items() if len(index)}
+    names = list(validation)
+    for name, index in validation.items():
         shape = (index.num_tokens,)
         tokens = np.lib.format.open_memmap(output / f"validation-{name}.npy", "w+", encoded[0].dtype, shape)
         for document, end in enumerate(np.cumsum(index.lengths)):
             tokens[end - index.lengths[document] : end] = index.read(document, encoded)
         tokens.flush()
-    sources = np.repeat(np.arange(len(names), dtype=np.int16), [len(index) for index in held_out.values()])
-    starts = [np.cumsum(index.lengths) - index.lengths for index in held_out.values()]
-    ids, pieces = [index.ids for index in held_out.values()], [index.pieces for index in held_out.values()]
+    sources = np.repeat(np.arange(len(names), dtype=np.int16), [len(index) for index in validation.values()])
+    starts = [np.cumsum(index.lengths) - index.lengths for index in validation.values()]
+    ids, pieces = [index.ids for index in validation.values()], [index.pieces for index in validation.values()]
     empty = [np.empty(0, np.int64)]
     columns = [np.concatenate(column or empty) for column in (starts, ids, pieces)]
     write_table(output / "validation.parquet", names, sources, *columns)
@@ -280,7 +287,7 @@ def write_table(
     pyarrow.parquet.write_table(pa.table(columns), path)
 
 
-def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], held_out: dict[str, Index]) -> dict[str, float]:
+def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], validation: dict[str, Index]) -> dict[str, float]:
     """Write the mixture as it was asked and as it came out (JSON, table, plot); return its figures."""
     import pandas
 
@@ -299,8 +306,8 @@ def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], held_out: 
                 "max_epochs": source.max_epochs,
                 "source_tokens": train[name].num_tokens,
                 "source_documents": len(np.unique(train[name].ids)),
-                "validation_tokens": held_out[name].num_tokens,
-                "validation_documents": len(held_out[name]),
+                "validation_tokens": validation[name].num_tokens,
+                "validation_documents": len(validation[name]),
             }
         )
     summary = {"tokens": plan.num_tokens, "tokens_asked": stage.params.num_tokens, "pieces": len(plan.pieces)}
@@ -314,8 +321,8 @@ def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], held_out: 
         "tokens": plan.num_tokens,
         "documents": sum(row["source_documents"] for row in rows if row["max_epochs"]),
         "filled_share": plan.num_tokens / stage.params.num_tokens,
-        "validation_tokens": sum(index.num_tokens for index in held_out.values()),
-        "validation_documents": sum(map(len, held_out.values())),
+        "validation_tokens": sum(index.num_tokens for index in validation.values()),
+        "validation_documents": sum(map(len, validation.values())),
     }
     for row in rows:
         if row["max_epochs"]:

@@ -8,9 +8,9 @@ import pytest
 import sentencepiece
 
 from model.tokenizer import Tokenizer
-from tasks.encoding import Index, connect, open_tokens, read_index
+from tasks.encoding import Index, connect, open_tokens
 from tasks.stage import Machine, Stage, parse_section
-from tasks.tokenize import Params, Source, check_sources, plan_stream, run, split, write_validation
+from tasks.tokenize import Params, Source, check_sources, hold_out, plan_stream, run, write_validation
 
 WORDS = ["the", "llama", "walks", "over", "a", "high", "mountain", "and", "then", "it", "rests", "1999", "times", "é"]
 SHARES = {"web": (67.0, 2.0, 0.1), "books": (4.5, 1.0, 0.2), "wiki": (20.0, 3.0, 0.1), "questions": (0.0, 0.0, 1.0)}
@@ -235,18 +235,16 @@ def test_a_source_used_up_gives_its_share_to_the_others():
 
 def test_held_out_documents_stay_held_out_when_others_are_added():
     ids = np.random.default_rng(0).integers(0, 2**63, 4000, np.uint64)
-    _, few = split(make_index([5] * 2000, ids[:2000]), "web", 0.1)
-    _, many = split(make_index([5] * 4000, ids), "web", 0.1)
-    _, more = split(make_index([5] * 4000, ids), "web", 0.2)
-    assert set(few.ids.tolist()) == set(many.ids.tolist()) & set(ids[:2000].tolist())
-    assert set(many.ids.tolist()) < set(more.ids.tolist())
-    assert len(many) == pytest.approx(400, abs=4 * np.sqrt(4000 * 0.1 * 0.9))
+    few, many, more = hold_out(ids[:2000], "web", 0.1), hold_out(ids, "web", 0.1), hold_out(ids, "web", 0.2)
+    assert (few == many[:2000]).all()
+    assert (many <= more).all()
+    assert many.sum() == pytest.approx(400, abs=4 * np.sqrt(4000 * 0.1 * 0.9))
 
 
 def test_a_share_of_none_or_all_is_exact():
-    index = make_index([5] * 100)
-    assert [len(side) for side in split(index, "web", 0)] == [100, 0]
-    assert [len(side) for side in split(index, "web", 1)] == [0, 100]
+    ids = np.arange(100, dtype=np.uint64)
+    assert not hold_out(ids, "web", 0).any()
+    assert hold_out(ids, "web", 1).all()
 
 
 @pytest.mark.parametrize(
@@ -258,7 +256,7 @@ def test_a_share_of_none_or_all_is_exact():
 )
 def test_a_source_that_the_split_leaves_empty_is_named(share, message):
     with pytest.raises(ValueError, match=f"`tokenize.mixture.web.{message}"):
-        split(make_index([5] * 3), "web", share)
+        hold_out(np.arange(3, dtype=np.uint64), "web", share)
 
 
 def test_a_source_that_the_corpus_lacks_is_named_with_the_near_match():
@@ -312,12 +310,13 @@ def test_a_corpus_without_documents_is_named(tmp_path, monkeypatch):
         run(make_stage(tmp_path / "run", make_params()))
 
 
-def test_a_document_that_occurs_twice_is_named(finished, tmp_path):
-    stage, _, _ = finished
-    part = stage.scratch / "encoded" / "part-00000"
-    first = min(DOCUMENTS)
-    with pytest.raises(ValueError, match=rf"corpus holds document {first} more than once \({len(DOCUMENTS)} surplus"):
-        read_index([part, part], tmp_path / "corpus")
+def test_a_document_that_occurs_twice_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = list(DOCUMENTS.values())
+    write_corpus(tmp_path, rows, [rows[7], {**rows[7], "source": "books"}])
+    message = rf"data/clean/documents holds document {rows[7]['id']} more than once \(2 surplus copies\)"
+    with pytest.raises(ValueError, match=message):
+        run(make_stage(tmp_path / "run", make_params()))
 
 
 def test_no_validation_at_all_is_an_empty_table(tmp_path):
