@@ -143,6 +143,7 @@ def token_flops(sizes: Sizes) -> int:
 
     6N for the matrices, forward and backward; the rest for attention over a full context of T tokens, not halved for
     being causal. What activation checkpointing computes again doesn't count: MFU looks at useful work.
+    model/transformer.py counts less for the MFU it measures: no embedding, and the causal half of attention.
     """
     attention = 12 * sizes.num_hidden_layers * sizes.hidden_size * sizes.max_position_embeddings
     return 6 * num_parameters(sizes) + attention
@@ -200,7 +201,7 @@ def plan(params: Mapping[str, Any]) -> str:
         _memory_block(training, assumed),
         _cache_block(training),
         _time_block(training, assumed, parse_section(Stream, params, "tokenize").num_tokens),
-        _batch_block(training, assumed, num_ranks),
+        _batch_block(training, assumed.num_devices, num_ranks),
     ]
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
 
@@ -280,16 +281,11 @@ def _columns(name: str, values: Sequence[str]) -> str:
 def _cache_block(training: Training) -> list[str]:
     own = key_value_cache_bytes(training, training.num_attention_heads, training.bf16)
     grouped = key_value_cache_bytes(training, training.num_key_value_heads, training.bf16)
+    smaller = f"with: {own / grouped:g} x smaller" if grouped < own else "with: this model has none"
     return [
         f"KV cache of one sequence of {training.max_position_embeddings:,} tokens, {training.precision}",
-        _row(
-            f"with {training.num_attention_heads} heads", f"{own:,} B", f"{own / MIB:,g} MiB, without grouped queries"
-        ),
-        _row(
-            f"with {training.num_key_value_heads} heads",
-            f"{grouped:,} B",
-            f"{grouped / MIB:,g} MiB, this model: {own / grouped:g} x smaller",
-        ),
+        _row(f"{training.num_attention_heads} heads", f"{own:,} B", f"{own / MIB:,g} MiB, without grouped queries"),
+        _row(f"{training.num_key_value_heads} heads", f"{grouped:,} B", f"{grouped / MIB:,g} MiB, {smaller}"),
     ]
 
 
@@ -304,8 +300,8 @@ def _time_block(training: Training, assumed: PlanParams, num_tokens: float) -> l
         _row("FLOPs a token", f"{a_token:.4g}", "6N + 12 L d T, not counting what is computed again"),
         _row("FLOPs", f"{flops:.4g}"),
         _row("peak of one device", f"{assumed.peak_tflops:g} TFLOP/s", assumed.device),
-        _row("MFU", f"{assumed.mfu:.1%}", "assumed"),
-        _row("device hours", f"{hours:,.1f}"),
+        _row("MFU", f"{assumed.mfu:.1%}", "assumed, of the FLOPs above"),
+        _row("device hours", f"{hours:,.2f}"),
         _row("days", f"{hours / assumed.num_devices / 24:,.3g}", f"of {assumed.num_devices:,} x {assumed.device}"),
     ]
     if assumed.reported_device_hours is not None:
@@ -313,20 +309,20 @@ def _time_block(training: Training, assumed: PlanParams, num_tokens: float) -> l
         reached = implied_mfu(flops, assumed.peak_tflops, reported)
         days = reported / assumed.num_devices / 24
         block += [
-            _row("reported device hours", f"{reported:,.0f}", f"{days:,.3g} days of as many"),
+            _row("reported device hours", f"{reported:,.0f}", f"{days:,.3g} days of as many devices"),
             _row("MFU that implies", f"{reached:.1%}", f"this plan says {hours / reported:.2f} x the reported hours"),
         ]
     return block
 
 
-def _batch_block(training: Training, assumed: PlanParams, num_ranks: int) -> list[str]:
+def _batch_block(training: Training, num_devices: int, num_ranks: int) -> list[str]:
     micro_batches = training.batch_rows // training.micro_batch_rows
     return [
         "Batch",
         _row("rows", f"{training.batch_rows:,}", f"of {training.max_position_embeddings:,} tokens"),
         _row("micro batches", f"{micro_batches:,}", f"of {training.micro_batch_rows:,}, to divide among the devices"),
-        _row("hosts", f"{-(-assumed.num_devices // num_ranks):,}", f"of {num_ranks} devices (machine.num_ranks)"),
-        _row("accumulation", *_accumulation(micro_batches, assumed.num_devices)),
+        _row("hosts", f"{-(-num_devices // num_ranks):,}", f"of {num_ranks} devices (machine.num_ranks)"),
+        _row("accumulation", *_accumulation(micro_batches, num_devices)),
     ]
 
 

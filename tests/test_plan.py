@@ -185,6 +185,16 @@ def test_flops_of_a_token_are_six_a_parameter_and_attention():
     assert token_flops(toy()) == 6 * num_parameters(toy()) + 12 * 3 * 8 * 16
 
 
+def test_flops_differ_from_those_of_training_by_the_embedding_and_the_masked_half_of_attention():
+    from model.transformer import flops_per_token
+
+    sizes = toy()
+    masked = 6 * sizes.num_hidden_layers * sizes.hidden_size * sizes.max_position_embeddings
+    embedding = 6 * sizes.vocab_size * sizes.hidden_size
+    measured = flops_per_token(module(sizes, "off", "meta").config, sizes.max_position_embeddings)
+    assert token_flops(sizes) == measured + masked + embedding
+
+
 def test_hours_and_mfu_are_each_other_s_inverse():
     assert device_hours(3600e12, peak_tflops=1, mfu=0.5) == pytest.approx(2)
     assert implied_mfu(3600e12, peak_tflops=1, hours=2) == pytest.approx(0.5)
@@ -202,6 +212,11 @@ def test_70b_on_2000_a100s_takes_about_45_days():
     hours = device_hours(token_flops(read_sizes(with_profile("70b"))) * TOKENS, assumed["peak_tflops"], assumed["mfu"])
     assert assumed["num_devices"] == 2000
     assert hours / 2000 / 24 == pytest.approx(45, rel=0.05)
+
+
+def test_45_days_of_2000_a100s_are_37_percent_for_70b():
+    flops = token_flops(read_sizes(with_profile("70b"))) * TOKENS
+    assert implied_mfu(flops, peak_tflops=312, hours=45 * 24 * 2000) == pytest.approx(0.37, abs=0.005)
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
