@@ -37,6 +37,8 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
         graph = Repo().index.graph
     except DvcException as error:
         raise ValueError(f"dvc.yaml can't be read: {error}") from None
+    if not graph:
+        raise ValueError("dvc.yaml has no stages, or is missing: run from the project's root, where it lies")
     waits_for = networkx.DiGraph()
     meta = {}
     for stage in graph.nodes:

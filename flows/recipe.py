@@ -28,7 +28,11 @@ if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
 
-@flow(name="recipe", task_runner=ThreadPoolTaskRunner(max_workers=64), validate_parameters=False)
+# Threads only wait for child processes: as many as stages may ever be ready at once.
+TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
+
+
+@flow(name="recipe", task_runner=TASK_RUNNER, validate_parameters=False)
 def recipe(
     targets: list[str] | None = None, profiles: list[str] | None = None, overrides: dict[str, Any] | None = None
 ) -> dict[str, str]:

@@ -31,7 +31,11 @@ def lock() -> object:
 
 def test_the_graph_is_dvcs(workspace: Path) -> None:
     nodes = read_graph()
-    assert [(node.name, node.after) for node in nodes] == [("grow", ()), ("shrink", ("grow",)), ("publish", ("shrink",))]
+    assert [(node.name, node.after) for node in nodes] == [
+        ("grow", ()),
+        ("shrink", ("grow",)),
+        ("publish", ("shrink",)),
+    ]
     assert [node.name for node in read_graph(["shrink"])] == ["grow", "shrink"]
     assert nodes[0].meta == {"figures": ["size"]}
     assert find_stale(nodes) == ["grow", "shrink", "publish"]
@@ -51,6 +55,9 @@ def test_a_group_of_stages_is_a_target(workspace: Path) -> None:
 def test_a_dvc_file_that_cannot_be_read_is_explained(workspace: Path) -> None:
     Path("dvc.yaml").write_text("stages: [\n")
     with pytest.raises(ValueError, match=r"dvc.yaml can't be read"):
+        read_graph()
+    Path("dvc.yaml").unlink()
+    with pytest.raises(ValueError, match=r"dvc.yaml has no stages, or is missing"):
         read_graph()
 
 
@@ -136,6 +143,7 @@ def test_a_scheduled_deployment_is_run_by_a_worker_and_can_be_cancelled(
     port = free_port()
     monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{port}/api")
     monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{workspace.parent}/prefect.db")
+    monkeypatch.setenv("PWD", str(workspace))  # as a shell sets it; prefect.yaml reads it
     prefect = [sys.executable, "-m", "prefect"]
     (workspace / "flows").symlink_to(source / "flows")
     deployments = YAML(typ="safe").load((source / "prefect.yaml").read_text())

@@ -1,0 +1,45 @@
+# make run: set everything up and run the recipe.   make test: set up and run the tests.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test test-fast check ui deploy worker setup clean
+
+run: setup
+	python -m flows.recipe
+
+test: setup
+	python -m pytest
+
+test-fast: setup
+	python -m pytest -m "not slow"
+
+check: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+ui: setup
+	python -m flows.servers
+
+deploy: setup
+	prefect work-pool inspect arriero > /dev/null 2>&1 || prefect work-pool create arriero --type process
+	prefect --no-prompt deploy --all
+
+worker: setup
+	prefect worker start --pool arriero --type process
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Arriero needs Python 3.11 or newer, this is ' + sys.version.split()[0])"
+	python3 -c "import venv, ensurepip" 2> /dev/null || { echo "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf .scratch .runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,149 @@
+"""What must hold between dvc.yaml, params.yaml, profiles/ and the code."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from flows import values
+from tasks.stage import Machine, Tracking, parse_section
+
+ROOT = Path(__file__).parent.parent
+DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
+PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+STAGES = sorted(DVC["stages"])
+TRAINING = {"pretrain"}
+PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
+
+
+def module_file(name: str) -> Path | None:
+    """The file of one of our modules, if `name` is one."""
+    path = ROOT / Path(*name.split("."))
+    if (path / "__init__.py").exists():
+        return path / "__init__.py"
+    return path.with_suffix(".py") if path.with_suffix(".py").exists() else None
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    """Modules that running this code may import, those of functions included, those for type checkers left out."""
+    names: set[str] = set()
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        if is_type_checking(node):
+            todo += node.orelse  # type: ignore[attr-defined]
+        else:
+            todo += list(ast.iter_child_nodes(node))
+    return names
+
+
+@cache
+def imported_files(path: Path) -> frozenset[Path]:
+    """Our own files that a file imports, directly or through others; packages count with their __init__.py."""
+    found: set[Path] = set()
+    todo = [path]
+    while todo:
+        current = todo.pop()
+        if current in found:
+            continue
+        found.add(current)
+        for name in imported_names(ast.parse(current.read_text())):
+            parts = name.split(".")
+            if parts[0] in ("tasks", "model", "flows"):
+                prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+                todo += [file for file in map(module_file, prefixes) if file is not None]
+    return frozenset(found)
+
+
+def stage_definition(name: str) -> dict[str, Any]:
+    definition = DVC["stages"][name]
+    return definition.get("do", definition)
+
+
+def start_file(name: str) -> Path:
+    package = ROOT / "tasks" / name / "__main__.py"
+    return package if package.exists() else ROOT / "tasks" / f"{name}.py"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_the_code_it_imports_and_on_no_other(name: str) -> None:
+    listed: set[Path] = set()
+    for dependency in stage_definition(name)["deps"]:
+        path = ROOT / dependency
+        if path.suffix == ".py":
+            listed.add(path)
+        elif path.is_dir() and dependency.split("/")[0] in ("tasks", "model"):
+            listed.update(path.glob("*.py"))
+    needed = {path for path in imported_files(start_file(name)) if path.read_text().count("\n") > 1}
+    if name in TRAINING:
+        needed.add(ROOT / "tasks" / "launch.py")
+    listed = {path for path in listed if path.read_text().count("\n") > 1}
+    assert {str(path.relative_to(ROOT)) for path in needed} == {str(path.relative_to(ROOT)) for path in listed}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> None:
+    definition = stage_definition(name)
+    assert definition["outs"] == [f"data/{name}"]
+    allowed = {"seed", "machine.threads", "machine.num_ranks", name}
+    assert name in definition["params"]
+    assert set(definition["params"]) <= allowed
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_command_holds_no_value_and_no_double_space(name: str) -> None:
+    command = stage_definition(name)["cmd"]
+    launcher = f"python -m tasks.launch {name}" if name in TRAINING else f"python -m tasks.{name}"
+    assert command == launcher
+
+
+@pytest.mark.parametrize("name", sorted(set(STAGES) - TRAINING))
+def test_a_stage_that_does_not_train_starts_without_heavy_imports(name: str) -> None:
+    module = ".".join(start_file(name).relative_to(ROOT).with_suffix("").parts)
+    heavy = {"torch", "deepspeed", "mlflow", "prefect", "dask", "sklearn", "trafilatura", "transformers", "dvc"}
+    program = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("profile", [None, *PROFILES])
+def test_every_profile_gives_valid_parameters(profile: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    params = values.parse(values.compose([profile] if profile else [], {}))
+    parse_section(Machine, params, "machine")
+    parse_section(Tracking, params, "tracking")
+    for name in STAGES:
+        module = ".".join(start_file(name).relative_to(ROOT).with_suffix("").parts)
+        parse_section(importlib.import_module(module).Params, params, name)
+
+
+def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
+    shared = {"seed", "machine", "tracking", "plan"}
+    assert set(PARAMS) == shared | set(STAGES)
+
+
+def test_the_readmes_picture_is_the_pipeline() -> None:
+    readme = (ROOT / "README.md").read_text()
+    command = [sys.executable, "-m", "dvc", "dag", "--mermaid"]
+    picture = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    edges = {line.strip() for line in picture.splitlines() if "-->" in line}
+    nodes = {line.strip() for line in picture.splitlines() if "[" in line}
+    drawn = {line.strip() for line in readme.split("```mermaid")[1].split("```")[0].splitlines()}
+    assert edges | nodes <= drawn
