@@ -1,0 +1,90 @@
+"""The cleaned corpus, one part at a time: counts of documents that add up in any order.
+
+Each part is a Parquet file that a Dask worker streams in batches. What it hands back is small and adds up, so the
+corpus may be of any size and the parts may be done in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tasks.stage import Machine
+
+DOCUMENTS = Path("data/clean/documents")
+COLUMNS = ["id", "source", "text", "language"]
+UNKNOWN = "unknown"
+EVERYWHERE = "all"  # the name under which the sum over the sources goes
+
+Name = tuple[str, str]  # what is counted: (measure, name), as in ("pronouns", "she")
+Counts = Counter[tuple[str, str, str]]  # (source, measure, name) -> documents
+
+
+def find_parts(directory: Path) -> list[Path]:
+    """Return the corpus's Parquet files in order. Raises ValueError when there are none."""
+    parts = sorted(directory.glob("part-*.parquet"))
+    if not parts:
+        raise ValueError(f"{directory} holds no part-*.parquet: bring the stage before up to date, `dvc repro clean`")
+    return [part.resolve() for part in parts]
+
+
+def read_part(path: Path, batch_documents: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield a part's documents in batches; a document without a language has the language `unknown`.
+
+    Raises ValueError, naming the file, when it is no Parquet file, lacks a column, or has a source that is called as
+    the sum over all sources is.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} can't be read as Parquet ({error}): make it anew, `dvc repro -f clean`") from None
+    with file:
+        missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{path} has no column `{'`, `'.join(missing)}`: make it anew, `dvc repro -f clean`")
+        for batch in file.iter_batches(batch_documents, columns=COLUMNS):
+            documents = batch.to_pylist()
+            for document in documents:
+                document["language"] = document["language"] or UNKNOWN
+                if document["source"] == EVERYWHERE:
+                    raise ValueError(f"{path}: no source can be called `{EVERYWHERE}`: rename it in `clean.sources`")
+            yield documents
+
+
+def draw(purpose: str, seed: int, document: str) -> float:
+    """Return a number in [0, 1) that depends on the document's id alone: a draw that needs no order and no memory."""
+    digest = hashlib.blake2b(f"{purpose} {seed} {document}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+@contextmanager
+def workers(machine: Machine, num_parts: int) -> Iterator[Any]:
+    """Give a Dask client: of the cluster at `machine.scheduler`, which shares this file system, or local processes."""
+    from distributed import Client
+
+    local = {"n_workers": min(machine.workers, num_parts), "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
+    connection = Client(machine.scheduler) if machine.scheduler else Client(**local)  # type: ignore[no-untyped-call]
+    with connection as client:
+        yield client
+
+
+def over_parts(
+    client: Any, function: Callable[[Path, Any], Any], parts: list[Path], shared: Any, description: str
+) -> Iterator[Any]:
+    """Yield `function(part, shared)` of every part, in the order in which the workers finish them."""
+    from distributed import as_completed
+    from tqdm import tqdm
+
+    everywhere = client.scatter(shared, broadcast=True, hash=False)
+    futures = client.map(function, parts, shared=everywhere, pure=False)
+    finished = as_completed(futures)  # type: ignore[no-untyped-call]
+    for future in tqdm(finished, total=len(parts), desc=description, unit="part"):
+        yield future.result()
+        future.release()
