@@ -84,6 +84,7 @@ class Params(Section):
     root: str = Field(min_length=1, description="directory that DVC watches; files of sources lie below it")
     sources: dict[str, RuledSource] = Field(min_length=1, description="sources by name, in order of precedence")
     rules: dict[str, Rules] = Field(min_length=1, description="sets of rules by name")
+    boilerplate_terms: list[str] = Field(description="what marks a line as boilerplate, in lower case")
     stop_words: dict[str, list[str]] = Field(description="stop words by language; a language without a list passes")
     language: Identification
     deduplication: Deduplication
@@ -166,7 +167,7 @@ def judge_document(raw: str, rules: Rules, params: Params) -> dict[str, Any]:
         if language not in rules.languages or score < params.language.min_score:
             verdict = "language", f"{language} {score:.2f}"
     if verdict is None:
-        cleaned, num_dropped = drop_lines(text, rules.c4)
+        cleaned, num_dropped = drop_lines(text, params.boilerplate_terms, rules.c4)
         verdict = judge_page(cleaned, num_dropped, rules.c4)
         if verdict is None:  # a rejected document is kept as it was
             words = cleaned.split() if num_dropped else words

@@ -24,7 +24,7 @@ class C4(Section):
 
     terminal_punctuation: bool = Field(description="drop lines that don't end in a mark that ends a sentence")
     min_line_words: int = Field(ge=0, description="drop lines of fewer words")
-    line_terms: list[str] = Field(description="drop lines that contain one of these, in any case")
+    drop_boilerplate: bool = Field(description="drop lines that contain one of `clean.boilerplate_terms`")
     document_terms: list[str] = Field(description="reject documents that contain one of these, in any case")
     curly_bracket: bool = Field(description="reject documents that contain an opening curly bracket: program code")
     min_sentences: int = Field(ge=0, description="reject documents of fewer sentences")
@@ -47,10 +47,10 @@ class Gopher(Section):
 Verdict = tuple[str, str] | None  # the rule that rejects a document, and what it found
 
 
-def drop_lines(text: str, params: C4) -> tuple[str, int]:
+def drop_lines(text: str, boilerplate_terms: Sequence[str], params: C4) -> tuple[str, int]:
     """Return the text without the lines that C4 drops, and how many those were. Blank lines stay."""
-    lowered = text.lower()
-    terms = [term for term in params.line_terms if term in lowered]
+    lowered = text.lower() if params.drop_boilerplate else ""
+    terms = [term for term in boilerplate_terms if term in lowered]
     if not terms and not params.terminal_punctuation and params.min_line_words == 0:
         return text, 0
     lines = text.split("\n")

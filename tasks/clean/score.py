@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tasks.clean.personal_data import TYPES
 
 Key = tuple[str, int]  # file and row
+Truth = dict[str, list[tuple[Key, dict[str, Any]]]]  # by kind: where it stands, and the label
 
 
 class Outcome(NamedTuple):
@@ -27,19 +28,19 @@ def score(labels: Path, output: Path) -> dict[str, float]:
 
     `labels` holds one planted thing a line (file, row, kind, and the truth about it); `output` is what `clean` wrote.
     """
-    truth: dict[str, dict[Key, dict[str, Any]]] = defaultdict(dict)
+    truth: Truth = defaultdict(list)
     for line in labels.read_text(encoding="utf-8").splitlines():
         label = json.loads(line)
-        truth[label["kind"]][label["file"], label["row"]] = label
-    outcomes = _read_outcomes(output, {key for kind in truth.values() for key in kind})
+        truth[label["kind"]].append(((label["file"], label["row"]), label))
+    outcomes = _read_outcomes(output, {key for planted in truth.values() for key, _ in planted})
     return {
         **_score_duplicates(truth, outcomes),
         **_score_personal_data(truth, outcomes),
-        **_score_languages(truth["language"], outcomes),
-        **_score_rejections(truth, outcomes),
-        "broken_unicode_repaired": ratio(
+        **_score_languages(truth, outcomes),
+        **_score_quality(truth, outcomes),
+        "broken_unicode_recall": ratio(
             outcomes[key].rule != "" or outcomes[key].text.strip() == label["repaired"].strip()
-            for key, label in truth["broken_unicode"].items()
+            for key, label in truth["broken_unicode"]
         ),
     }
 
@@ -67,69 +68,70 @@ def ratio(hits: Iterable[bool]) -> float:
     return counted[True] / total if total else 1.0
 
 
-def _score_duplicates(
-    truth: Mapping[str, dict[Key, dict[str, Any]]], outcomes: Mapping[Key, Outcome]
-) -> dict[str, float]:
+def _score_duplicates(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
     """Recall: of a group's members, all but one go. Precision: what goes as a copy was planted as one."""
     figures = {}
+    planted = {key for kind in ("duplicate", "near_duplicate") for key, _ in truth[kind]}
     for kind, name in (("duplicate", "duplicates"), ("near_duplicate", "near_duplicates")):
-        groups: dict[Any, list[Key]] = defaultdict(list)
-        for key, label in truth[kind].items():
-            groups[label["group"]].append(key)
+        groups: dict[Any, list[bool]] = defaultdict(list)
+        for key, label in truth[kind]:
+            groups[label["group"]].append(outcomes[key].rule != "")
         extra = sum(len(group) - 1 for group in groups.values())
-        found = sum(min(len(group) - 1, sum(outcomes[key].rule != "" for key in group)) for group in groups.values())
+        found = sum(min(len(group) - 1, sum(group)) for group in groups.values())
         figures[f"{name}_recall"] = found / extra if extra else 1.0
-        planted = {*truth["duplicate"], *truth["near_duplicate"]}
         figures[f"{name}_precision"] = ratio(
             key in planted for key, outcome in outcomes.items() if outcome.rule == kind
         )
     return figures
 
 
-def _score_personal_data(
-    truth: Mapping[str, dict[Key, dict[str, Any]]], outcomes: Mapping[Key, Outcome]
-) -> dict[str, float]:
+def _score_personal_data(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
     """Recall: a planted value stands in no kept text. Precision: of what was masked, as much was planted there."""
     figures = {}
-    labelled = {**truth["personal_data"], **truth["personal_data_rich"]}
+    values = [
+        (key, value["type"], value["value"])
+        for key, label in [*truth["personal_data"], *truth["personal_data_rich"]]
+        for value in label["values"]
+    ]
     for kind in TYPES:
-        values = [
-            (key, value["value"])
-            for key, label in labelled.items()
-            for value in label.get("values", [])
-            if value["type"] == kind
-        ]
+        own = [(key, value) for key, value_kind, value in values if value_kind == kind]
         figures[f"{kind}_recall"] = ratio(
-            outcomes[key].rule != "" or value not in outcomes[key].text for key, value in values
+            outcomes[key].rule != "" or value not in outcomes[key].text for key, value in own
         )
-        planted = Counter(key for key, _ in values)
+        planted = Counter(key for key, _ in own)
         masked = {key: outcome.masked[kind] for key, outcome in outcomes.items() if outcome.masked[kind]}
         right = sum(min(number, planted[key]) for key, number in masked.items())
         figures[f"{kind}_precision"] = right / sum(masked.values()) if masked else 1.0
+    rich = {key for key, _ in truth["personal_data_rich"]}
+    figures["personal_data_rich_recall"] = ratio(outcomes[key].rule != "" for key in rich)
+    figures["personal_data_rich_precision"] = ratio(
+        key in rich for key, outcome in outcomes.items() if outcome.rule == "personal_data"
+    )
     return figures
 
 
-def _score_languages(labels: Mapping[Key, dict[str, Any]], outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
+def _score_languages(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
     """Accuracy on labelled documents; precision of rejecting by language: those have a label."""
+    languages = {key: label["language"] for key, label in truth["language"]}
     return {
-        "language_accuracy": ratio(outcomes[key].language == label["language"] for key, label in labels.items()),
-        "language_precision": ratio(key in labels for key, outcome in outcomes.items() if outcome.rule == "language"),
+        "language_accuracy": ratio(outcomes[key].language == language for key, language in languages.items()),
+        "language_precision": ratio(
+            key in languages for key, outcome in outcomes.items() if outcome.rule == "language"
+        ),
     }
 
 
-def _score_rejections(
-    truth: Mapping[str, dict[Key, dict[str, Any]]], outcomes: Mapping[Key, Outcome]
-) -> dict[str, float]:
-    """Recall of what must go for its quality or its wealth of personal data; precision of going for quality at all."""
-    planted = {*truth["boilerplate"], *truth["low_quality"]}
-    for_quality = [key for key, outcome in outcomes.items() if outcome.rule.startswith(("c4_", "gopher_", "empty"))]
+def _score_quality(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
+    """Recall of planted lines of boilerplate and of documents of low quality; precision of rejecting for quality."""
+    low = {key for key, _ in truth["low_quality"]}
     return {
-        **{
-            f"{kind}_recall": ratio(outcomes[key].rule != "" for key in truth[kind])
-            for kind in ("boilerplate", "low_quality", "personal_data_rich")
-        },
-        "quality_precision": ratio(key in planted for key in for_quality),
-        "personal_data_rich_precision": ratio(
-            key in truth["personal_data_rich"] for key, outcome in outcomes.items() if outcome.rule == "personal_data"
+        "boilerplate_recall": ratio(
+            outcomes[key].rule != "" or line not in outcomes[key].text
+            for key, label in truth["boilerplate"]
+            for line in label["lines"]
+        ),
+        "low_quality_recall": ratio(outcomes[key].rule != "" for key in low),
+        "low_quality_precision": ratio(
+            key in low for key, outcome in outcomes.items() if outcome.rule.startswith(("empty", "c4_", "gopher_"))
         ),
     }
