@@ -342,9 +342,7 @@ def _plot(table: Any, path: Path) -> None:
     trained = table[table["max_epochs"] > 0].set_index("source")
     axes = trained[["share_asked", "share_reached"]].plot.bar(figsize=(8, 4), ylabel="share of the stream's tokens")
     for place, epochs in enumerate(trained["epochs"]):
-        axes.text(
-            place, trained["share_reached"].iloc[place], f"{epochs:.2g} epochs", ha="left", va="bottom", fontsize=7
-        )
+        axes.text(place, trained["share_reached"].iloc[place], f"{epochs:.2g} epochs", rotation=30, fontsize=7)
     axes.figure.tight_layout()
     axes.figure.savefig(path, dpi=120)
     pyplot.close(axes.figure)

@@ -80,11 +80,13 @@ def open_in_transformers(directory):
     return AutoTokenizer.from_pretrained(directory)
 
 
+@settings(deadline=None)
 @given(ANY_TEXT)
 def test_every_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)) == text
 
 
+@settings(deadline=None)
 @given(TRICKY_TEXT)
 def test_bos_and_eos_stand_around_the_text_and_never_in_it(tokenizer, text):
     ids = tokenizer.encode(text, bos=True, eos=True)
