@@ -29,6 +29,8 @@ from tasks.clean.score import score
 from tasks.sources import File, find_files, is_url
 from tasks.stage import Machine, Stage, start
 
+CONNECT_TIMEOUT = "30s"
+
 
 def run(stage: Stage[Params]) -> dict[str, float]:
     """Clean the corpus; return counts by source and, where the truth is known, precision and recall.
@@ -141,7 +143,7 @@ def dask_client(machine: Machine, scratch: Path) -> Iterator[Any]:
         cluster = nullcontext(machine.scheduler)
     with dask.config.set(settings), cluster as address:
         try:
-            client: Any = Client(address, timeout="30s")  # type: ignore[no-untyped-call]
+            client: Any = Client(address, timeout=CONNECT_TIMEOUT)  # type: ignore[no-untyped-call]
         except OSError as error:
             raise ValueError(
                 f"`machine.scheduler`: no Dask scheduler answers at {machine.scheduler} ({error}): start it, "

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_MULTIPLIER = 0x9E3779B97F4A7C15  # odd: 2**64 / golden ratio
+_MULTIPLIERS = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd, bits well mixed: those of SplitMix64
 
 
 class Repetition(Section):
@@ -87,8 +87,9 @@ def extend(hashes: NDArray[np.uint64], codes: NDArray[np.uint64], n: int) -> NDA
     """Hashes of the n-grams at each place, [N] -> hashes of the (n + 1)-grams, [N - 1]."""
     import numpy as np
 
-    mixed = (hashes[:-1] + codes[n:]) * np.uint64(_MULTIPLIER)
-    return mixed ^ (mixed >> np.uint64(29))
+    mixed = hashes[:-1] * np.uint64(_MULTIPLIERS[0]) + codes[n:]
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(_MULTIPLIERS[1])
+    return mixed ^ (mixed >> np.uint64(32))
 
 
 def top_share(hashes: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) -> float:
