@@ -16,6 +16,7 @@ from typing import Any
 from tasks.stage import PARAMS_FILE, flatten
 
 PROFILES = Path("profiles")
+NULL_TAG = "tag:yaml.org,2002:null"
 
 
 def read_profile(name: str) -> dict[str, Any]:
@@ -75,7 +76,9 @@ def compose(profiles: Sequence[str], overrides: Mapping[str, Any]) -> str:
     from ruamel.yaml import YAML
 
     yaml = YAML()
-    yaml.width = 120
+    yaml.width = 4096
+    yaml.preserve_quotes = True
+    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(NULL_TAG, "null"))
     before = PARAMS_FILE.read_text(encoding="utf-8")
     params = yaml.load(before)
     for profile in profiles:

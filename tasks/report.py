@@ -2,6 +2,7 @@
 
 Shows each stage's figures (metrics.json) and draws the plots that dvc.yaml's `plots` section declares, from the CSV
 files that it names: the page and `dvc plots` show the same. Reads dvc.yaml and data/*/. Writes data/report/index.html.
+DVC refuses to watch dvc.yaml itself: when nothing but a plot's definition changed, `dvc repro -f report` draws it anew.
 """
 
 from __future__ import annotations

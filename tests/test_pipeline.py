@@ -147,3 +147,13 @@ def test_the_readmes_picture_is_the_pipeline() -> None:
     nodes = {line.strip() for line in picture.splitlines() if "[" in line}
     drawn = {line.strip() for line in readme.split("```mermaid")[1].split("```")[0].splitlines()}
     assert edges | nodes <= drawn
+
+
+def test_writing_one_value_changes_one_line_of_params(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    before = Path("params.yaml").read_text().splitlines()
+    after = values.compose([], {"tokenize.num_tokens": 7}).splitlines()
+    assert len(before) == len(after)
+    assert [new.split("#")[0].strip() for old, new in zip(before, after, strict=True) if old != new] == [
+        "num_tokens: 7"
+    ]
