@@ -9,6 +9,7 @@ from __future__ import annotations
 import html.entities
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pydantic import Field
@@ -23,11 +24,24 @@ LONG = ("encyclopedia", "stories", "howto", "dialogue")  # sources that take who
 LINES = ("encyclopedia", "arithmetic")  # JSON lines that can be cut off
 ATTEMPTS = 200  # draws of one near-duplicate
 COPIES = (1, 1, 1, 2, 3)  # copies of a duplicated document, drawn evenly
+CONTACT = {"email": "writes from", "phone": "has the number", "card": "pays with card", "ip": "logs in from"}
 SYNONYMS = {
-    "many": "lots of", "old": "ancient", "small": "little", "good": "fine", "often": "frequently", "house": "dwelling",
-    "town": "village", "people": "folk", "every": "each", "year": "twelvemonth", "day": "morning", "known": "recognised",
-    "market": "fair", "work": "labour", "and": "plus", "with": "alongside", "long": "lengthy", "best": "most", "the": "this",
-}  # fmt: skip
+    "many": "lots of",
+    "old": "ancient",
+    "small": "little",
+    "good": "fine",
+    "often": "frequently",
+    "house": "dwelling",
+    "town": "village",
+    "people": "folk",
+    "every": "each",
+    "known": "recognised",
+    "market": "fair",
+    "work": "labour",
+    "with": "alongside",
+    "long": "lengthy",
+    "the": "this",
+}
 
 
 class Dirt(Section):
@@ -35,9 +49,7 @@ class Dirt(Section):
 
     duplicates: float = Field(ge=0, le=0.2, description="documents copied exactly, 1 to 3 times each")
     near_duplicates: float = Field(ge=0, le=0.2, description="documents copied 1 to 3 times with small changes")
-    boilerplate: float = Field(
-        ge=0, le=0.2, description="documents with cookie banners, calls to subscribe, lorem ipsum"
-    )
+    boilerplate: float = Field(ge=0, le=0.2, description="documents with cookie banners, calls to subscribe")
     personal_data: float = Field(ge=0, le=0.2, description="documents with a single e-mail, phone, card or IP address")
     personal_data_rich: float = Field(ge=0, le=0.2, description="further documents full of personal data")
     look_alikes: float = Field(ge=0, le=0.2, description="documents with version numbers, dates, ISBNs, unlabelled")
@@ -60,7 +72,7 @@ def plant(world: World, sources: Sources, dirt: Dirt, similarity_max: float, gen
 
     add_languages(world, sources, count(dirt.languages), similarity_max, generator)
     add_low_quality(world, sources, count(dirt.low_quality), similarity_max, generator)
-    add_contact_lists(world, sources, count(dirt.personal_data_rich), similarity_max, generator)
+    add_contact_lists(world, sources, count(dirt.personal_data_rich), generator)
     paged = [document for documents in sources.values() for document in documents]
     texts = [document for name in (*LONG, "arithmetic", "lists") for document in sources[name]]
     lines = world.texts["dirt"]
@@ -78,9 +90,8 @@ def plant(world: World, sources: Sources, dirt: Dirt, similarity_max: float, gen
         document.labels.append({"kind": "look_alike", "lines": [line]})
     for document in chosen(texts, count(dirt.broken_unicode), generator):
         break_unicode(document, lines["accents"], generator)
-    add_copies(
-        sources, "duplicate", chosen(texts, count(dirt.duplicates), generator), lambda group: group[0], generator
-    )
+    copied = chosen(texts, count(dirt.duplicates), generator)
+    add_copies(sources, "duplicate", copied, lambda group: group[0], generator)
     changed = chosen(texts, count(dirt.near_duplicates), generator)
     minimum = dirt.near_duplicate_similarity_min
     add_copies(sources, "near_duplicate", changed, lambda group: altered(group, minimum, generator), generator)
@@ -142,9 +153,7 @@ def plant_personal_data(world: World, document: Document, generator: random.Rand
 
 def look_alike(world: World, template: str, generator: random.Random) -> str:
     """Fill a sentence with numbers that are no personal data."""
-    handle = "_".join(
-        generator.choice(world.of_kind(kind)).name.lower().replace(" ", "") for kind in ("place", "animal")
-    )
+    handle = "_".join(generator.choice(world.of_kind(kind)).name.lower() for kind in ("place", "animal"))
     template = template.replace("{long}", personal_data.long_number(generator)).replace("{handle}", handle)
     limits = {"{n}": (1, 99), "{d}": (1, 9), "{p}": (1, 9), "{d0}": (1, 5)}
     for slot, (low, high) in limits.items():
@@ -153,53 +162,39 @@ def look_alike(world: World, template: str, generator: random.Random) -> str:
     return template
 
 
-def add_contact_lists(
-    world: World, sources: Sources, count: int, similarity_max: float, generator: random.Random
-) -> None:
-    """Add documents that are lists of people with their personal data."""
-    bucket: list[Shingles] = []
+def add_contact_lists(world: World, sources: Sources, count: int, generator: random.Random) -> None:
+    """Add documents that are lists of people with two pieces of personal data each."""
     for _ in range(count):
         found: list[dict[str, str]] = []
-
-        def make(found: list[dict[str, str]] = found) -> str:
-            found.clear()
-            lines = [f"Members of the guild of {generator.choice(world.of_kind('craft')).name}, for the office only."]
-            for person in generator.sample(world.of_kind("person"), min(6, len(world.of_kind("person")))):
-                kinds = generator.sample(list(personal_data.KINDS), 2)
-                values = [personal_value(world, kind, generator) for kind in kinds]
-                place = person.facts["home"].value
-                words = {
-                    "email": "writes from",
-                    "phone": "has the number",
-                    "card": "pays with card",
-                    "ip": "logs in from",
-                }
-                told = " and ".join(f"{words[value['type']]} {value['value']}" for value in values)
-                lines.append(f"{person.name} in {place} {told} .".replace(" .", "."))
-                found.extend(values)
-            return "\n".join(lines)
-
-        document = distinct(make, bucket, similarity_max, "dirt.personal_data_rich")
-        document.labels.append({"kind": "personal_data_rich", "values": list(found)})
-        sources[generator.choice(LONG)].append(document)
+        lines = [f"Members of the guild of {generator.choice(world.of_kind('craft')).name}, for the office only."]
+        for person in generator.sample(world.of_kind("person"), 6):
+            first, second = (
+                personal_value(world, kind, generator) for kind in generator.sample(list(personal_data.KINDS), 2)
+            )
+            told = " and ".join(f"{CONTACT[value['type']]} {value['value']}" for value in (first, second))
+            lines.append(f"{person.name} in {person.facts['home'].value} {told}.")
+            found += [first, second]
+        label = {"kind": "personal_data_rich", "values": found}
+        sources[generator.choice(LONG)].append(Document("\n".join(lines), [label]))
 
 
 def add_languages(world: World, sources: Sources, count: int, similarity_max: float, generator: random.Random) -> None:
     """Add documents in other languages, the same number of each."""
-    people = [person.name for person in world.of_kind("person")]
     languages = list(world.texts["languages"])
     buckets: dict[str, list[Shingles]] = {language: [] for language in languages}
     for index in range(count):
         language = languages[index % len(languages)]
-
-        def make(language: str = language) -> str:
-            sentences = generator.sample(world.texts["languages"][language], generator.randint(7, 9))
-            a, b = generator.sample(people, 2)
-            return " ".join(line.format(a=a, b=b, n=generator.randint(2, 20)) for line in sentences)
-
-        document = distinct(make, buckets[language], similarity_max, "dirt.languages")
+        write = partial(foreign, world, language, generator)
+        document = distinct(write, buckets[language], similarity_max, "dirt.languages")
         document.labels.append({"kind": "language", "language": language})
         sources[generator.choice(LONG)].append(document)
+
+
+def foreign(world: World, language: str, generator: random.Random) -> str:
+    """Write a text in another language from some of its seed sentences, in any order."""
+    sentences = generator.sample(world.texts["languages"][language], generator.randint(7, 9))
+    a, b = (person.name for person in generator.sample(world.of_kind("person"), 2))
+    return " ".join(line.format(a=a, b=b, n=generator.randint(2, 20)) for line in sentences)
 
 
 def add_low_quality(
@@ -212,12 +207,13 @@ def add_low_quality(
     def few(items: Sequence[str], low: int, high: int) -> list[str]:
         return [generator.choice(items) for _ in range(generator.randint(low, high))]
 
+    def short() -> str:
+        return f"{generator.choice(names)}, page {generator.randint(100, 999)}: {generator.choice(texts['short'])}"
+
     defects: dict[str, Callable[[], str]] = {
         "symbols": lambda: " ".join(f"{generator.choice(texts['symbols'])} {name}" for name in few(names, 40, 70)),
         "repetition": lambda: "\n".join([" ".join(few(texts["words"] + names, 5, 7))] * generator.randint(12, 20)),
-        "short": lambda: (
-            f"{generator.choice(names)}, page {generator.randint(100, 999)}: {generator.choice(texts['short'])}"
-        ),
+        "short": short,
         "capitals": lambda: " ".join(few([*texts["words"], *names], 60, 90)).upper(),
         "ellipsis": lambda: "\n".join(f"{' '.join(few(names, 5, 7))} ..." for _ in range(12)),
         "numbers": lambda: "\n".join(" ".join(str(generator.randint(1, 9999)) for _ in range(8)) for _ in range(10)),
@@ -249,8 +245,8 @@ def break_unicode(document: Document, accents: Sequence[str], generator: random.
 
 def with_entities(text: str) -> str:
     """Return a text with HTML entities for the letters outside ASCII."""
-    return "".join(f"&{html.entities.codepoint2name[ord(c)]};" if ord(c) in html.entities.codepoint2name and ord(c) > 127
-                   else c for c in text)  # fmt: skip
+    names = {code: name for code, name in html.entities.codepoint2name.items() if code > 127}
+    return "".join(f"&{names[ord(letter)]};" if ord(letter) in names else letter for letter in text)
 
 
 def with_control_characters(text: str, generator: random.Random) -> str:

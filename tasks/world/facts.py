@@ -99,6 +99,7 @@ def build_world(
     values["home"] = {name: {} for name in places}
     values["craft"] = {craft["worker"]: {"craft": craft["name"]} for craft in crafts}
     values["animal"] = {animal["name"]: {"plural": animal["plural"]} for animal in animals}
+    described: list[tuple[str, str, str, dict[str, str], dict[str, str]]]
     described = [("person", name, pronoun, {}, {}) for name, pronoun in people]
     described += [("place", name, "it", {}, {}) for name in places]
     described += [("animal", a["name"], "it", {"plural": a["plural"]}, a["facts"]) for a in animals]

@@ -115,17 +115,16 @@ def pair(world: World, first: Fact, second: Fact, named: bool, generator: random
     entity = world.entities[first.entity]
     by_name = named or entity.kind == "craft"
     who, number = subject(entity, generator) if by_name else pronoun(world, entity)
-    they = "they" if number is PLURAL else world.texts[KINDS[entity.kind]]["pronouns"][entity.pronoun]["they"]
     templates: Sequence[str] = world.texts["sentences"]["pairs"]
-    # A relative clause needs a noun, "they also" a verb that agrees with the pronoun.
-    templates = [
-        t for t in templates if (by_name or "{which}" not in t) and not (by_name and they == "they" and "{they}" in t)
-    ]
+    if not by_name:  # a relative clause needs a noun
+        templates = [template for template in templates if "{which}" not in template]
+    elif number is SINGULAR and (entity.kind == "craft" or entity.pronoun == "they"):  # no pronoun agrees with the verb
+        templates = [template for template in templates if "{they}" not in template]
     text = generator.choice(templates).format(
         subject=who,
         first=phrase(world, first, number, generator),
         second=phrase(world, second, number, generator),
-        they=they if entity.kind != "craft" else who,
+        they="they" if number is PLURAL else pronoun(world, entity)[0],
         which="who" if entity.kind in ("person", "craft") else "which",
     )
     return opened(world, text, generator)
