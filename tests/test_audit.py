@@ -412,6 +412,20 @@ def test_a_hugging_face_classifier_scores_as_it_does_alone(loaded_classifier):
         assert score == pytest.approx(model(ids).logits.softmax(1)[0, 2].item(), abs=1e-5)
 
 
+@pytest.mark.slow
+def test_the_stage_scores_documents_with_a_hugging_face_classifier(loaded_classifier, workspace):
+    directory = loaded_classifier[0]
+    write_labels()
+    write_part([document(text, number=number) for number, (text, _) in enumerate(LABELLED)])
+    params = audit_params(classifier=classifier(path=str(directory), toxic_label=0).model_dump())
+    figures = audit(params, workers=1)
+    scores = toxicity.score_loaded([text for text, _ in LABELLED], str(directory), 0, 4)
+    assert figures["toxicity/share"] == np.mean(scores >= 0.5)
+    assert figures["toxicity/classifier_accuracy"] == np.mean((scores >= 0.5) == [label for _, label in LABELLED])
+    assert figures["toxicity/classifier_background"] == 0
+    assert not Path("output/classifier").exists()
+
+
 def test_an_output_that_the_hugging_face_classifier_lacks_is_told(loaded_classifier):
     with pytest.raises(
         ValueError, match=r"`audit\.classifier\.toxic_label` is 3, but .* has 3 outputs, counted from 0"

@@ -106,7 +106,10 @@ def make_classifier(
     params = stage.params.classifier
     if params.path is not None:
         score: toxicity.Score = partial(
-            toxicity.score_loaded, path=params.path, toxic_label=params.toxic_label, batch_size=params.batch_size
+            toxicity.score_loaded,
+            path=str(Path(params.path).resolve()),
+            toxic_label=params.toxic_label,
+            batch_size=params.batch_size,
         )
         held_out = score(texts)
     else:

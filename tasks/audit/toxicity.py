@@ -7,8 +7,8 @@ sentences. The mean stays: a maximum grows with a document's length alone, so on
 measures length. How many documents have any toxic window is counted beside it.
 
 Labelled sentences are about sensitive things only; of ordinary prose a classifier trained on them knows nothing and
-calls a third of it toxic. So ordinary sentences of the corpus itself, its background, are added as neutral ones. The
-few toxic ones among them cost little. The held-out figures are on labelled sentences alone.
+calls a third of it toxic (measured: C4, ToxiGen). So ordinary sentences of the corpus itself, its background, are added
+as neutral ones. The few toxic ones among them cost little. The held-out figures are on labelled sentences alone.
 """
 
 from __future__ import annotations
@@ -214,7 +214,8 @@ def save_classifier(model: Any, path: Path) -> None:
     """Write the classifier as skops does, but the same bytes for the same classifier.
 
     skops names objects by their addresses in memory and dates its archive, scikit-learn notes an address in each
-    vectorizer: all differ from run to run.
+    vectorizer: all differ from run to run. To `skops.io.load` it, trust the types that
+    `skops.io.get_untrusted_types` names, after a look: they are scikit-learn's own, of calibration and folds.
     """
     import skops.io
 
@@ -289,13 +290,16 @@ def score_loaded(texts: list[str], path: str, toxic_label: int, batch_size: int)
     import torch
 
     tokenizer, model = _load(path)
+    longest = min(
+        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+    )
     probabilities = []
     for start in range(0, len(texts), batch_size):
         inputs = tokenizer(
             texts[start : start + batch_size],
             padding=True,
             truncation=True,
-            max_length=min(tokenizer.model_max_length, model.config.max_position_embeddings),
+            max_length=longest,
             return_tensors="pt",
         )
         with torch.inference_mode():
