@@ -180,6 +180,14 @@ class Training(Sizes):
         return self.batch_rows * self.max_position_embeddings
 
 
+class Vocabulary(BaseModel):
+    """The key of `train_tokenizer` that decides the size of both embeddings."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    vocab_size: int = Field(gt=0)
+
+
 class Stream(BaseModel):
     """The key of `tokenize` that decides how long training takes: each token of the stream is used once."""
 
@@ -211,8 +219,9 @@ def read_sizes(params: Mapping[str, Any]) -> Sizes:
     return parse_section(Sizes, _with_vocabulary(params), "pretrain")
 
 
-def _with_vocabulary(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {"pretrain": {**params["pretrain"], "vocab_size": params["train_tokenizer"]["vocab_size"]}}
+def _with_vocabulary(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    vocab_size = parse_section(Vocabulary, params, "train_tokenizer").vocab_size
+    return {name: {**params[name], "vocab_size": vocab_size} for name in ("pretrain",) if name in params}
 
 
 def _row(name: str, value: str, note: str = "") -> str:

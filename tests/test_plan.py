@@ -248,3 +248,18 @@ def test_a_plan_imports_neither_torch_nor_deepspeed():
 def test_a_wrong_assumption_is_named():
     with pytest.raises(ValueError, match=r"params.yaml: `plan.mfu` is 38: .*\(assumed model FLOPs utilisation\)"):
         plan({**with_profile(), "plan": {**with_profile()["plan"], "mfu": 38}})
+
+
+@pytest.mark.parametrize("section", ["plan", "pretrain", "train_tokenizer", "tokenize", "machine"])
+def test_a_missing_section_is_named(section):
+    params = with_profile()
+    del params[section]
+    with pytest.raises(ValueError, match=rf"params.yaml: section `{section}` is missing"):
+        plan(params)
+
+
+def test_a_missing_size_is_named():
+    params = with_profile()
+    del params["pretrain"]["hidden_size"]
+    with pytest.raises(ValueError, match=r"params.yaml: `pretrain.hidden_size` is missing"):
+        plan(params)
