@@ -275,7 +275,10 @@ def add_copies(
 
 
 def altered(group: Sequence[str], similarity_min: float, generator: random.Random) -> str:
-    """Return the first text of a group with one or two small changes, still near to all of the group."""
+    """Return the first text of a group with one or two small changes, still near to all of the group.
+
+    Raises ValueError naming the parameter when no change is small enough.
+    """
     known = [shingles(text) for text in group]
     edits: Mapping[str, Callable[[str], str]] = {
         "word": lambda text: with_synonym(text, generator),
@@ -290,7 +293,10 @@ def altered(group: Sequence[str], similarity_min: float, generator: random.Rando
         own = shingles(text)
         if text not in group and all(similarity(own, other) >= similarity_min for other in known):
             return text
-    raise AssertionError(f"no near-duplicate in {ATTEMPTS} draws of {group[0]!r}")
+    raise ValueError(
+        f"params.yaml: `world.dirt.near_duplicate_similarity_min` is {similarity_min}: no small change keeps a copy "
+        "that near; lower it"
+    )
 
 
 def with_synonym(text: str, generator: random.Random) -> str:
