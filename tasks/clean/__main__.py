@@ -58,8 +58,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             seed=stage.seed,
             pure=False,
         )
-        megabytes = [sum(file.num_bytes for file in group) / 1e6 for group in groups]
-        parts = [part for found in gather(cleaned, megabytes, "clean", "MB") for part in found]
+        sizes = [sum(file.num_bytes for file in group) for group in groups]
+        parts = [part for found in gather(cleaned, sizes, "clean", "B") for part in found]
         write_malformed(parts, stage.output / "malformed.jsonl")
         check_malformed(parts, params)
 
@@ -80,7 +80,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         ends = duplicates["document"].searchsorted([part.last for part in filled], side="right")
         slices = [duplicates.iloc[start:end] for start, end in zip(bounds, ends, strict=True)]
         parted = client.map(part_documents, filled, slices, output=stage.output, pure=False)
-        counts = pd.concat(gather(parted, [1.0] * len(filled), "kept and rejected", "parts"))
+        counts = pd.concat(gather(parted, [1] * len(filled), "kept and rejected", "part"))
 
     counts = counts.groupby(["source", "rule"], as_index=False).sum()
     funnel = write_funnel(counts, list(params.sources), stage.output / "plots" / "funnel.csv")
@@ -153,13 +153,13 @@ def dask_client(machine: Machine, scratch: Path) -> Iterator[Any]:
             yield client
 
 
-def gather(futures: Sequence[Any], sizes: Sequence[float], title: str, unit: str) -> list[Any]:
+def gather(futures: Sequence[Any], sizes: Sequence[int], title: str, unit: str) -> list[Any]:
     """Wait for results, in order, and show how many of the `sizes` are done and how long the rest will take."""
     from distributed import as_completed
     from tqdm import tqdm
 
     size_of = {future.key: size for future, size in zip(futures, sizes, strict=True)}
-    with tqdm(total=round(sum(sizes), 1), desc=title, unit=unit) as bar:
+    with tqdm(total=sum(sizes), desc=title, unit=unit, unit_scale=True) as bar:
         for future in as_completed(futures, raise_errors=False):  # type: ignore[no-untyped-call]
             if future.status == "error":
                 future.result()
