@@ -9,6 +9,7 @@ without the column) is a ValueError that names the file and what to do.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import logging
@@ -206,6 +207,8 @@ def read(file: File) -> Iterator[Document | Malformed]:
         gone = f"{file.location} is missing: bring it, or take it out of source `{file.source}`"
         raise ValueError(unreachable if is_url(file.location) else gone) from None
     except OSError as error:
+        if error.errno == errno.ENOSPC:  # of the temporary copy: no fault of the file
+            raise
         raise ValueError(
             f"{file.location} can't be read ({error}): it may be damaged or cut off; fetch it again"
         ) from None

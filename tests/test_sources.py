@@ -1,3 +1,4 @@
+import errno
 import gzip
 import http.server
 import io
@@ -268,6 +269,17 @@ def test_a_file_that_vanishes_is_named(tmp_path):
     gone = File("own", 0, "a.jsonl", str(tmp_path / "a.jsonl"), "jsonl", "text", 1)
     with pytest.raises(ValueError, match=re.escape("a.jsonl is missing: bring it, or take it out of source `own`")):
         list(read(gone))
+
+
+def test_a_disk_too_full_for_a_temporary_copy_is_no_fault_of_the_file(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(parquet(TEXTS)))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        rows_of(tmp_path, "a.parquet.gz")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_files_are_numbered_in_the_order_of_sources(tmp_path):
