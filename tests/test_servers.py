@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import servers
+
+
+def test_a_busy_port_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(servers, "MLFLOW_PORT", port)
+        monkeypatch.setattr(servers, "PREFECT_PORT", servers.any_free_port())
+        assert not servers.port_is_free(port)
+        assert servers.main() == 1
+    assert f"port {port} of 127.0.0.1 is busy: perhaps `make ui` runs already" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, "-c", "raise SystemExit('no room at the inn')"]
+    message = r"the toy server did not start, see .scratch/toy.log: no room at the inn"
+    with (
+        pytest.raises(RuntimeError, match=message),
+        servers.server("toy", command, {}, f"http://127.0.0.1:{servers.any_free_port()}/"),
+    ):
+        pass
+
+
+def test_a_server_lives_as_long_as_its_block_and_not_longer_than_its_starter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    port = servers.any_free_port()
+    command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
+    with servers.server("files", command, {}, f"http://127.0.0.1:{port}/"):
+        assert servers.answers(f"http://127.0.0.1:{port}/")
+    assert servers.port_is_free(port)
+    program = (
+        "import sys, time\nfrom flows import servers\n"
+        f"with servers.server('files', {command!r}, {{}}, 'http://127.0.0.1:{port}/'):\n"
+        "    print('up', flush=True); time.sleep(60)\n"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    assert starter.stdout.readline() == "up\n"
+    (child,) = psutil.Process(starter.pid).children()
+    starter.kill()
+    starter.wait()
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running()
+
+
+@pytest.mark.slow
+def test_both_pages_answer_on_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    with (
+        servers.start_mlflow(servers.any_free_port()) as mlflow,
+        servers.start_prefect(servers.any_free_port()) as prefect,
+    ):
+        assert servers.answers(f"{mlflow}/")
+        assert servers.answers(f"{prefect}/health")
+        ports = {int(url.split(":")[2].split("/")[0]) for url in (mlflow, prefect)}
+        listening = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port in ports]
+        assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
