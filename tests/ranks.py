@@ -1,0 +1,46 @@
+"""Training processes for tests: this one as the only rank, and small models for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import torch
+
+from model.engine import EngineParams, build_model, draw_weights, join_ranks, start_engine
+from model.transformer import ModelConfig
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "initializer_range": 0.02, "tie_word_embeddings": False,
+}  # fmt: skip
+
+TRAINED: dict[str, Any] = {
+    "zero_stage": 0, "precision": "fp32", "offload": "none", "activation_checkpointing": "off", "batch_rows": 8,
+    "micro_batch_rows": 4, "learning_rate": 1e-2, "final_learning_rate_ratio": 0.1, "warmup_steps": 4, "beta1": 0.9,
+    "beta2": 0.95, "epsilon": 1e-5, "weight_decay": 0.1, "gradient_clipping": 1.0,
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join_alone() -> torch.device:
+    """Make this process the only rank; a second call changes nothing."""
+    if not torch.distributed.is_initialized():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
+    return join_ranks()
+
+
+def small_engine(num_steps: int, seed: int = 1, vocab_size: int = 64, **changes: Any) -> Any:
+    params = EngineParams.model_validate({**TRAINED, **changes})
+    config = ModelConfig.model_validate({**SMALL, "vocab_size": vocab_size})
+    model = build_model(config, params)
+    draw_weights(model, seed)
+    return start_engine(model, params, num_steps)

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import TRAINED, join_alone, small_engine
+
+import model.engine
+from model.engine import (
+    EngineParams,
+    Step,
+    deepspeed_config,
+    load_state,
+    num_micro_batches,
+    save_state,
+    train_step,
+)
+from model.packing import Batch, batch_of_rows
+
+CPU = torch.device("cpu")
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone() -> None:
+    join_alone()
+
+
+def batches(step: int, rows: int, micro_rows: int) -> tuple[list[Batch], int]:
+    """Micro batches with unequal numbers of targets, the same for the same step."""
+    rng = np.random.default_rng(step)
+    stream = (np.cumsum(rng.integers(0, 3, size=rows * CONTEXT + 1)) % 64).astype(np.uint16)
+    starts = np.array([0, 3, 5, 9, 11, 14, 40, 90])
+    parts = [batch_of_rows(stream, starts, row, micro_rows, CONTEXT, CPU) for row in range(0, rows, micro_rows)]
+    return parts, sum(part.num_targets for part in parts)
+
+
+def train(engine: Any, steps: range, micro_rows: int = 4, accepts: Any = lambda loss, norm: True) -> list[Step]:
+    return [train_step(engine, *batches(step, 8, micro_rows), accepts) for step in steps]
+
+
+def weights_of(engine: Any) -> list[torch.Tensor]:
+    import deepspeed
+
+    copies = []
+    for parameter in engine.module.parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            copies.append(parameter.detach().clone())
+    return copies
+
+
+def plain_training(steps: int) -> tuple[list[float], list[float], list[torch.Tensor]]:
+    """The same training in a plain torch loop: whole batches, the mean over tokens, the schedule by its formula."""
+    engine = small_engine(20)  # only for its first weights
+    module = engine.module
+    matrices = [p for p in module.parameters() if p.dim() > 1]
+    norms = [p for p in module.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
+        lr=0.0, betas=(0.9, 0.95), eps=1e-5,
+    )  # fmt: skip
+    losses, gradient_norms = [], []
+    for step in range(steps):
+        number = step + 1
+        share = number / 4 if number < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * min(1, (number - 3) / 16))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * share
+        (batch,), num_targets = batches(step, 8, 8)
+        loss = module(batch.ids, batch.documents, batch.targets).sum() / num_targets
+        optimizer.zero_grad()
+        loss.backward()
+        gradient_norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, gradient_norms, [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_training_equals_a_plain_loop_whatever_the_micro_batches(zero_stage: int) -> None:
+    losses, gradient_norms, weights = plain_training(6)
+    engine = small_engine(20, zero_stage=zero_stage)
+    steps = train(engine, range(6))
+    assert [step.loss for step in steps] == pytest.approx(losses, abs=1e-5)
+    assert [step.gradient_norm for step in steps] == pytest.approx(gradient_norms, rel=1e-4)
+    assert losses[-1] < losses[0] - 0.1
+    for ours, reference in zip(weights_of(engine), weights, strict=True):
+        assert torch.allclose(ours, reference, atol=1e-4)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_bf16_keeps_masters_and_stays_near_fp32(zero_stage: int) -> None:
+    exact = train(small_engine(20), range(6))
+    rounded = small_engine(20, zero_stage=zero_stage, precision="bf16")
+    steps = train(rounded, range(6))
+    assert {weight.dtype for weight in rounded.module.parameters()} == {torch.bfloat16}
+    assert [step.loss for step in steps] == pytest.approx([step.loss for step in exact], abs=0.03)
+    masters = [group["params"] for group in rounded.basic_optimizer.param_groups]
+    assert all(weight.dtype == torch.float32 for group in masters for weight in group)
+
+
+def test_the_optimiser_state_can_be_offloaded() -> None:
+    kept = train(small_engine(20, zero_stage=2), range(4))
+    offloaded = train(small_engine(20, zero_stage=2, offload="cpu"), range(4))
+    assert [step.loss for step in offloaded] == pytest.approx([step.loss for step in kept], abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_refused_update_leaves_no_trace(zero_stage: int, precision: str) -> None:
+    undisturbed = small_engine(20, zero_stage=zero_stage, precision=precision)
+    train(undisturbed, range(2))
+    before = weights_of(undisturbed)
+    engine = small_engine(20, zero_stage=zero_stage, precision=precision)
+    asked: list[tuple[float, float]] = []
+
+    def refuses(loss: float, norm: float) -> bool:
+        asked.append((loss, norm))
+        return False
+
+    train(engine, range(2))
+    (step,) = train(engine, range(50, 51), accepts=refuses)
+    assert asked == [(step.loss, step.gradient_norm)]  # asked once, with what is reported
+    assert not step.updated
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(engine), strict=True))
+    # the next step is that of an engine that never saw the batch, but for its learning rate, one step on
+    for one in (undisturbed, engine):
+        one.lr_scheduler.step(9)
+        train(one, range(2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(undisturbed), weights_of(engine), strict=True))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_what_is_not_finite_is_reported_and_changes_nothing(zero_stage: int) -> None:
+    engine = small_engine(20, zero_stage=zero_stage, precision="bf16")
+    train(engine, range(1))
+    before = weights_of(engine)
+    parts, _ = batches(1, 8, 4)
+    step = train_step(engine, parts, 0, lambda loss, norm: math.isfinite(loss + norm))  # over no targets: infinite
+    assert not math.isfinite(step.loss) and not step.updated
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(engine), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_resumed_engine_goes_on_exactly(zero_stage: int, precision: str, tmp_path: Path) -> None:
+    engine = small_engine(20, zero_stage=zero_stage, precision=precision)
+    train(engine, range(3))
+    save_state(engine, tmp_path, 3, {"losses": [0.1, 1 / 3]})
+    expected = train(engine, range(3, 6))
+    again = small_engine(20, seed=2, zero_stage=zero_stage, precision=precision)
+    assert load_state(again, tmp_path) == (3, {"losses": [0.1, 1 / 3]})
+    assert train(again, range(3, 6)) == expected
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(engine), weights_of(again), strict=True))
+
+
+def saved(directory: Path, steps: list[int]) -> Any:
+    engine = small_engine(20, zero_stage=1, precision="bf16")
+    for step in steps:
+        save_state(engine, directory, step, {})
+    return engine
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_dir())
+
+
+def test_only_the_newest_two_states_stay(tmp_path: Path) -> None:
+    saved(tmp_path, [2, 9, 10])
+    assert names(tmp_path) == ["step-10", "step-9"]
+    assert load_state(saved(tmp_path / "other", []), tmp_path / "nothing") is None
+
+
+def test_a_save_that_broke_off_is_not_seen(tmp_path: Path) -> None:
+    engine = saved(tmp_path, [5])
+    shutil.copytree(tmp_path / "step-5", tmp_path / ".partial")
+    (tmp_path / ".partial" / "manifest.json").unlink()
+    assert load_state(engine, tmp_path) == (5, {})
+    save_state(engine, tmp_path, 6, {})
+    assert names(tmp_path) == ["step-5", "step-6"]
+
+
+def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path) -> None:
+    engine = saved(tmp_path, [4, 5])
+    newest = tmp_path / "step-5"
+    files = sorted(json.loads((newest / "manifest.json").read_text())["files"])
+    assert len(files) == 2
+    remedy = f"delete `{newest}` to go on from `{tmp_path / 'step-4'}`"
+    rng = random.Random(1)
+    for name in files:
+        content = (newest / name).read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1
+        for damaged in (content[:-100], bytes(flipped), b""):
+            (newest / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match="is damaged") as caught:
+                load_state(engine, tmp_path)
+            assert str(newest / name) in str(caught.value) and remedy in str(caught.value)
+        (newest / name).write_bytes(content)
+    (newest / files[0]).rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=f"{files[0]} is missing: delete"):
+        load_state(engine, tmp_path)
+    (newest / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged: delete"):
+        load_state(engine, tmp_path)
+    shutil.rmtree(tmp_path / "step-4")
+    with pytest.raises(ValueError, match=f"delete `{newest}` to go on from the beginning"):
+        load_state(engine, tmp_path)
+
+
+def test_a_state_of_other_ranks_is_refused(tmp_path: Path) -> None:
+    engine = saved(tmp_path, [5])
+    manifest = tmp_path / "step-5" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "num_ranks": 2}))
+    with pytest.raises(ValueError, match=r"written by 2 ranks, and this run has 1: set `machine\.num_ranks` back"):
+        load_state(engine, tmp_path)
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (print, ("this code must not run",))
+
+
+def test_pickled_code_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"module": Malicious()}, tmp_path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        model.engine.StateFiles().load(str(tmp_path / "state.pt"))
+    assert capsys.readouterr().out == ""
+
+
+def params_of(**changes: Any) -> EngineParams:
+    return EngineParams.model_validate({**TRAINED, **changes})
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    assert num_micro_batches(params_of(), num_ranks=2) == 1
+    with pytest.raises(ValueError, match="`batch_rows` 8 is no multiple of `micro_batch_rows` 4 x 3 ranks = 12"):
+        num_micro_batches(params_of(), num_ranks=3)
+
+
+def test_a_warm_up_longer_than_the_training_is_refused() -> None:
+    with pytest.raises(ValueError, match="`warmup_steps` 4 leaves none of 4 steps to train"):
+        deepspeed_config(params_of(), num_ranks=1, num_steps=4)
+
+
+def test_offload_without_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="offload needs zero_stage 1, 2 or 3"):
+        params_of(offload="cpu")
