@@ -120,7 +120,7 @@ def group_files(files: Sequence[File], num_bytes: float) -> Iterator[list[File]]
 def dask_client(machine: Machine, scratch: Path) -> Iterator[Any]:
     """Connect to the Dask cluster at `machine.scheduler`, or to one of local processes that ends with the block.
 
-    Workers of a cluster must see this directory and have this project installed.
+    Workers of a cluster must run in this directory, on a file system that all share, with this project installed.
     Raises ValueError when nobody answers at the address.
     """
     import dask

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import Field
@@ -43,15 +44,17 @@ Find = tuple[int, int, str]  # start, end, type
 
 def find_personal_data(text: str, params: PersonalData) -> list[Find]:
     """Return e-mail and IP addresses, card and phone numbers in the text, by place; they don't overlap."""
-    has_digits = _has_digits(text)
+    has_digits = re.search(r"\d", text) is not None
     taken: list[Find] = []
     for kind in TYPES:
-        if (kind == "email" and "@" not in text) or (kind != "email" and not has_digits):
+        if not (has_digits or kind == "email"):
             continue
         for start, end in _FINDERS[kind](text, params):
-            if all(end <= other_start or other_end <= start for other_start, other_end, _ in taken):
-                taken.append((start, end, kind))
-    return sorted(taken)
+            place = bisect(taken, (start, end, kind))
+            after_others = place == 0 or taken[place - 1][1] <= start
+            if after_others and (place == len(taken) or end <= taken[place][0]):
+                taken.insert(place, (start, end, kind))
+    return taken
 
 
 def mask(text: str, finds: Sequence[Find]) -> str:
@@ -68,12 +71,8 @@ def is_rich(num_finds: int, num_words: int, params: PersonalData) -> bool:
     return num_finds >= params.rich_min_finds and num_finds > params.rich_share * num_words
 
 
-def _has_digits(text: str) -> bool:
-    return re.search(r"\d", text) is not None or "::" in text
-
-
 def _emails(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
-    for match in _EMAIL.finditer(text):
+    for match in _EMAIL.finditer(text) if "@" in text else ():
         yield match.span()
 
 
