@@ -63,7 +63,8 @@ def connect(experiment: str) -> tuple[MlflowClient, str]:
         set_tracking_uri(uri)
         client = MlflowClient()
         found = client.get_experiment_by_name(experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts)
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the page opens on training runs
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts, kind)
     return client, experiment_id
 
 
@@ -81,7 +82,7 @@ def parent_run(client: MlflowClient, experiment_id: str, pipeline: str, started_
     with FileLock(SCRATCH / "mlflow.lock"):
         run_id = find_run(client, experiment_id, pipeline=pipeline, level="pipeline")
         if run_id is None:
-            name = time.strftime("pipeline %Y-%m-%d %H:%M:%S", time.localtime(started_ms / 1000))
+            name = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started_ms / 1000))
             tags = {"pipeline": pipeline, "level": "pipeline"}
             run_id = client.create_run(experiment_id, started_ms, tags, name).info.run_id
     return run_id

@@ -17,11 +17,11 @@ from tasks.stage import fingerprint, metric_lines
 
 
 def runs() -> dict[str, list[Any]]:
-    """All MLflow runs of the workspace by their names' first word, oldest first."""
+    """All MLflow runs of the workspace by their stage, oldest first."""
     client, experiment_id = tracking.connect("test")
     found: dict[str, list[Any]] = {}
     for run in client.search_runs([experiment_id], order_by=["attributes.start_time ASC"]):
-        found.setdefault(run.info.run_name.split()[0], []).append(run)
+        found.setdefault(run.data.tags.get("stage", "pipeline"), []).append(run)
     return found
 
 
