@@ -11,7 +11,7 @@ of C4 and Gopher at the same limits, find near-duplicates by MinHash with the sa
 also looks for phone and card numbers and removes exact duplicates. Times are those of whole runs, start of processes
 included, in turns; the table shows each tool's best.
 
-datatrove keeps fewer documents: it cuts words with spaCy, for which each punctuation mark is a word without a letter, so
+datatrove keeps fewer documents: it cuts words with spaCy, for which a punctuation mark is a word without a letter, so
 that Gopher's rule on such words rejects a tenth of the documents. Ours counts what blanks separate, as Gopher does.
 """
 
