@@ -43,7 +43,10 @@ DATA = Path("data")
 SCRATCH = Path(".scratch")
 RUNS = Path(".runs")
 PIPELINE_LOCK = SCRATCH / "pipeline.lock"
-PIPELINE_VARIABLE = "ARRIERO_PIPELINE"  # names the pipeline run that a stage belongs to; set for child processes only
+PIPELINE_VARIABLE = "ARRIERO_PIPELINE"  # names the flow run that a stage belongs to; set for child processes only
+PIPELINE_ARGUMENT = "--pipeline="  # names the pipeline run to ranks that a launcher starts, on whatever host
+LAUNCHER_VARIABLE = "ARRIERO_LAUNCHER"  # process id of the launcher on this host, for the ranks that it starts
+LOCKED_ARGUMENT = "--locked"  # tells such ranks that a flow holds the workspace for them
 
 
 class Section(BaseModel):
@@ -257,10 +260,14 @@ def write_json(path: Path, value: Any) -> None:
 def pipeline_id() -> str:
     """Return the identity of the pipeline run that this process belongs to.
 
-    The flow names it in the environment; under a plain `dvc repro` it is DVC's process, our parent.
+    The flow names it in the environment, a launcher's command line in an argument; under a plain `dvc repro` it is
+    DVC's process, our parent.
     """
     if PIPELINE_VARIABLE in os.environ:
         return os.environ[PIPELINE_VARIABLE]
+    for argument in sys.argv[1:]:
+        if argument.startswith(PIPELINE_ARGUMENT):
+            return argument.removeprefix(PIPELINE_ARGUMENT)
     import psutil
 
     parent = psutil.Process(os.getppid())
@@ -296,6 +303,8 @@ def die_with_parent() -> None:
     """Have Linux send SIGTERM to this process when its parent dies, so that no stage outlives its pipeline."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.environ.get(LAUNCHER_VARIABLE, str(os.getppid())) != str(os.getppid()):
+        sys.exit("the launcher died before this rank was ready")
 
 
 def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]]) -> None:
@@ -309,8 +318,7 @@ def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Map
     spec = sys.modules["__main__"].__spec__
     assert spec is not None, "a stage is started as a module"
     module = spec.name.removesuffix(".__main__").removeprefix("tasks.")
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    name = "@".join([module, *arguments])
+    name = "@".join([module, *(argument for argument in sys.argv[1:] if not argument.startswith("--"))])
     try:
         _run_stage(name, module, params_model, run)
     except ValueError as error:
@@ -362,7 +370,8 @@ def _run_stage(
         return
     from contextlib import nullcontext
 
-    with nullcontext() if PIPELINE_VARIABLE in os.environ else pipeline_lock(f"stage {name}"):
+    locked = PIPELINE_VARIABLE in os.environ or LOCKED_ARGUMENT in sys.argv
+    with nullcontext() if locked else pipeline_lock(f"stage {name}"):
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
         header = {

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from test_stage import processes_in, set_value, wait_for
+
+from tasks.launch import command_line
+from tasks.stage import PIPELINE_VARIABLE, Machine
+
+RANKS = """
+import os, sys, time
+from pathlib import Path
+
+from tasks.stage import die_with_parent
+
+die_with_parent()
+Path(f"rank{os.environ['RANK']}").write_text(
+    f"{os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']} {os.environ['MASTER_ADDR']} {' '.join(sys.argv[1:])}"
+)
+if "wait" in sys.argv:
+    time.sleep(120)
+"""
+
+
+def machine(num_ranks: int, hostfile: str | None = None) -> Machine:
+    return Machine(threads=1, workers=1, scheduler=None, num_ranks=num_ranks, hostfile=hostfile)
+
+
+@pytest.fixture
+def ranks(workspace: Path) -> Path:
+    """The workspace with a stage `tasks.ranks` whose ranks write what they were given."""
+    package = workspace / "tasks"
+    package.mkdir()
+    source = Path(__file__).parent.parent / "tasks"
+    for file in [*source.glob("*.py")]:
+        (package / file.name).symlink_to(file)
+    (package / "ranks.py").write_text(RANKS)
+    return workspace
+
+
+def launch(*arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "tasks.launch", "ranks", *arguments])
+
+
+def test_one_rank_is_this_very_process(ranks: Path) -> None:
+    process = launch("v5")
+    assert process.wait(timeout=60) == 0
+    assert Path("rank0").read_text() == "1 1 127.0.0.1 v5"
+
+
+def test_several_ranks_are_started_by_deepspeeds_launcher(ranks: Path) -> None:
+    set_value("num_ranks: 1", "num_ranks: 2")
+    assert launch("v5").wait(timeout=120) == 0
+    for rank in (0, 1):
+        world, threads, address, *arguments = Path(f"rank{rank}").read_text().split()
+        assert (world, threads, address) == ("2", "1", "127.0.0.1")
+        assert "v5" in arguments
+        assert any(argument.startswith("--pipeline=") for argument in arguments)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_end_with_their_launcher(ranks: Path, how: signal.Signals) -> None:
+    set_value("num_ranks: 1", "num_ranks: 2")
+    process = launch("wait")
+    wait_for(lambda: Path("rank0").exists() and Path("rank1").exists())
+    process.send_signal(how)
+    process.wait(timeout=60)
+    wait_for(lambda: not processes_in(ranks))
+
+
+def test_the_launcher_ends_with_the_process_that_started_it(ranks: Path) -> None:
+    set_value("num_ranks: 1", "num_ranks: 2")
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'tasks.launch', 'ranks', 'wait'])"
+    starter = subprocess.Popen([sys.executable, "-c", program])
+    wait_for(lambda: Path("rank0").exists() and Path("rank1").exists())
+    starter.kill()
+    starter.wait()
+    wait_for(lambda: not processes_in(ranks))
+    assert psutil.pid_exists(1)
+
+
+def test_hosts_come_from_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PIPELINE_VARIABLE, "flow-7")
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node-1 slots=8\nnode-2 slots=8\n")
+    command = command_line("ppo", ["v5"], machine(8, str(hostfile)))
+    assert command[1:] == [
+        *["-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)],
+        *["--module", "tasks.ppo", "v5", "--pipeline=flow-7", "--locked"],
+    ]
+
+
+def test_a_missing_hostfile_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`machine.hostfile` is nowhere, which does not exist: write one line a host"):
+        command_line("ppo", [], machine(8, "nowhere"))
