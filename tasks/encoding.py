@@ -6,8 +6,6 @@ One file at a time in each of several processes, so memory stays bounded however
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.tokenizer import Tokenizer
+from tasks.cluster import dask_client
 from tasks.stage import Machine
 
 ROWS_AT_ONCE = 256  # documents held in memory while reading; decides no result
@@ -79,7 +78,7 @@ def encode_parts(
     missing = [(part, result) for part, result in zip(documents, results, strict=True) if not result.exists()]
     if not missing:
         return results
-    with connect(machine, num_workers=min(machine.workers, len(missing)), scratch=directory) as client:
+    with dask_client(machine, directory, len(missing)) as client:
         futures = [
             client.submit(encode_part, part.resolve(), tokenizer.resolve(), result, dtype.str, pure=False)
             for part, result in missing
@@ -88,36 +87,6 @@ def encode_parts(
         for future in tqdm(finished, total=len(futures), desc="encoding", unit="part"):
             future.result()
     return results
-
-
-@contextmanager
-def connect(machine: Machine, num_workers: int, scratch: Path) -> Iterator[Any]:
-    """Give a Dask client: of the cluster at `machine.scheduler`, which shares this file system, or of local processes.
-
-    Raises ValueError when no scheduler answers.
-    """
-    from distributed import Client, LocalCluster
-
-    cluster: Any = nullcontext(machine.scheduler)
-    if machine.scheduler is None:
-        cluster = LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=num_workers,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # any free port
-            local_directory=str(scratch / "dask"),
-            security=True,  # other users of this machine can't send it code
-        )
-    with cluster as address:
-        try:
-            client: Any = Client(address, timeout="30s")  # type: ignore[no-untyped-call]
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"params.yaml: `machine.scheduler` is {machine.scheduler}, but no Dask scheduler answers there "
-                f"({error}): start it, or set null for local processes"
-            ) from None
-        with client:
-            yield client
 
 
 def encode_part(documents: Path, tokenizer_path: Path, result: Path, dtype: str) -> None:

@@ -621,12 +621,3 @@ def test_a_corpus_that_cannot_be_cleaned_is_told_why(scheduler, tmp_path, texts,
             (tmp_path / "corpus" / f"{name}.jsonl").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         clean(tmp_path, parameters(tmp_path / "corpus", **changes), scheduler)
-
-
-def test_a_scheduler_that_does_not_answer_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(stage_clean, "CONNECT_TIMEOUT", "0.2s")
-    write_corpus(tmp_path / "corpus", corpus())
-    with pytest.raises(
-        ValueError, match=re.escape("`machine.scheduler`: no Dask scheduler answers at tcp://127.0.0.1:9 ")
-    ):
-        clean(tmp_path, parameters(tmp_path / "corpus"), "tcp://127.0.0.1:9")

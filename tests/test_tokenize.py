@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 from model.tokenizer import Tokenizer
-from tasks.encoding import Index, connect, open_tokens
+from tasks.encoding import Index, open_tokens
 from tasks.stage import Machine, Stage, parse_section
 from tasks.tokenize import Params, Source, check_sources, hold_out, plan_stream, run, write_validation
 
@@ -329,11 +329,3 @@ def test_no_validation_at_all_is_an_empty_table(tmp_path):
 def test_a_part_without_documents_has_no_tokens(tmp_path):
     (tmp_path / "tokens.bin").touch()
     assert len(open_tokens(tmp_path, np.dtype(np.uint16))) == 0
-
-
-@pytest.mark.parametrize("address", ["nowhere://here", pytest.param("tcp://127.0.0.1:9", marks=pytest.mark.slow)])
-def test_a_scheduler_that_does_not_answer_is_named(address, tmp_path):
-    machine = Machine(threads=1, workers=1, scheduler=address, num_ranks=1, hostfile=None)
-    message = f"`machine.scheduler` is {address}, but no Dask scheduler answers there"
-    with pytest.raises(ValueError, match=message), connect(machine, 1, tmp_path):
-        pass

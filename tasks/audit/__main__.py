@@ -19,8 +19,9 @@ from typing import Any
 from pydantic import Field
 
 from tasks.audit import mentions, pictures, report, toxicity
-from tasks.audit.corpus import DOCUMENTS, Counts, find_parts, over_parts, workers
+from tasks.audit.corpus import DOCUMENTS, Counts, find_parts, over_parts
 from tasks.audit.toxicity import Classifier
+from tasks.cluster import dask_client
 from tasks.stage import Section, Stage, start
 
 
@@ -54,7 +55,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         toxicity.check_loaded(params.classifier)
     parts = find_parts(DOCUMENTS)
     started = time.monotonic()
-    with workers(stage.machine, len(parts)) as client:
+    with dask_client(stage.machine, stage.scratch, len(parts)) as client:
         counts, background = count(stage, client, parts, terms)
         score, quality = make_classifier(stage, texts, labels, background)
         counts += score_documents(stage, client, parts, score)

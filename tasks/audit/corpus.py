@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tasks.stage import Machine
 
 DOCUMENTS = Path("data/clean/documents")
 COLUMNS = ["id", "source", "text", "language"]
@@ -62,17 +59,6 @@ def draw(purpose: str, seed: int, document: str) -> float:
     """Return a number in [0, 1) that depends on the document's id alone: a draw that needs no order and no memory."""
     digest = hashlib.blake2b(f"{purpose} {seed} {document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
-
-
-@contextmanager
-def workers(machine: Machine, num_parts: int) -> Iterator[Any]:
-    """Give a Dask client: of the cluster at `machine.scheduler`, which shares this file system, or local processes."""
-    from distributed import Client
-
-    local = {"n_workers": min(machine.workers, num_parts), "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
-    connection = Client(machine.scheduler) if machine.scheduler else Client(**local)  # type: ignore[no-untyped-call]
-    with connection as client:
-        yield client
 
 
 def over_parts(

@@ -14,10 +14,8 @@ workers nor the size of a partition.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,9 @@ from tasks.clean.language import check_languages
 from tasks.clean.partition import ROW_BITS, Params, Part, clean_files, part_documents
 from tasks.clean.report import metrics, plot_funnel, write_funnel
 from tasks.clean.score import score
+from tasks.cluster import dask_client
 from tasks.sources import File, find_files, is_url
-from tasks.stage import Machine, Stage, start
-
-CONNECT_TIMEOUT = "30s"
+from tasks.stage import Stage, start
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -48,8 +45,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     for folder in (parts_folder, stage.output / "documents", stage.output / "rejected", stage.output / "plots"):
         folder.mkdir(parents=True)
 
-    with dask_client(stage.machine, stage.scratch) as client:
-        groups = list(group_files(files, params.partition_megabytes * 1e6))
+    groups = list(group_files(files, params.partition_megabytes * 1e6))
+    with dask_client(stage.machine, stage.scratch, len(groups)) as client:
         cleaned = client.map(
             clean_files,
             groups,
@@ -114,43 +111,6 @@ def group_files(files: Sequence[File], num_bytes: float) -> Iterator[list[File]]
             group = []
         group.append(file)
     yield group
-
-
-@contextmanager
-def dask_client(machine: Machine, scratch: Path) -> Iterator[Any]:
-    """Connect to the Dask cluster at `machine.scheduler`, or to one of local processes that ends with the block.
-
-    Workers of a cluster must run in this directory, on a file system that all share, with this project installed.
-    Raises ValueError when nobody answers at the address.
-    """
-    import dask
-    from distributed import Client, LocalCluster
-
-    logging.getLogger("distributed").setLevel(logging.ERROR)
-    settings = {"dataframe.shuffle.method": "p2p", "distributed.scheduler.worker-saturation": 1.0}
-    if machine.scheduler is None:
-        cluster: Any = LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=machine.workers,
-            threads_per_worker=1,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            scheduler_kwargs={"dashboard": False},
-            local_directory=str(scratch / "dask"),
-            security=True,
-        )
-    else:
-        cluster = nullcontext(machine.scheduler)
-    with dask.config.set(settings), cluster as address:
-        try:
-            client: Any = Client(address, timeout=CONNECT_TIMEOUT)  # type: ignore[no-untyped-call]
-        except OSError as error:
-            raise ValueError(
-                f"`machine.scheduler`: no Dask scheduler answers at {machine.scheduler} ({error}): start it, "
-                "or set null for local processes"
-            ) from None
-        with client:
-            yield client
 
 
 def gather(futures: Sequence[Any], sizes: Sequence[int], title: str, unit: str) -> list[Any]:
