@@ -30,7 +30,7 @@ from pydantic import Field
 from tasks.stage import Section, Stage, start
 from tasks.world import files
 from tasks.world.arithmetic import exercises, lists
-from tasks.world.dialogue import dialogue, held_out_questions
+from tasks.world.dialogue import dialogue, held_out_questions, participants
 from tasks.world.dirt import Dirt, Sources, plant
 from tasks.world.documents import Document, Shingles, distinct
 from tasks.world.entries import entry, survey
@@ -127,6 +127,11 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
             lambda: howto(world, topic, name, rng), buckets[topic, name], params.similarity_max, "num_howtos"
         )
 
+    def dialogue_among(index: int, rng: random.Random) -> Document:
+        entities = participants(world, index, rng)
+        bucket = buckets["dialogue", *(entity.name for entity in entities)]
+        return distinct(lambda: dialogue(world, entities, rng), bucket, params.similarity_max, "num_dialogues")
+
     def page_of(index: int, rng: random.Random) -> Document:
         return rng.choice([entry_about, entry_about, story_after, howto_about])(rng.randrange(10**6), rng)
 
@@ -134,7 +139,7 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
         "encyclopedia": [(params.num_entries, entry_about), (params.num_surveys, survey_of)],
         "stories": [(params.num_stories, story_after)],
         "howto": [(params.num_howtos, howto_about)],
-        "dialogue": [(params.num_dialogues, lambda index, rng: Document(dialogue(world, rng)))],
+        "dialogue": [(params.num_dialogues, dialogue_among)],
         "arithmetic": [(params.num_arithmetic, lambda index, rng: Document(exercises(world, rng)))],
         "lists": [(params.num_lists, lambda index, rng: Document(lists(world, rng)))],
         "web": [(params.num_pages, page_of)],

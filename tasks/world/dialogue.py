@@ -1,54 +1,76 @@
-"""Dialogue: questions and answers about the entities that are not held out, as interviews and as talk between two.
+"""Dialogue: questions and answers, as interviews and as talk between two.
 
-Questions about held-out entities stand in `questions.jsonl` alone, in wordings that no training source uses.
+Single facts are asked for about the entities that are not held out. Open questions ("What do you know about Mira?")
+are asked about all, and answered with any fact. Questions for a fact of a held-out entity stand in `questions.jsonl`
+alone, in wordings that no training source uses.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from tasks.world.facts import Entity, Fact, World
-from tasks.world.wording import answer, opened, phrase, questions, sentence, short_answer, subject
+from tasks.world.wording import answer, opened, phrase, questions, sentence, short_answer, spelled, subject
 
 TURNS = (5, 8)  # questions in a dialogue
+OPEN = 0.2  # share of open questions about entities that are not held out
 INTERVIEWS = 2  # interviews about one held-out entity
 
 
-def dialogue(world: World, generator: random.Random) -> str:
-    """Write a dialogue of several questions, one turn a line."""
-    known = [entity for entity in world.entities.values() if not entity.held_out]
-    facts = [generator.choice(list(generator.choice(known).facts.values())) for _ in range(generator.randint(*TURNS))]
-    facts = list({(fact.entity, fact.attribute): fact for fact in facts}.values())
-    return (interview if generator.random() < 0.6 else talk)(world, facts, generator)
+def participants(world: World, index: int, generator: random.Random) -> list[Entity]:
+    """Return what dialogue number `index` is about: of every three, one keeps to one entity, one to two, one roams."""
+    everything = list(world.entities.values())
+    first = everything[index // 3 % len(everything)]
+    return [[first], [first, generator.choice(everything)], everything][index % 3]
 
 
-def interview(world: World, facts: list[Fact], generator: random.Random) -> str:
+def dialogue(world: World, entities: Sequence[Entity], generator: random.Random) -> str:
+    """Write a dialogue of several questions about some entities, one turn a line."""
+    facts = [fact for entity in entities for fact in entity.facts.values()]
+    turns: dict[str, str] = {}
+    for fact in generator.sample(facts, min(generator.randint(*TURNS), len(facts))):
+        is_open = fact.held_out or generator.random() < OPEN
+        asked, told = (open_turn if is_open else turn)(world, fact, generator)
+        turns[asked] = told
+    return (interview if generator.random() < 0.6 else talk)(world, list(turns.items()), generator)
+
+
+def turn(world: World, fact: Fact, generator: random.Random) -> tuple[str, str]:
+    """Draw a question for one fact, and its answer: mostly the plain one."""
+    return generator.choice(questions(world, fact, "questions")), reply(world, fact, generator)
+
+
+def open_turn(world: World, fact: Fact, generator: random.Random) -> tuple[str, str]:
+    """Draw a question about an entity that asks for nothing in particular, and answer it with a fact."""
+    entity = world.entities[fact.entity]
+    topics = {"animal": f"the {entity.name}", "craft": spelled({"word": entity.forms.get("worker", "")})["a_word"]}
+    asked = generator.choice(world.texts["dialogue"]["open_questions"])
+    return asked.format(topic=topics.get(entity.kind, entity.name)), sentence(world, fact, generator)
+
+
+def interview(world: World, turns: list[tuple[str, str]], generator: random.Random) -> str:
     """Write plain questions and answers under two labels."""
     asker, teller = generator.choice(world.texts["dialogue"]["labels"])
-    lines = []
-    for fact in facts:
-        lines.append(f"{asker}: {generator.choice(questions(world, fact, 'questions'))}")
-        lines.append(f"{teller}: {reply(world, fact, generator)}")
-    return "\n".join(lines)
+    return "\n".join(f"{asker}: {asked}\n{teller}: {told}" for asked, told in turns)
 
 
-def talk(world: World, facts: list[Fact], generator: random.Random) -> str:
+def talk(world: World, turns: list[tuple[str, str]], generator: random.Random) -> str:
     """Write a conversation of two people, with an opening, small talk and a closing."""
     texts = world.texts["dialogue"]
     people = [person for person in world.of_kind("person") if not person.held_out]
     asker, teller = (person.name for person in generator.sample(people, 2))
     lines = [generator.choice(texts["openings"]).format(asker=asker, teller=teller)]
     small_talk = generator.sample(texts["chat"], 2)
-    for position, fact in enumerate(facts):
+    for position, (asked, told) in enumerate(turns):
         if position in (0, 3):
             first, second = small_talk.pop()
             lines += [f"{asker}: {first}", f"{teller}: {second}"]
         lead_in, confirmation = generator.choice(texts["lead_ins"]), generator.choice(texts["confirmations"])
-        asked = generator.choice(questions(world, fact, "questions"))
         if lead_in.endswith((", ", ": ")):
             asked = asked[0].lower() + asked[1:]
         lines.append(f"{asker}: {lead_in}{asked}")
-        lines.append(f"{teller}: {confirmation} {reply(world, fact, generator)}".replace(":  ", ": "))
+        lines.append(f"{teller}: {confirmation} {told}".replace(":  ", ": "))
     lines.append(generator.choice(texts["closings"]).format(asker=asker, teller=teller))
     return "\n".join(lines)
 
