@@ -7,6 +7,7 @@ that can be refused once its loss and gradient norm are known, and a state on di
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -144,6 +145,7 @@ def join_ranks() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # None of DeepSpeed's own operations is used; looking which ones it could build starts compilers.
     deepspeed.ops.__compatible_ops__ = {}
+    gc.freeze()  # DeepSpeed collects garbage again and again while it starts; what was imported is none
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":

@@ -60,13 +60,36 @@ def documents_of(lengths: Sequence[int], device: torch.device) -> Documents:
     )
 
 
-def num_rows(stream: Tokens, context: int) -> int:
+class Shards:
+    """A stream of tokens in several arrays, memory-mapped files as a rule; only what is read is held in memory."""
+
+    def __init__(self, parts: Sequence[Tokens]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, begin: int, end: int) -> Tokens:
+        """Return tokens `begin` to `end`."""
+        first, last = np.searchsorted(self.ends, (begin, end - 1), side="right")
+        offsets = self.ends[first : last + 1] - [len(part) for part in self.parts[first : last + 1]]
+        pieces = zip(self.parts[first : last + 1], offsets, strict=True)
+        return np.concatenate([part[max(0, begin - offset) : end - offset] for part, offset in pieces])
+
+
+def num_rows(stream: Shards, context: int) -> int:
     """Return how many full rows of `context` tokens a stream gives; each row's last token needs one more to predict."""
     return max(0, (len(stream) - 1) // context)
 
 
+def num_targets(starts: Starts, begin: int, end: int) -> int:
+    """Return how many of a stream's tokens `begin` to `end` predict their next one: all but each document's last."""
+    return end - begin - int(np.diff(np.searchsorted(starts, (begin, end), side="right"))[0])
+
+
 def batch_of_rows(
-    stream: Tokens, starts: Starts, first_row: int, rows: int, context: int, device: torch.device
+    stream: Shards, starts: Starts, first_row: int, rows: int, context: int, device: torch.device
 ) -> Batch:
     """Return rows `first_row` to `first_row + rows` of a stream, cut every `context` tokens, as one packed batch.
 
@@ -77,7 +100,7 @@ def batch_of_rows(
     """
     begin = first_row * context
     end = min((first_row + rows) * context, len(stream))
-    ids = np.asarray(stream[begin : end + 1], dtype=np.int64)
+    ids = stream.read(begin, min(end + 1, len(stream))).astype(np.int64)
     length = end - begin
     inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, end, side="right")] - begin
     targets = np.full(length, IGNORED, dtype=np.int64)

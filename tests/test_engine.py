@@ -23,7 +23,7 @@ from model.engine import (
     save_state,
     train_step,
 )
-from model.packing import Batch, batch_of_rows
+from model.packing import Batch, Shards, batch_of_rows
 
 CPU = torch.device("cpu")
 CONTEXT = 16
@@ -37,7 +37,7 @@ def alone() -> None:
 def batches(step: int, rows: int, micro_rows: int) -> tuple[list[Batch], int]:
     """Micro batches with unequal numbers of targets, the same for the same step."""
     rng = np.random.default_rng(step)
-    stream = (np.cumsum(rng.integers(0, 3, size=rows * CONTEXT + 1)) % 64).astype(np.uint16)
+    stream = Shards([(np.cumsum(rng.integers(0, 3, size=rows * CONTEXT + 1)) % 64).astype(np.uint16)])
     starts = np.array([0, 3, 5, 9, 11, 14, 40, 90])
     parts = [batch_of_rows(stream, starts, row, micro_rows, CONTEXT, CPU) for row in range(0, rows, micro_rows)]
     return parts, sum(part.num_targets for part in parts)

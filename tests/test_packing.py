@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.packing import IGNORED, batch_of_rows, documents_of, num_rows
+from model.packing import IGNORED, Shards, batch_of_rows, documents_of, num_rows, num_targets
 
 CPU = torch.device("cpu")
 
@@ -19,6 +19,7 @@ def test_documents_lie_one_after_another_and_count_from_zero() -> None:
 def test_rows_predict_the_next_token_of_a_document_and_never_its_first() -> None:
     #                  document 0   | document 1            | document 2
     stream = np.array([1, 10, 11, 2,  1, 20, 21, 22, 23, 2,   1, 30], dtype=np.uint16)  # fmt: skip
+    stream = Shards([stream[:4], stream[4:5], stream[5:]])
     starts = np.array([0, 4, 10])
     assert num_rows(stream, 5) == 2
     first = batch_of_rows(stream, starts, first_row=0, rows=1, context=5, device=CPU)
@@ -40,12 +41,14 @@ def test_rows_predict_the_next_token_of_a_document_and_never_its_first() -> None
     lengths=st.lists(st.integers(2, 40), min_size=1, max_size=12),
     context=st.integers(2, 32),
     rows=st.integers(1, 4),
+    num_shards=st.integers(1, 5),
 )
 def test_every_token_is_read_once_and_every_pair_within_a_document_predicted_once(
-    lengths: list[int], context: int, rows: int
+    lengths: list[int], context: int, rows: int, num_shards: int
 ) -> None:
     starts = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-    stream = np.arange(1, sum(lengths) + 1, dtype=np.uint32)  # each token is its place, counted from 1
+    tokens = np.arange(1, sum(lengths) + 1, dtype=np.uint32)  # each token is its place, counted from 1
+    stream = Shards(np.array_split(tokens, min(num_shards, len(tokens))))
     read: list[int] = []
     predicted: list[int] = []
     total_rows = -(-len(stream) // context)
@@ -58,5 +61,7 @@ def test_every_token_is_read_once_and_every_pair_within_a_document_predicted_onc
                 predicted.append(target)
         assert sum(batch.documents.lengths) == len(batch.ids)
         assert batch.documents.longest <= context
-    assert read == stream.tolist()
-    assert predicted == [token for token in stream.tolist() if token - 1 not in starts]
+        end = min((row + rows) * context, len(stream) - 1)
+        assert batch.num_targets == num_targets(starts, row * context, end)
+    assert read == tokens.tolist()
+    assert predicted == [token for token in tokens.tolist() if token - 1 not in starts]

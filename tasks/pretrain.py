@@ -1,0 +1,383 @@
+"""Train the base model on the stream of tokens (Llama 2, section 2.2; LLaMA, sections 2.2 to 2.4).
+
+Every token of the stream is used once, in the stream's order, whatever the number of ranks; so a run that was stopped,
+even killed, goes on from its last saved state to the very weights of an undisturbed run. Attention stays within a
+document. AdamW, linear warm-up, then a cosine; the gradient's norm is clipped.
+
+A batch whose loss or gradient stands far above those of the steps before it, bad text as a rule, is noted with its
+documents, and left out where `skip_spikes` says so. A loss that is no number stops the stage.
+
+Reads data/tokenize, data/train_tokenizer/tokenizer.model, and with `init_from` a Hugging Face Llama directory.
+Writes a Hugging Face Llama directory with training.json, plots/train.csv and plots/validation.csv.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from tqdm import tqdm
+
+from model.checkpoint import load_weights, read_config, save_model
+from model.engine import (
+    EngineParams,
+    Step,
+    build_model,
+    draw_weights,
+    evaluating,
+    join_ranks,
+    load_state,
+    num_micro_batches,
+    save_state,
+    start_engine,
+    train_step,
+)
+from model.packing import batch_of_rows, num_rows, num_targets
+from model.tokenizer import Tokenizer
+from model.transformer import Architecture, Llama, ModelConfig, flops_per_token, num_parameters
+from tasks.stage import DATA, Section, Stage, start
+from tasks.stream import Text, read_stream
+
+STREAM = DATA / "tokenize"
+TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
+
+# Dense bf16 products a second; NVIDIA's data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
+
+
+class Params(Architecture, EngineParams, Section):
+    """The model, how it is trained, what is watched on the way."""
+
+    init_from: str | None = Field(description="Hugging Face Llama directory to go on from; null: random weights")
+    log_every: int = Field(gt=0, description="steps between two logged points")
+    validate_every: int = Field(gt=0, description="steps between two validations")
+    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run goes on")
+    spike_window: int = Field(gt=1, description="steps before a step that it is compared with")
+    spike_loss_ratio: float = Field(gt=1, description="loss above this many medians of the window is a spike")
+    spike_gradient_ratio: float = Field(gt=1, description="gradient norm above this many medians is a spike")
+    skip_spikes: bool = Field(description="leave out the update of a batch that is a spike")
+    max_shard_bytes: int = Field(gt=0, description="weights in one file of the checkpoint at most, bytes")
+
+
+@dataclass
+class Progress:
+    """What a resumed run has to know of its past; saved with the weights, as JSON."""
+
+    step: int = 0
+    since_log: list[list[float]] = field(default_factory=list)  # loss and gradient norm of each step
+    window_losses: list[float] = field(default_factory=list)  # of the steps that a spike is told by
+    window_norms: list[float] = field(default_factory=list)
+    train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
+    validation: list[dict[str, float]] = field(default_factory=list)  # rows of plots/validation.csv
+    spikes: list[dict[str, Any]] = field(default_factory=list)  # rows of the table: one a document
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: what is trained, on what, and how far it is."""
+
+    stage: Stage[Params]
+    engine: Any
+    train: Text
+    validation: dict[str, Text]
+    progress: Progress
+
+    @property
+    def tokens(self) -> int:
+        """Tokens used so far."""
+        return self.progress.step * self.stage.params.batch_rows * self.stage.params.max_position_embeddings
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Train, validate, save."""
+    params, context = stage.params, stage.params.max_position_embeddings
+    device = join_ranks()
+    tokenizer = Tokenizer(TOKENIZER)
+    config = config_of(params, tokenizer.vocab_size)
+    train, validation = read_stream(STREAM)
+    num_steps = count_steps(train, params)
+    model = build_model(config, params)
+    set_weights(model, params.init_from, stage.seed)
+    engine = start_engine(model, params, num_steps)
+    states = stage.scratch / "resume"
+    _, saved = load_state(engine, states) or (0, {})
+    training = Training(stage, engine, train, validation, Progress(**saved))
+    peak = peak_flops(device, params.precision) * torch.distributed.get_world_size()
+
+    if training.progress.step == 0:
+        validate(training)
+    seconds, tokens_before = 0.0, training.tokens
+    with progress_bar(stage, training.progress.step, num_steps) as bar:
+        for step in range(training.progress.step + 1, num_steps + 1):
+            started = time.perf_counter()
+            take_step(training)
+            seconds += time.perf_counter() - started
+            if step % params.log_every == 0 or step == num_steps:
+                speed = (training.tokens - tokens_before) / seconds
+                log_training(training, speed, mfu=speed * flops_per_token(config, context) / peak)
+                bar.set_postfix(loss=f"{training.progress.train[-1]['loss']:.3f}", tokens_per_second=f"{speed:.0f}")
+                seconds, tokens_before = 0.0, training.tokens
+            if step % params.validate_every == 0 or step == num_steps:
+                validate(training)
+            if step % params.save_every == 0 or step == num_steps:
+                save_state(engine, states, step, asdict(training.progress))
+            bar.update()
+    written = {"step": num_steps, "tokens": training.tokens}
+    save_model(model, tokenizer, stage.output, written, params.max_shard_bytes)
+    return report(training, num_parameters(config))
+
+
+# --- what it starts from ---
+
+
+def config_of(params: Params, vocab_size: int) -> ModelConfig:
+    """Return the model that params.yaml and the tokenizer describe."""
+    values = {name: getattr(params, name) for name in Architecture.model_fields}
+    return ModelConfig.model_validate({**values, "vocab_size": vocab_size})
+
+
+def count_steps(train: Text, params: Params) -> int:
+    """Return the number of steps that use up the stream; what doesn't fill a last batch is left.
+
+    Raises ValueError when there is not one.
+    """
+    context = params.max_position_embeddings
+    num_steps = num_rows(train.tokens, context) // params.batch_rows
+    if num_steps == 0:
+        raise ValueError(
+            f"{STREAM} holds {len(train.tokens)} tokens, less than one batch of `pretrain.batch_rows` "
+            f"{params.batch_rows} x `pretrain.max_position_embeddings` {context} tokens: add text, or lower one of them"
+        )
+    return num_steps
+
+
+def set_weights(model: Llama, init_from: str | None, seed: int) -> None:
+    """Draw a model's first weights, or read them.
+
+    Raises ValueError when the model to start from is another than params.yaml describes.
+    """
+    if init_from is None:
+        draw_weights(model, seed)
+        return
+    found, free = read_config(Path(init_from)), ("initializer_range", "max_position_embeddings")
+    for name, wanted in model.config.model_dump().items():
+        value = getattr(found, name)
+        if name not in free and value != wanted:
+            raise ValueError(
+                f"params.yaml: `pretrain.init_from` names {init_from}, whose {name} is {value}, and this run's is "
+                f"{wanted}: give it the same (a vocabulary comes with its tokenizer)"
+            )
+    load_weights(model, Path(init_from))
+
+
+# --- training ---
+
+
+def take_step(training: Training) -> None:
+    """Train on the next batch.
+
+    Raises ValueError, naming step and documents, when loss or gradient are no numbers.
+    """
+    params, progress = training.stage.params, training.progress
+    context, train = params.max_position_embeddings, training.train
+    first_row = progress.step * params.batch_rows
+    begin, end = first_row * context, (first_row + params.batch_rows) * context
+    spiked = False
+
+    def accepts(loss: float, gradient_norm: float) -> bool:
+        nonlocal spiked
+        spiked = is_spike(params, progress, loss, gradient_norm)
+        return math.isfinite(loss) and math.isfinite(gradient_norm) and not (spiked and params.skip_spikes)
+
+    micro_batches = [
+        batch_of_rows(train.tokens, train.starts, row, params.micro_batch_rows, context, training.engine.device)
+        for row in own_rows(params, first_row)
+    ]
+    step = train_step(training.engine, micro_batches, num_targets(train.starts, begin, end), accepts)
+    progress.step += 1
+    if not (math.isfinite(step.loss) and math.isfinite(step.gradient_norm)):
+        names = [f"{document['source']} {document['id']}" for document in train.documents_in(begin, end)]
+        raise ValueError(
+            f"step {progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; training has failed. Lower "
+            f"`pretrain.learning_rate`, or look at the documents of this batch: {', '.join(names)}"
+        )
+    if spiked:
+        note_spike(training, step, begin, end)
+    else:
+        progress.window_losses = [*progress.window_losses, step.loss][-params.spike_window :]
+        progress.window_norms = [*progress.window_norms, step.gradient_norm][-params.spike_window :]
+    progress.since_log.append([step.loss, step.gradient_norm])
+
+
+def own_rows(params: Params, first_row: int) -> range:
+    """Return the first row of each of this rank's micro batches, in the batch that begins at `first_row`."""
+    num_micro = num_micro_batches(params, torch.distributed.get_world_size())
+    own = first_row + torch.distributed.get_rank() * num_micro * params.micro_batch_rows
+    return range(own, own + num_micro * params.micro_batch_rows, params.micro_batch_rows)
+
+
+def is_spike(params: Params, progress: Progress, loss: float, gradient_norm: float) -> bool:
+    """Tell whether a step stands far above those before it; the first steps can't be told."""
+    if len(progress.window_losses) < params.spike_window:
+        return False
+    highest_loss = params.spike_loss_ratio * statistics.median(progress.window_losses)
+    highest_norm = params.spike_gradient_ratio * statistics.median(progress.window_norms)
+    return loss > highest_loss or gradient_norm > highest_norm
+
+
+def note_spike(training: Training, step: Step, begin: int, end: int) -> None:
+    """Add the documents of tokens `begin` to `end` to the table of spikes."""
+    import pandas
+
+    progress = training.progress
+    found = {
+        "step": progress.step,
+        "loss": step.loss,
+        "median_loss": statistics.median(progress.window_losses),
+        "gradient_norm": step.gradient_norm,
+        "median_gradient_norm": statistics.median(progress.window_norms),
+        "updated": step.updated,
+    }
+    documents = training.train.documents_in(begin, end)
+    progress.spikes += [{**found, "source": document["source"], "id": document["id"]} for document in documents]
+    if training.stage.rank == 0:
+        pandas.DataFrame(progress.spikes).to_csv(training.stage.tables / "spikes.csv", index=False)
+
+
+def log_training(training: Training, tokens_per_second: float, mfu: float) -> None:
+    """Record the mean of the steps since the last time."""
+    progress = training.progress
+    losses, norms = zip(*progress.since_log, strict=True)
+    figures = {
+        "loss": statistics.fmean(losses),
+        "gradient_norm": statistics.fmean(norms),
+        "learning_rate": training.engine.get_lr()[0],
+    }
+    progress.since_log.clear()
+    progress.train.append({"step": progress.step, "tokens": training.tokens, **figures})
+    speeds = {"tokens_per_second": tokens_per_second, "mfu": mfu}
+    metrics = {f"train/{name}": value for name, value in {**figures, **speeds}.items()}
+    training.stage.log(metrics, step=progress.step, tokens=training.tokens)
+
+
+# --- validation ---
+
+
+def validate(training: Training) -> None:
+    """Record the mean loss in nats per token, and its perplexity, of each source's held-out text, and of all of it."""
+    sums = {name: loss_sum(training, text) for name, text in training.validation.items()}
+    together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
+    losses = {name: total / max(1, count) for name, (total, count) in {"all": together, **sums}.items()}
+    training.progress.validation.append({"step": training.progress.step, "tokens": training.tokens, **losses})
+    metrics = validation_figures(losses)
+    training.stage.log(metrics, step=training.progress.step, tokens=training.tokens)
+
+
+def validation_figures(losses: dict[str, float]) -> dict[str, float]:
+    """Return the losses and their perplexities under their metrics' names."""
+    named = {f"validation/{name}/loss": loss for name, loss in losses.items()}
+    return named | {f"validation/{name}/perplexity": math.exp(loss) for name, loss in losses.items()}
+
+
+def loss_sum(training: Training, text: Text) -> tuple[float, float]:
+    """Return the sum of a text's losses, and the number of tokens that it is over; the ranks share its rows."""
+    params, engine = training.stage.params, training.engine
+    rows, context = params.micro_batch_rows, params.max_position_embeddings
+    num_batches = -(-len(text.tokens) // (rows * context))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    totals = torch.zeros(2, dtype=torch.float64)
+    with evaluating(engine):
+        for first in range(0, num_batches, world):
+            own = first + rank  # past the end, a rank only keeps step with the others, who need its weights
+            row = min(own, num_batches - 1) * rows
+            batch = batch_of_rows(text.tokens, text.starts, row, rows, context, engine.device)
+            loss = engine(batch.ids, batch.documents, batch.targets).double().sum()
+            if own < num_batches:
+                totals += torch.tensor([float(loss), batch.num_targets], dtype=torch.float64)
+    totals = totals.to(engine.device)
+    torch.distributed.all_reduce(totals)
+    total, count = totals.tolist()
+    return total, count
+
+
+# --- speed and progress ---
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """Return the operations a second that a device could do at best: its data sheet's, or a timed product's."""
+    if device.type == "cuda" and precision == "bf16":
+        name = torch.cuda.get_device_name(device)
+        for model, flops in PEAK_FLOPS.items():
+            if model in name:
+                return flops
+    size = 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # waits for the result
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def progress_bar(stage: Stage[Params], step: int, num_steps: int) -> Any:
+    """Return a bar of steps with the time left; in a log file it moves rarely."""
+    rarely = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=num_steps, initial=step, desc=stage.name, unit="step", mininterval=rarely, disable=stage.rank != 0
+    )
+
+
+# --- the end ---
+
+
+def report(training: Training, parameters: int) -> dict[str, float]:
+    """Write the curves; return the figures."""
+    import pandas
+
+    stage, progress = training.stage, training.progress
+    if stage.rank == 0:
+        plots = stage.output / "plots"
+        plots.mkdir()
+        pandas.DataFrame(progress.train).to_csv(plots / "train.csv", index=False)
+        pandas.DataFrame(progress.validation).to_csv(plots / "validation.csv", index=False)
+        draw_losses(progress, stage.artifacts / "loss.png")
+    losses = {name: loss for name, loss in progress.validation[-1].items() if name not in ("step", "tokens")}
+    return {
+        "parameters": parameters,
+        "steps": progress.step,
+        "tokens": training.tokens,
+        "train/loss": progress.train[-1]["loss"],
+        "spikes": len({spike["step"] for spike in progress.spikes}),
+        **validation_figures(losses),
+    }
+
+
+def draw_losses(progress: Progress, path: Path) -> None:
+    """Draw all losses against tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    axes.plot([row["tokens"] for row in progress.train], [row["loss"] for row in progress.train], "k", label="train")
+    tokens = [row["tokens"] for row in progress.validation]
+    for source in [name for name in progress.validation[-1] if name not in ("step", "tokens")]:
+        axes.plot(tokens, [row[source] for row in progress.validation], label=source)
+    axes.set(xlabel="tokens", ylabel="loss, nats per token")
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    start(Params, run)
