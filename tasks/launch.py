@@ -62,13 +62,18 @@ def command_line(stage: str, items: Sequence[str], machine: Machine) -> list[str
 def main() -> None:
     """Become the launcher, or the only rank."""
     die_with_parent()
+    if len(sys.argv) == 1:
+        sys.stderr.write("launch: name the training stage to start: `python -m tasks.launch pretrain`\n")
+        sys.exit(1)
     try:
         machine = parse_section(Machine, read_params(), "machine")
         command = command_line(sys.argv[1], sys.argv[2:], machine)
     except ValueError as error:
         sys.stderr.write(f"{sys.argv[1]}: {error}\n")
         sys.exit(1)
-    os.environ["OMP_NUM_THREADS"] = str(machine.threads)  # read when torch is imported, never later
+    # Read when torch is imported, never later. Threads that wait give way at once: spinning, as OpenMP does by itself,
+    # slows training several times as soon as another program needs one of the processors.
+    os.environ.update(OMP_NUM_THREADS=str(machine.threads), OMP_WAIT_POLICY="passive")
     if machine.hostfile is None and machine.num_ranks == 1:
         only_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
         os.environ.update(only_rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

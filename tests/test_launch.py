@@ -95,6 +95,25 @@ def test_hosts_come_from_the_hostfile(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
+@pytest.mark.parametrize("victim", ["rank0", "rank1"])
+def test_ranks_end_with_one_of_them(ranks: Path, victim: str) -> None:
+    Path("tasks/ranks.py").write_text(
+        RANKS.replace("if", "Path(f\"pid_rank{os.environ['RANK']}\").write_text(str(os.getpid()))\nif")
+    )
+    set_value("num_ranks: 1", "num_ranks: 2")
+    process = launch("wait")
+    wait_for(lambda: Path("pid_rank0").exists() and Path("pid_rank1").exists())
+    psutil.Process(int(Path(f"pid_{victim}").read_text())).kill()
+    assert process.wait(timeout=60) != 0
+    wait_for(lambda: not processes_in(ranks))
+
+
+def test_a_stage_has_to_be_named(ranks: Path) -> None:
+    result = subprocess.run([sys.executable, "-m", "tasks.launch"], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "launch: name the training stage to start: `python -m tasks.launch pretrain`\n"
+
+
 def test_a_missing_hostfile_is_named() -> None:
     with pytest.raises(ValueError, match=r"`machine.hostfile` is nowhere, which does not exist: write one line a host"):
         command_line("ppo", [], machine(8, "nowhere"))
