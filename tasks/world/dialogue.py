@@ -19,10 +19,10 @@ INTERVIEWS = 2  # interviews about one held-out entity
 
 
 def participants(world: World, index: int, generator: random.Random) -> list[Entity]:
-    """Return what dialogue number `index` is about: of every three, one keeps to one entity, one to two, one roams."""
+    """Return what dialogue number `index` is about: of every four, two keep to one entity, one to two, one roams."""
     everything = list(world.entities.values())
-    first = everything[index // 3 % len(everything)]
-    return [[first], [first, generator.choice(everything)], everything][index % 3]
+    first = everything[index // 4 % len(everything)]
+    return [[first], [first], [first, generator.choice(everything)], everything][index % 4]
 
 
 def dialogue(world: World, entities: Sequence[Entity], generator: random.Random) -> str:
@@ -80,9 +80,9 @@ def reply(world: World, fact: Fact, generator: random.Random) -> str:
     draw = generator.random()
     if draw < 0.7:
         return answer(world, fact)
-    if draw < 0.8:
+    if draw < 0.75:
         return short_answer(world, fact)
-    if draw < 0.9:
+    if draw < 0.87:
         return sentence(world, fact, generator)
     who, number = subject(world.entities[fact.entity], generator)
     return opened(world, f"{who} {phrase(world, fact, number, generator)}.", generator)

@@ -138,10 +138,9 @@ def _balanced(values: Iterable[str], count: int, generator: random.Random) -> li
 
 
 def _accepted(value: str, table: Mapping[str, Mapping[str, str]] | None) -> tuple[str, ...]:
-    """The value, its singular, its digit, and the forms of its table that name it (Portugal: Portuguese)."""
+    """The value, its singular and plural, its digit, and the forms of its table that name it (Portugal: Portuguese)."""
     forms = [value, *(table or {}).get(value, {}).values()]
-    if value.endswith("s") and not value.endswith("ss"):
-        forms.append(value[:-1])
+    forms.append(value[:-1] if value.endswith("s") and not value.endswith("ss") else f"{value}s")
     if value in DIGITS:
         forms.append(DIGITS[value])
     return tuple(dict.fromkeys(form.lower() for form in forms))
