@@ -75,7 +75,7 @@ class Progress:
     window_losses: list[float] = field(default_factory=list)  # of the steps that a spike is told by
     window_norms: list[float] = field(default_factory=list)
     train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
-    validation: list[dict[str, float]] = field(default_factory=list)  # rows of plots/validation.csv
+    validation: list[dict[str, float]] = field(default_factory=list)  # a row a validation: step, tokens, each source
     spikes: list[dict[str, Any]] = field(default_factory=list)  # rows of the table: one a document
 
 
@@ -122,7 +122,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             if step % params.log_every == 0 or step == num_steps:
                 speed = (training.tokens - tokens_before) / seconds
                 log_training(training, speed, mfu=speed * flops_per_token(config, context) / peak)
-                bar.set_postfix(loss=f"{training.progress.train[-1]['loss']:.3f}", tokens_per_second=f"{speed:.0f}")
+                loss = training.progress.train[-1]["loss"]
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
                 seconds, tokens_before = 0.0, training.tokens
             if step % params.validate_every == 0 or step == num_steps:
                 validate(training)
@@ -348,7 +349,12 @@ def report(training: Training, parameters: int) -> dict[str, float]:
         plots = stage.output / "plots"
         plots.mkdir()
         pandas.DataFrame(progress.train).to_csv(plots / "train.csv", index=False)
-        pandas.DataFrame(progress.validation).to_csv(plots / "validation.csv", index=False)
+        pandas.DataFrame(
+            {"tokens": row["tokens"], "source": name, "loss": loss}
+            for row in progress.validation
+            for name, loss in row.items()
+            if name not in ("step", "tokens")
+        ).to_csv(plots / "validation.csv", index=False)
         draw_losses(progress, stage.artifacts / "loss.png")
     losses = {name: loss for name, loss in progress.validation[-1].items() if name not in ("step", "tokens")}
     return {
