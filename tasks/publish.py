@@ -56,20 +56,22 @@ def locked_stages() -> dict[str, dict[str, Any]]:
     return stages
 
 
-def send_waiting_records() -> int:
-    """Send the records that MLflow does not have whole, and forget all that it has; return how many were sent."""
-    num_sent = 0
+def send_waiting_records(own: Path) -> None:
+    """Send the records that MLflow does not have whole, and forget all that it has, this stage's `own` left out.
+
+    No other stage runs beside this one, which waits for all: what still says RUNNING was killed, sender and all.
+    """
     for run_file in sorted(RUNS.rglob("run.json")):
         record = run_file.parent
-        run = json.loads(run_file.read_text(encoding="utf-8"))
-        if run["stage"] == "publish" and run["status"] == "RUNNING":
+        if record == own:
             continue
+        run = json.loads(run_file.read_text(encoding="utf-8"))
+        if run["status"] == "RUNNING":
+            tracking.end_killed(record)
         if not tracking.fully_sent(record):
             tracking.send(record)
-            num_sent += 1
         if run["status"] == "FINISHED" or not (SCRATCH / record.relative_to(RUNS)).exists():
-            tracking.forget(record)  # neither running nor to be resumed
-    return num_sent
+            tracking.forget(record)  # not to be resumed
 
 
 def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Mapping[str, Any]) -> str:
@@ -81,7 +83,6 @@ def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Map
     tags = {
         "stage": name,
         "fingerprint": stage["fingerprint"],
-        "attempt": "1",
         "restored_from_run_cache": "true",
         "mlflow.parentRunId": parent,
         "mlflow.source.git.commit": code_revision()["commit"],
@@ -131,11 +132,11 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     stages = locked_stages()
     try:
         client, experiment_id = tracking.connect(read_params()["tracking"]["experiment"])
-        send_waiting_records()
+        send_waiting_records(stage.record)
         num_restored = 0
         for name, locked in sorted(stages.items()):
             identity = {"stage": name, "fingerprint": locked["fingerprint"]}
-            run_id = tracking.find_run(client, experiment_id, **identity)
+            run_id = tracking.find_run(client, experiment_id, identity, " and attributes.status = 'FINISHED'")
             if run_id is None:
                 run_id = restored_run(client, experiment_id, name, locked)
                 num_restored += 1
@@ -143,8 +144,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             register(client, experiment_id, name, run_id, stage.params.registered_model_prefix, locked["output"])
     except MlflowException as error:
         raise ValueError(
-            f"MLflow does not answer ({str(error).splitlines()[0]}): start it or correct MLFLOW_TRACKING_URI, then "
-            "`dvc repro publish`; every other stage is done and recorded in .runs/"
+            f"MLflow does not answer ({tracking.without_password(error)}): start it or correct MLFLOW_TRACKING_URI, "
+            "then `dvc repro publish`; every other stage is done and recorded in .runs/"
         ) from None
     stage.log({"restored_runs": num_restored}, step=0)
     with (stage.output / "runs.csv").open("w", encoding="utf-8", newline="") as file:

@@ -183,7 +183,7 @@ def fingerprint(stage_name: str) -> tuple[str, list[dict[str, str]]]:
     data = [
         {"path": dep["path"], "digest": dep.get("md5") or dep.get("etag") or dep.get("checksum") or ""}
         for dep in entry.get("deps", [])
-        if not dep["path"].endswith(".py")
+        if not dep["path"].endswith(".py") and Path(dep["path"]).parts[0] not in ("tasks", "model")
     ]
     return digest, data
 
@@ -420,15 +420,17 @@ def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:
 def _open_record(record: Path, header: Mapping[str, Any]) -> None:
     """Open the record for a first run or a resumed one; one that had finished is begun anew."""
     path = record / "run.json"
-    attempt = 1
+    now = begun = time.time()
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        attempt = before["attempt"]
         if before["status"] == "FINISHED":
             shutil.rmtree(record)
-            attempt += 1
-    now = time.time()
-    write_json(path, {**header, "attempt": attempt, "status": "RUNNING", "started": now, "error": None})
+        else:
+            begun = before["begun"]
+    metrics = record / "metrics.jsonl"
+    if metrics.exists():  # a line that was cut off would swallow the next one
+        os.truncate(metrics, metrics.read_bytes().rfind(b"\n") + 1)
+    write_json(path, {**header, "status": "RUNNING", "begun": begun, "started": now, "error": None})
 
 
 def _close_record(record: Path, status: str, error: str | None = None, trace: str | None = None) -> None:

@@ -10,7 +10,7 @@ MLflow agree with it; sending twice changes nothing. It has two callers:
 - the stage `publish`, which sends what could not be sent before.
 
 MLflow holds one parent run per pipeline run and below it one run per stage run, known by the tags `stage`,
-`fingerprint` and `attempt`.
+`fingerprint` and `begun` (when the stage was first started; a resumed run keeps it).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -68,9 +69,14 @@ def connect(experiment: str) -> tuple[MlflowClient, str]:
     return client, experiment_id
 
 
-def find_run(client: MlflowClient, experiment_id: str, **tags: str) -> str | None:
-    """Return the id of the newest run with these tags, or None."""
-    query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in sorted(tags.items()))
+def without_password(error: Exception) -> str:
+    """Return an error's first line; MLflow quotes the server's whole address, which may hold a password."""
+    return re.sub(r"://[^/\s]*@", "://", str(error).splitlines()[0][:200])
+
+
+def find_run(client: MlflowClient, experiment_id: str, tags: dict[str, str], condition: str = "") -> str | None:
+    """Return the id of the newest run with these tags for which MLflow's search condition holds, or None."""
+    query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in sorted(tags.items())) + condition
     runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
     return runs[0].info.run_id if runs else None
 
@@ -80,10 +86,10 @@ def parent_run(client: MlflowClient, experiment_id: str, pipeline: str, started_
     from filelock import FileLock
 
     with FileLock(SCRATCH / "mlflow.lock"):
-        run_id = find_run(client, experiment_id, pipeline=pipeline, level="pipeline")
+        tags = {"pipeline": pipeline, "level": "pipeline"}
+        run_id = find_run(client, experiment_id, tags)
         if run_id is None:
             name = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started_ms / 1000))
-            tags = {"pipeline": pipeline, "level": "pipeline"}
             run_id = client.create_run(experiment_id, started_ms, tags, name).info.run_id
     return run_id
 
@@ -118,7 +124,7 @@ def send(record: Path) -> None:
         if run["status"] == "RUNNING":
             return
         _end_run(client, experiment_id, record, run, run_id, lines)
-        _end_parent(client, experiment_id, parent, run)
+        _end_parent(client, experiment_id, parent, int(run["ended"] * 1000))
         write_json(state_file, {**state, "ended": run["ended"]})
 
 
@@ -137,25 +143,24 @@ def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
 
 
 def _open_run(client: MlflowClient, experiment_id: str, run: dict[str, Any], state: dict[str, Any]) -> tuple[str, str]:
-    """Find or create the stage's run and its parent; a resumed run is RUNNING again."""
+    """Find or create the stage's run and its parent; a resumed run goes on in the pipeline that resumed it."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-    started = int(run["started"] * 1000)
-    parent = parent_run(client, experiment_id, run["pipeline"], started)
-    identity = {"stage": run["stage"], "fingerprint": run["fingerprint"], "attempt": str(run["attempt"])}
-    run_id = state.get("run_id") or find_run(client, experiment_id, **identity)
+    parent = parent_run(client, experiment_id, run["pipeline"], int(run["started"] * 1000))
+    identity = {"stage": run["stage"], "fingerprint": run["fingerprint"], "begun": str(run["begun"])}
+    run_id: str | None = state.get("run_id")
     if run_id is None:
         module, _, item = run["stage"].partition("@")
         tags = {
             **identity,
-            "pipeline": run["pipeline"],
-            "mlflow.parentRunId": parent,
             "mlflow.source.name": f"tasks/{module}.py",
             "mlflow.source.git.commit": run["code"]["commit"],
             "code_changed_since_commit": run["code"]["changed"],
             **({"round": item} if item else {}),
         }
-        run_id = client.create_run(experiment_id, started, tags, run["stage"]).info.run_id
+        run_id = find_run(client, experiment_id, identity)
+        if run_id is None:
+            run_id = str(client.create_run(experiment_id, int(run["begun"] * 1000), tags, run["stage"]).info.run_id)
         params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in sorted(run["params"].items())]
         for first in range(0, len(params), PARAMS_PER_BATCH):
             client.log_batch(run_id, params=params[first : first + PARAMS_PER_BATCH])
@@ -168,9 +173,14 @@ def _open_run(client: MlflowClient, experiment_id: str, run: dict[str, Any], sta
         ]
         if inputs:
             client.log_inputs(run_id, inputs)
-    if run["status"] == "RUNNING" and state.get("opened") != run["started"]:
-        client.update_run(run_id, "RUNNING")
-        client.update_run(parent, "RUNNING")
+    if state.get("opened") != run["started"]:
+        client.set_tag(run_id, "pipeline", run["pipeline"])
+        client.set_tag(run_id, "mlflow.parentRunId", parent)
+        if "error" in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, "error")
+        if run["status"] == "RUNNING":
+            client.update_run(run_id, "RUNNING")
+            client.update_run(parent, "RUNNING")
     return run_id, parent
 
 
@@ -206,8 +216,12 @@ def _end_run(
     final = [Metric(key, value, ended, last_step, model_id) for key, value in figures.items() if key not in logged]
     for first in range(0, len(final), LINES_PER_BATCH):
         client.log_batch(run_id, metrics=final[first : first + LINES_PER_BATCH])
-    for table in sorted((record / "tables").glob("*.csv")):
-        client.log_table(run_id, pd.read_csv(table), f"tables/{table.stem}.json")
+    shown = []
+    for table in sorted((record / "tables").glob("*.csv")):  # log_table would append the rows when it is sent again
+        shown.append({"path": f"tables/{table.stem}.json", "type": "table"})
+        client.log_text(run_id, pd.read_csv(table).to_json(orient="split", index=False), shown[-1]["path"])
+    if shown:
+        client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(shown))
     if (record / "artifacts").exists():
         client.log_artifacts(run_id, str(record / "artifacts"))
     if run["error"]:
@@ -215,15 +229,19 @@ def _end_run(
     client.set_terminated(run_id, run["status"], ended)
 
 
-def _end_parent(client: MlflowClient, experiment_id: str, parent: str, run: dict[str, Any]) -> None:
-    """The pipeline's run ends with its last stage: badly with the first bad stage, well when none is left running."""
-    before = client.get_run(parent).info.status
-    if run["status"] != "FINISHED":
-        client.set_terminated(parent, run["status"], int(run["ended"] * 1000))
-        return
-    query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
-    if before == "RUNNING" and not client.search_runs([experiment_id], query, max_results=1):
-        client.set_terminated(parent, "FINISHED", int(run["ended"] * 1000))
+def _end_parent(client: MlflowClient, experiment_id: str, parent: str, ended_ms: int) -> None:
+    """The pipeline's run ends when none of its stages is left running: as badly as the worst of them."""
+    stages = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    states = {stage.info.status for stage in stages}
+    if "RUNNING" not in states:
+        client.set_terminated(parent, next(s for s in ("FAILED", "KILLED", "FINISHED") if s in states), ended_ms)
+
+
+def end_killed(record: Path) -> None:
+    """Note that the stage which wrote a record died without a word."""
+    run_file = record / "run.json"
+    run = json.loads(run_file.read_text(encoding="utf-8"))
+    write_json(run_file, {**run, "status": "KILLED", "error": "killed", "ended": time.time()})
 
 
 def forget(record: Path) -> None:
@@ -256,15 +274,14 @@ def follow(record: Path) -> None:
         if run["started"] != started:
             return  # the stage died and was started again: the newer run has its own sender
         if ended and run["status"] == "RUNNING":
-            write_json(run_file, {**run, "status": "KILLED", "error": "killed", "ended": time.time()})
+            end_killed(record)
         try:
             send(record)
         except MlflowException as error:
             if ended:
-                reason = str(error).splitlines()[0][:200]
                 sys.stderr.write(
                     f"MLflow can't be reached, the record of {run['stage']} stays in {record}: "
-                    f"`dvc repro publish` sends it later ({reason})\n"
+                    f"`dvc repro publish` sends it later ({without_password(error)})\n"
                 )
 
 

@@ -127,6 +127,16 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in metric_lines(tmp_path)] == [1]
 
 
+def test_a_line_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
+    stage_module._open_record(tmp_path, {})
+    make_stage(tmp_path).log({"loss": 1}, step=1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "metr')  # the disk was full, or the machine stopped
+    stage_module._open_record(tmp_path, {})
+    make_stage(tmp_path).log({"loss": 2}, step=2)
+    assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2]
+
+
 def test_a_metric_that_is_no_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metric `loss` is 'high': only numbers can be logged"):
         make_stage(tmp_path).log({"loss": "high"}, step=1)  # type: ignore[dict-item]
@@ -162,6 +172,16 @@ def test_the_fingerprint_changes_with_what_dvc_compares_only(workspace: Path) ->
     assert fingerprint("grow")[0] not in (before, with_other_params)
     with pytest.raises(ValueError, match=r"dvc.yaml's stage `grwo` can't be read"):
         fingerprint("grwo")
+
+
+def test_data_is_what_a_stage_reads_that_is_no_code(workspace: Path) -> None:
+    Path("tasks/shrink").mkdir(parents=True)
+    Path("tasks/shrink/__main__.py").write_text("")
+    Path("data/grow").mkdir(parents=True)
+    Path("data/grow/grown.txt").write_text("")
+    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("- shrink.py", "- shrink.py\n    - tasks/shrink"))
+    _, data = fingerprint("shrink")
+    assert [dataset["path"] for dataset in data] == ["data/grow"]
 
 
 def set_value(old: str, new: str) -> None:

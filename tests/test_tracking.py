@@ -13,6 +13,7 @@ from conftest import repro
 from test_stage import processes_in, set_value, wait_for
 
 from tasks import publish, tracking
+from tasks import stage as stage_module
 from tasks.stage import fingerprint, metric_lines
 
 
@@ -117,5 +118,102 @@ def test_sending_twice_changes_nothing(workspace: Path) -> None:
     tracking.send(record)
     assert json.loads((record / "mlflow.json").read_text()) == state
     (grow,) = runs()["grow"]
+    client, _ = tracking.connect("test")
+    table = client.download_artifacts(grow.info.run_id, "tables/steps.json", str(workspace))
+    assert json.loads(Path(table).read_text()) == {"columns": ["step", "loss"], "data": [[1, 1.0]]}
     assert history(grow, "train/loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert os.environ.get("MLFLOW_DISABLE_TELEMETRY") == "true"
+
+
+def open_record(stage: str, pipeline: str) -> Path:
+    """Open a record as a stage does; its parent process is this test."""
+    record = Path(".runs") / stage / "0123456789abcdef"
+    header = {
+        "stage": stage,
+        "fingerprint": record.name,
+        "pipeline": pipeline,
+        "experiment": "test",
+        "params": {"seed": 1},
+        "datasets": [],
+        "code": {"commit": "c0ffee", "changed": "false"},
+        "output": f"data/{stage}",
+    }
+    stage_module._open_record(record, header)
+    return record
+
+
+def test_a_pipeline_whose_stage_failed_has_failed_whatever_ends_later(workspace: Path) -> None:
+    first, second = open_record("first", "flow"), open_record("second", "flow")
+    for record in (first, second):
+        tracking.send(record)
+    stage_module._close_record(first, "FAILED", "ValueError: no")
+    tracking.send(first)
+    third = open_record("third", "flow")  # starts when the first has failed already
+    tracking.send(third)
+    assert runs()["pipeline"][0].info.status == "RUNNING"
+    for record in (second, third):
+        stage_module._close_record(record, "FINISHED")
+        tracking.send(record)
+    assert runs()["pipeline"][0].info.status == "FAILED"
+
+
+def test_a_stage_that_succeeds_when_tried_again_leaves_no_trace_of_failure(workspace: Path) -> None:
+    for pipeline in ("first", "second"):  # it fails in the first, and again in the second, which tries it once more
+        record = open_record("grow", pipeline)
+        tracking.send(record)
+        stage_module._close_record(record, "FAILED", "ValueError: no")
+        tracking.send(record)
+    record = open_record("grow", "second")
+    tracking.send(record)
+    stage_module._close_record(record, "FINISHED")
+    tracking.send(record)
+    (grow,), parents = runs()["grow"], runs()["pipeline"]
+    assert grow.info.status == "FINISHED"
+    assert "error" not in grow.data.tags
+    assert {run.data.tags["pipeline"]: run.info.status for run in parents} == {"first": "FAILED", "second": "FINISHED"}
+    (second,) = [run.info.run_id for run in parents if run.data.tags["pipeline"] == "second"]
+    assert grow.data.tags["mlflow.parentRunId"] == second
+
+
+def test_what_a_server_that_stopped_halfway_did_not_get_is_sent_again(workspace: Path) -> None:
+    record = open_record("grow", "flow")
+    run = json.loads((record / "run.json").read_text())
+    client, experiment_id = tracking.connect("test")
+    identity = {name: str(run[name]) for name in ("stage", "fingerprint", "begun")}
+    client.create_run(experiment_id, tags=identity)  # and then the server stops
+    tracking.send(record)
+    (grow,) = runs()["grow"]
+    assert grow.data.params == {"seed": "1"}
+
+
+@pytest.mark.slow
+def test_a_stage_that_runs_again_after_publish_gets_a_run_of_its_own(workspace: Path) -> None:
+    assert repro().returncode == 0
+    assert repro("-f", "-s", "grow").returncode == 0
+    assert [run.info.status for run in runs()["grow"]] == ["FINISHED", "FINISHED"]
+
+
+@pytest.mark.slow
+def test_publish_ends_runs_of_dead_stages_and_ties_outputs_to_runs_that_made_them(workspace: Path) -> None:
+    set_value("seconds: 0.0", "seconds: 1.0")
+    assert repro("shrink").returncode == 0
+    dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "-f", "-s", "grow"], start_new_session=True)
+    (run_file,) = Path(".runs/grow").glob("*/run.json")
+    wait_for(lambda: run_file.exists() and json.loads(run_file.read_text())["status"] == "RUNNING")
+    os.killpg(dvc.pid, signal.SIGKILL)  # as when the machine stops: nobody is left to tell MLflow
+    dvc.wait()
+    wait_for(lambda: not processes_in(workspace))
+    assert repro().returncode == 0  # the outputs come back from the run cache
+    made, killed = runs()["grow"]
+    assert (made.info.status, killed.info.status) == ("FINISHED", "KILLED")
+    assert made.data.tags["output_digest"] == publish.locked_stages()["grow"]["output"]
+    assert "output_digest" not in killed.data.tags
+
+
+def test_messages_hold_no_password(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:s3cret@127.0.0.1:9")
+    assert repro("grow").returncode == 0
+    result = repro("publish")
+    assert "(API request to http://127.0.0.1:9/" in result.stderr
+    assert "s3cret" not in result.stderr
+    assert not any("s3cret" in path.read_text() for path in Path(".runs").rglob("*") if path.is_file())
