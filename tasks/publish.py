@@ -4,7 +4,7 @@ Sends the records that could not be sent while MLflow was away; gives a run to e
 DVC's run cache, where nothing ran that could have recorded one; tags every stage's run and checkpoint with the digest
 of its output; registers the checkpoints as models. Doing it twice changes nothing.
 
-Reads dvc.lock, .runs/ and every stage's metrics.json. Writes data/publish/runs.csv: which output each stage's run made.
+Reads dvc.lock, .runs/ and every stage's output. Writes data/publish/outputs.csv: the digest of each.
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ def locked_stages() -> dict[str, dict[str, Any]]:
 
     The fingerprint is the digest of the lock's entry without outputs, as in `tasks.stage.fingerprint`.
     """
+    from dvc.repo import Repo
     from ruamel.yaml import YAML
 
     lock = YAML(typ="safe").load(Path("dvc.lock").read_text(encoding="utf-8"))
+    known = {stage.addressing for stage in Repo().index.stages}  # dvc.lock remembers stages that dvc.yaml no longer has
     stages = {}
     for name, entry in lock["stages"].items():
-        if name == "publish" or not (DATA / Path(*name.split("@")) / "metrics.json").exists():
-            continue  # dvc.lock remembers stages that dvc.yaml no longer has
+        if name == "publish" or name not in known:
+            continue
         without_outputs = {key: value for key, value in entry.items() if key != "outs"}
         text = json.dumps(without_outputs, sort_keys=True, default=str)
         stages[name] = {
@@ -148,10 +150,10 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             "then `dvc repro publish`; every other stage is done and recorded in .runs/"
         ) from None
     stage.log({"restored_runs": num_restored}, step=0)
-    with (stage.output / "runs.csv").open("w", encoding="utf-8", newline="") as file:
+    with (stage.output / "outputs.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["stage", "fingerprint", "output"])
-        writer.writerows([name, locked["fingerprint"], locked["output"]] for name, locked in sorted(stages.items()))
+        writer.writerow(["stage", "output"])
+        writer.writerows([name, locked["output"]] for name, locked in sorted(stages.items()))
     return {"stages": len(stages)}
 
 

@@ -1,7 +1,8 @@
 """One page about the whole pipeline, for a browser, with no server and no network.
 
 Shows each stage's figures (metrics.json) and draws the plots that dvc.yaml's `plots` section declares, from the CSV
-files that it names: the page and `dvc plots` show the same. Reads dvc.yaml and data/*/. Writes data/report/index.html.
+files that it names: the page and `dvc plots` show the same. Of what dvc.yaml names it shows what it depends on, so that
+DVC draws it anew when that changes. Reads dvc.yaml and data/*/. Writes data/report/index.html.
 DVC refuses to watch dvc.yaml itself: when nothing but a plot's definition changed, `dvc repro -f report` draws it anew.
 """
 
@@ -41,7 +42,11 @@ def read_pipeline() -> dict[str, Any]:
 
 
 def stage_figures(pipeline: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return each finished stage's figures, those that `meta: figures` names first, in dvc.yaml's order."""
+    """Return the figures of each stage that `report` depends on, those that `meta: figures` names first.
+
+    The order is dvc.yaml's; a stage that has not run is left out.
+    """
+    needed = pipeline["stages"]["report"]["deps"]
     stages = []
     for name, definition in pipeline["stages"].items():
         group = definition.get("do", definition)
@@ -49,7 +54,7 @@ def stage_figures(pipeline: Mapping[str, Any]) -> list[dict[str, Any]]:
         for item in definition.get("foreach", {None: None}):
             place = DATA / name / str(item) if item else DATA / name
             path = place / "metrics.json"
-            if not path.exists():
+            if not path.exists() or not any(path.is_relative_to(dependency) for dependency in needed):
                 continue
             metrics = json.loads(path.read_text(encoding="utf-8"))
             main = {key: metrics[key] for key in chosen if key in metrics}

@@ -159,7 +159,7 @@ def test_a_scheduled_deployment_is_run_by_a_worker_and_can_be_cancelled(
         subprocess.run([*prefect, "work-pool", "create", pool, "--type", "process"], check=True)
         subprocess.run([*prefect, "--no-prompt", "deploy", "--all"], check=True)
         processes.append(subprocess.Popen([*prefect, "worker", "start", "--pool", pool, "--type", "process"]))
-        wait_for(lambda: Path("data/publish/runs.csv").exists(), 180)
+        wait_for(lambda: Path("data/publish/outputs.csv").exists(), 180)
         wait_for(lambda: "COMPLETED" in flow_run_states(port), 60)
         set_value("num_steps: 3", "num_steps: 500")
         set_value("seconds: 0.0", "seconds: 0.5")

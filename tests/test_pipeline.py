@@ -107,6 +107,14 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     assert set(definition["params"]) <= allowed
 
 
+def test_the_report_waits_for_all_that_it_shows_and_publish_for_every_output() -> None:
+    report, publish = (set(stage_definition(name)["deps"]) for name in ("report", "publish"))
+    others = set(STAGES) - {"report", "publish"}
+    assert {f"data/{name}/metrics.json" for name in others} <= report
+    assert {str(Path(file).parent) for plot in DVC["plots"] for entry in plot.values() for file in entry["y"]} <= report
+    assert {f"data/{name}" for name in others | {"report"}} <= publish
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_command_holds_no_value_and_no_double_space(name: str) -> None:
     command = stage_definition(name)["cmd"]

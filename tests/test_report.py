@@ -45,8 +45,18 @@ def test_figures_named_in_dvc_yaml_come_first_and_missing_stages_are_left_out(
     monkeypatch.chdir(tmp_path)
     Path("data/ppo/v5").mkdir(parents=True)
     Path("data/ppo/v5/metrics.json").write_text('{"reward": 1.5, "kl": 0.25}')
+    Path("data/publish").mkdir()
+    Path("data/publish/metrics.json").write_text('{"stages": 2}')  # written by a stage that comes after the report
     stage = {"cmd": "x", "meta": {"figures": ["reward", "gone"]}}
-    pipeline = {"stages": {"sft": stage, "ppo": {"foreach": {"v4": 1, "v5": 2}, "do": stage}}}
+    report = {"cmd": "x", "deps": ["tasks/report.py", "data/sft/metrics.json", "data/ppo"]}
+    pipeline = {
+        "stages": {
+            "sft": stage,
+            "ppo": {"foreach": {"v4": 1, "v5": 2}, "do": stage},
+            "report": report,
+            "publish": {"cmd": "x", "deps": ["data/report"]},
+        }
+    }
     assert stage_figures(pipeline) == [
         {"name": "ppo@v5", "group": "ppo", "main": {"reward": 1.5}, "all": {"kl": 0.25, "reward": 1.5}}
     ]

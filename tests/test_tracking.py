@@ -186,6 +186,15 @@ def test_what_a_server_that_stopped_halfway_did_not_get_is_sent_again(workspace:
     assert grow.data.params == {"seed": "1"}
 
 
+def test_a_stage_that_dvc_yaml_no_longer_has_is_not_published(workspace: Path) -> None:
+    entry = "{cmd: x, outs: [{path: data/NAME, md5: 0123.dir}]}"
+    lines = [f"  {name}: {entry.replace('NAME', name)}" for name in ("gone", "grow", "publish")]
+    Path("dvc.lock").write_text("\n".join(["schema: '2.0'", "stages:", *lines]))
+    Path("data/gone").mkdir(parents=True)
+    Path("data/gone/metrics.json").write_text("{}")
+    assert list(publish.locked_stages()) == ["grow"]
+
+
 @pytest.mark.slow
 def test_a_stage_that_runs_again_after_publish_gets_a_run_of_its_own(workspace: Path) -> None:
     assert repro().returncode == 0
