@@ -58,6 +58,7 @@ class Params(Architecture, EngineParams, Section):
     init_from: str | None = Field(description="Hugging Face Llama directory to go on from; null: random weights")
     log_every: int = Field(gt=0, description="steps between two logged points")
     validate_every: int = Field(gt=0, description="steps between two validations")
+    max_validation_tokens: int = Field(gt=0, description="tokens of a source's held-out text that are used at most")
     save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run goes on")
     spike_window: int = Field(gt=1, description="steps before a step that it is compared with")
     spike_loss_ratio: float = Field(gt=1, description="loss above this many medians of the window is a spike")
@@ -291,7 +292,7 @@ def loss_sum(training: Training, text: Text) -> tuple[float, float]:
     """Return the sum of a text's losses, and the number of tokens that it is over; the ranks share its rows."""
     params, engine = training.stage.params, training.engine
     rows, context = params.micro_batch_rows, params.max_position_embeddings
-    num_batches = -(-len(text.tokens) // (rows * context))
+    num_batches = -(-min(len(text.tokens), params.max_validation_tokens) // (rows * context))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     totals = torch.zeros(2, dtype=torch.float64)
     with evaluating(engine):

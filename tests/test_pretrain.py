@@ -33,8 +33,8 @@ from tasks.stream import Text, read_stream
 
 REPOSITORY = Path(__file__).parent.parent
 WATCHED: dict[str, Any] = {
-    "init_from": None, "log_every": 5, "validate_every": 10, "save_every": 4, "spike_window": 5,
-    "spike_loss_ratio": 1.5, "spike_gradient_ratio": 8.0, "skip_spikes": False, "max_shard_bytes": 10**9,
+    "init_from": None, "log_every": 5, "validate_every": 10, "max_validation_tokens": 100000,
+    "save_every": 4, "spike_window": 5, "spike_loss_ratio": 1.5, "spike_gradient_ratio": 8.0, "skip_spikes": False, "max_shard_bytes": 10**9,
 }  # fmt: skip
 SENTENCES = ["the llama walks over the hill", "a hill, a llama, 12 steps", "where does the llama walk? over the hill"]
 SOURCES = ("stories", "lists")
@@ -383,3 +383,12 @@ def test_bad_parameters_end_the_stage_with_one_line(tmp_path: Path, tokenizer_fi
     assert process.returncode == 1
     assert "pretrain: params.yaml: `batch_rows` 8 is no multiple of `micro_batch_rows` 3 x 1 ranks = 3" in errors
     assert "Traceback" not in errors
+
+
+def test_no_more_held_out_text_is_used_than_asked(place: Path) -> None:
+    write_stream(Path("data/tokenize"), 8 * 32 * 8)
+    whole = run(stage_of())
+    shutil.rmtree("out")
+    capped = run(stage_of(max_validation_tokens=1))
+    assert capped["train/loss"] == whole["train/loss"]
+    assert capped["validation/all/loss"] != whole["validation/all/loss"]
