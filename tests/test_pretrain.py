@@ -34,7 +34,8 @@ from tasks.stream import Text, read_stream
 REPOSITORY = Path(__file__).parent.parent
 WATCHED: dict[str, Any] = {
     "init_from": None, "log_every": 5, "validate_every": 10, "max_validation_tokens": 100000,
-    "save_every": 4, "spike_window": 5, "spike_loss_ratio": 1.5, "spike_gradient_ratio": 8.0, "skip_spikes": False, "max_shard_bytes": 10**9,
+    "save_every": 4, "spike_window": 5,
+    "spike_loss_ratio": 1.5, "spike_gradient_ratio": 8.0, "skip_spikes": False, "max_shard_bytes": 10**9,
 }  # fmt: skip
 SENTENCES = ["the llama walks over the hill", "a hill, a llama, 12 steps", "where does the llama walk? over the hill"]
 SOURCES = ("stories", "lists")
