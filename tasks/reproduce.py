@@ -29,6 +29,7 @@ DVC_ADVICE = (
 )
 
 _children: set[subprocess.Popen[str]] = set()
+_starting = threading.Lock()  # held while a child starts: none is overlooked by those who stop all
 _stopping = threading.Event()
 _accelerator = threading.Lock()  # one training stage at a time: two would share a machine's only accelerator
 
@@ -46,24 +47,25 @@ def reproduce(stage_name: str, seat: str | None) -> str:
 
 
 def _run_dvc(stage_name: str) -> str:
-    if _stopping.is_set():
-        raise RuntimeError(f"stage `{stage_name}` was not started: the flow is being stopped")
-    started = time.monotonic()
+    started = time.time()
     logger = get_run_logger()
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage_name]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # dvc.yaml says `python`
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        preexec_fn=die_with_parent,
-        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
-    )
-    _children.add(process)
+    with _starting:
+        if _stopping.is_set():
+            raise RuntimeError(f"stage `{stage_name}` was not started: the flow is being stopped")
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            preexec_fn=die_with_parent,
+            env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
+        )
+        _children.add(process)
     skipped = False
     last_lines: list[str] = []
     try:
@@ -78,22 +80,20 @@ def _run_dvc(stage_name: str) -> str:
     finally:
         _children.discard(process)
     if status != 0:
-        raise RuntimeError(f"stage `{stage_name}` failed: {failure(stage_name) or ' / '.join(last_lines)}")
-    return "up to date" if skipped else f"ran in {time.monotonic() - started:.0f} s"
+        raise RuntimeError(f"stage `{stage_name}` failed: {failure(stage_name, started) or ' / '.join(last_lines)}")
+    return "up to date" if skipped else f"ran in {time.time() - started:.0f} s"
 
 
-def failure(stage_name: str) -> str | None:
-    """Return the message that the stage's newest record ended with, if any.
+def failure(stage_name: str, since: float) -> str | None:
+    """Return how the stage ended, from the record that it opened since a time (seconds of the epoch), if it did.
 
     DVC passes on neither a stage's exit status nor its words.
     """
-    records = sorted(
-        (RUNS / Path(*stage_name.split("@"))).glob("*/run.json"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    if not records:
-        return None
-    run = json.loads(records[0].read_text(encoding="utf-8"))
-    return None if run["status"] in ("RUNNING", "FINISHED") else run["error"] or run["status"]
+    for path in (RUNS / Path(*stage_name.split("@"))).glob("*/run.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["started"] >= since and run["status"] not in ("RUNNING", "FINISHED"):
+            return str(run["error"] or run["status"])
+    return None
 
 
 def stop_all(seconds: float = 25.0) -> None:
@@ -103,9 +103,10 @@ def stop_all(seconds: float = 25.0) -> None:
     """
     import psutil
 
-    _stopping.set()
+    with _starting:
+        _stopping.set()
+        children = list(_children)
     deadline = time.monotonic() + seconds
-    children = list(_children)
     descendants: list[psutil.Process] = []
     for child in children:
         with suppress(psutil.NoSuchProcess):  # it ended by itself in the meantime
