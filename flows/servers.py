@@ -10,10 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 from tasks.stage import SCRATCH, die_with_parent
@@ -28,7 +28,7 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - always a constant scheme and host
             return True
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
+    except (OSError, HTTPException):  # nobody there, or somebody who speaks no HTTP
         return False
 
 
@@ -88,15 +88,17 @@ def server(name: str, command: Sequence[str], environment: Mapping[str, str], he
 
 @contextmanager
 def prefect_server() -> Iterator[str]:
-    """Yield the address of Prefect's API: the configured server, one that `make ui` started, or one for this block."""
+    """Yield the address of Prefect's API: the configured server, one that `make ui` started, or one for this block.
+
+    The last listens where nobody looks: another workspace's flow would use it too, and lose it with this block.
+    """
     local = f"http://127.0.0.1:{PREFECT_PORT}/api"
     if "PREFECT_API_URL" in os.environ:
         yield os.environ["PREFECT_API_URL"]
     elif answers(f"{local}/health"):
         yield local
     else:
-        port = PREFECT_PORT if port_is_free(PREFECT_PORT) else any_free_port()
-        with start_prefect(port) as url:
+        with start_prefect(any_free_port()) as url:
             yield url
 
 

@@ -13,34 +13,39 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from tasks.stage import PARAMS_FILE, flatten
+from tasks.stage import PARAMS_FILE, flatten, read_params
 
 PROFILES = Path("profiles")
 NULL_TAG = "tag:yaml.org,2002:null"
 
 
 def read_profile(name: str) -> dict[str, Any]:
-    """Return a profile's overrides. Raises ValueError when there is none of that name, naming those there are."""
-    from ruamel.yaml import YAML
+    """Return a profile's overrides.
 
+    Raises ValueError when there is none of that name, naming those there are, and when it is no mapping.
+    """
     path = PROFILES / f"{name}.yaml"
     if not path.exists():
         names = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
         raise ValueError(f"there is no profile `{name}` ({path}); profiles: {names}")
-    return dict(YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {})
+    return read_params(path)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
     """Return `sft.learning_rate=1e-5` as name and value; the value is read as YAML.
 
-    Raises ValueError for a text without `=`.
+    Raises ValueError for a text without `=`, and for a value that is not YAML.
     """
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set {text}: write it as NAME=VALUE, for instance --set pretrain.learning_rate=1e-3")
-    return name.strip(), YAML(typ="safe").load(value)
+    try:
+        return name.strip(), YAML(typ="safe").load(value)
+    except YAMLError:
+        raise ValueError(f"--set {text}: the value is not valid YAML; put a text into quotes") from None
 
 
 def override(params: Any, overrides: Mapping[str, Any], origin: str) -> None:
@@ -71,10 +76,12 @@ def parse(text: str) -> dict[str, Any]:
 def compose(profiles: Sequence[str], overrides: Mapping[str, Any]) -> str:
     """Return params.yaml's text with the profiles' values and then the overrides written in, comments kept.
 
-    A text whose values do not change is returned as it is, to the letter.
+    A text whose values do not change is returned as it is, to the letter. Raises ValueError for a wrong name, and for a
+    params.yaml that can't be read.
     """
     from ruamel.yaml import YAML
 
+    old_values = read_params()
     yaml = YAML()
     yaml.width = 4096
     yaml.preserve_quotes = True
@@ -86,7 +93,7 @@ def compose(profiles: Sequence[str], overrides: Mapping[str, Any]) -> str:
     override(params, overrides, "overrides")
     after = StringIO()
     yaml.dump(params, after)
-    return before if parse(after.getvalue()) == parse(before) else after.getvalue()
+    return before if parse(after.getvalue()) == old_values else after.getvalue()
 
 
 def write(text: str) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,28 @@ def test_a_busy_port_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: p
         assert not servers.port_is_free(port)
         assert servers.main() == 1
     assert f"port {port} of 127.0.0.1 is busy: perhaps `make ui` runs already" in capsys.readouterr().err
+
+
+def test_what_speaks_no_http_is_not_taken_for_a_server() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        speaker = threading.Thread(target=lambda: other.accept()[0].sendall(b"SSH-2.0\r\n"))
+        speaker.start()
+        assert not servers.answers(f"http://127.0.0.1:{other.getsockname()[1]}/")
+        speaker.join()
+
+
+@pytest.mark.slow
+def test_two_flows_do_not_share_a_server_that_ends_with_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(servers, "PREFECT_PORT", servers.any_free_port())
+    with servers.prefect_server() as first, servers.prefect_server() as second:
+        assert first != second
 
 
 def test_a_server_that_does_not_start_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

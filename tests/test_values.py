@@ -60,6 +60,24 @@ def test_an_assignment_is_read_as_yaml() -> None:
     assert values.parse_assignment("a.b=null") == ("a.b", None)
 
 
+@pytest.mark.parametrize("text", ["a: [", "- 1\n"])
+def test_a_profile_that_is_no_mapping_is_named(project: Path, text: str) -> None:
+    Path("profiles/big.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"profiles/big.yaml (is not valid YAML|holds list, not)"):
+        values.compose(["big"], {})
+
+
+def test_missing_parameters_are_explained(project: Path) -> None:
+    Path("params.yaml").unlink()
+    with pytest.raises(ValueError, match=r"params.yaml is missing: run from the project's root"):
+        values.compose([], {})
+
+
+def test_an_assignment_that_is_not_yaml_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--set seed=\[1: the value is not valid YAML"):
+        values.parse_assignment("seed=[1")
+
+
 def test_an_assignment_without_equals_sign_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--set seed: write it as NAME=VALUE"):
         values.parse_assignment("seed")
