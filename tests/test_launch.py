@@ -81,7 +81,6 @@ def test_the_launcher_ends_with_the_process_that_started_it(ranks: Path) -> None
     starter.kill()
     starter.wait()
     wait_for(lambda: not processes_in(ranks))
-    assert psutil.pid_exists(1)
 
 
 def test_hosts_come_from_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
