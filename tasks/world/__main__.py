@@ -93,6 +93,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     for name, documents in sources.items():
         figures[f"documents/{name}"] = len(documents)
         figures[f"characters/{name}"] = sum(len(document.text) for document in documents)
+        figures.update(documents=figures[f"documents/{name}"], characters=figures[f"characters/{name}"])
         for document in documents:
             figures.update(f"labels/{label['kind']}" for label in document.labels)
     figures["entities"] = len(world.entities)
