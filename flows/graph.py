@@ -67,7 +67,7 @@ def find_stale(nodes: Sequence[Node]) -> list[str]:
     """Return the stages to run, in order: those out of date, and those that read what these will write.
 
     A stage of the second sort may turn out unchanged when its turn comes; DVC decides then.
-    Raises ValueError when an outside file that a stage reads is missing.
+    Raises ValueError when DVC can't look, for instance while another DVC process writes here.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

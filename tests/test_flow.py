@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import repro
+from dvc.repo import Repo
 from ruamel.yaml import YAML
 from test_stage import processes_in, set_value, wait_for
 
@@ -69,6 +70,12 @@ def test_a_change_makes_stale_what_depends_on_it(workspace: Path) -> None:
     code = Path("grow.py")
     code.write_text(code.read_text() + "# changed\n")
     assert find_stale(read_graph(["grow"])) == ["grow"]
+
+
+def test_dvc_at_work_elsewhere_is_explained(workspace: Path) -> None:
+    nodes = read_graph()
+    with Repo().lock, pytest.raises(ValueError, match=r"DVC can't tell what is out of date: Unable to acquire lock"):
+        find_stale(nodes)
 
 
 def test_the_summary_names_outcomes_and_main_figures(workspace: Path) -> None:

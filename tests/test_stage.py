@@ -190,6 +190,11 @@ def set_value(old: str, new: str) -> None:
     params.write_text(params.read_text().replace(old, new))
 
 
+def test_a_wrong_seed_is_explained(workspace: Path) -> None:
+    set_value("seed: 1", "seed: -1")
+    assert "grow: params.yaml: `seed` is -1: a whole number >= 0 is needed" in repro("grow").stderr
+
+
 def test_a_failed_stage_says_why_and_leaves_no_output(workspace: Path) -> None:
     set_value("fail_at: null", "fail_at: 2")
     result = repro("grow")
