@@ -36,7 +36,7 @@ _accelerator = threading.Lock()  # one training stage at a time: two would share
 
 @task(cache_policy=NO_CACHE, task_run_name="{stage_name}")
 def reproduce(stage_name: str, seat: str | None) -> str:
-    """Bring one stage up to date; return "ran in N s" or "up to date".
+    """Bring one stage up to date; return "ran in N s", "restored" (from DVC's run cache) or "up to date".
 
     `seat` "accelerator" lets one such stage run at a time. Raises RuntimeError with the stage's own message.
     """
@@ -66,13 +66,16 @@ def _run_dvc(stage_name: str) -> str:
             env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
         )
         _children.add(process)
-    skipped = False
+    outcome = None
     last_lines: list[str] = []
     try:
         assert process.stdout is not None
         for line in process.stdout:
             text = line.rstrip()
-            skipped = skipped or text.endswith("didn't change, skipping")
+            if text.endswith("didn't change, skipping"):
+                outcome = "up to date"
+            elif text.endswith("is cached - skipping run, checking out outputs"):
+                outcome = "restored"
             if text and not text.strip().startswith(DVC_ADVICE):
                 logger.info(text)
                 last_lines = [*last_lines[-4:], text]
@@ -81,7 +84,7 @@ def _run_dvc(stage_name: str) -> str:
         _children.discard(process)
     if status != 0:
         raise RuntimeError(f"stage `{stage_name}` failed: {failure(stage_name, started) or ' / '.join(last_lines)}")
-    return "up to date" if skipped else f"ran in {time.time() - started:.0f} s"
+    return outcome or f"ran in {time.time() - started:.0f} s"
 
 
 def failure(stage_name: str, since: float) -> str | None:

@@ -114,7 +114,8 @@ stages:
     params:
     - publish
     outs:
-    - data/publish
+    - data/publish:
+        persist: true
 """
 
 QUIET = {

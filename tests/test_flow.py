@@ -103,6 +103,8 @@ def test_the_flow_gives_what_dvc_gives_and_a_second_run_does_nothing(workspace: 
     assert " grow    up to date" in third.stdout
     assert " shrink  ran in" in third.stdout
     assert YAML(typ="safe").load(Path("params.yaml").read_text())["shrink"]["factor"] == 0.25
+    fourth = recipe("shrink", "--set", "shrink.factor=0.5")
+    assert " shrink  restored" in fourth.stdout
     subprocess.run(["git", "checkout", "-q", "params.yaml"], check=True)
     Path("dvc.lock").unlink()
     subprocess.run(["rm", "-rf", "data"], check=True)

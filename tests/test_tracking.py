@@ -203,6 +203,18 @@ def test_a_stage_that_runs_again_after_publish_gets_a_run_of_its_own(workspace: 
 
 
 @pytest.mark.slow
+def test_publish_runs_also_when_every_other_stage_comes_from_the_run_cache(workspace: Path) -> None:
+    assert repro().returncode == 0
+    set_value("factor: 0.5", "factor: 0.25")
+    assert repro().returncode == 0
+    for file in Path().glob("mlflow.db*"):
+        file.unlink()
+    set_value("factor: 0.25", "factor: 0.5")
+    assert repro().returncode == 0
+    assert runs()["shrink"][0].data.tags["restored_from_run_cache"] == "true"
+
+
+@pytest.mark.slow
 def test_publish_ends_runs_of_dead_stages_and_ties_outputs_to_runs_that_made_them(workspace: Path) -> None:
     set_value("seconds: 0.0", "seconds: 1.0")
     assert repro("shrink").returncode == 0
