@@ -36,7 +36,7 @@ TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
 def recipe(
     targets: list[str] | None = None, profiles: list[str] | None = None, overrides: dict[str, Any] | None = None
 ) -> dict[str, str]:
-    """Bring the pipeline up to date; return each stage's outcome: ran, up to date, failed, or not reached.
+    """Bring the pipeline up to date; return each stage's outcome: ran, restored, or up to date.
 
     Args:
         targets: stages to bring up to date, with all that they need; none means the whole pipeline.
@@ -80,10 +80,7 @@ def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, 
         state = future.state
         if state.is_completed():
             outcomes[name] = future.result()
-        elif state.name == "NotReady":
-            outcomes[name] = "not reached"
-        else:
-            outcomes[name] = "failed"
+        elif state.name != "NotReady":  # a stage that it waits for failed
             failures.append(str(state.message or name).removeprefix("Task run encountered an exception "))
     if failures:
         raise RuntimeError("; ".join(failures))
