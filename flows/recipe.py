@@ -21,12 +21,16 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import graph, servers, summary, values
-from tasks.reproduce import reproduce, stop_all
+from tasks.reproduce import allow_stages, reproduce, stop_all
 from tasks.stage import PARAMS_FILE, PIPELINE_VARIABLE, pipeline_lock
 
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
+
+# What Prefect puts before the words of an exception.
+TASK_FAILED = "Task run encountered an exception RuntimeError: "
+FLOW_FAILED = "Flow run encountered an exception: RuntimeError: "
 
 # Threads only wait for child processes: as many as stages may ever be ready at once.
 TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
@@ -50,6 +54,7 @@ def recipe(
     logger = get_run_logger()
     with pipeline_lock(f"flow run {flow_run.name}"):
         os.environ[PIPELINE_VARIABLE] = str(flow_run.id)
+        allow_stages()
         try:
             if values.write(values.compose(profiles or [], overrides or {})):
                 logger.info("params.yaml holds new values; `git diff params.yaml` shows them")
@@ -81,7 +86,7 @@ def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, 
         if state.is_completed():
             outcomes[name] = future.result()
         elif state.name != "NotReady":  # a stage that it waits for failed
-            failures.append(str(state.message or name).removeprefix("Task run encountered an exception "))
+            failures.append(str(state.message or name).removeprefix(TASK_FAILED))
     if failures:
         raise RuntimeError("; ".join(failures))
     return outcomes
@@ -115,9 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(plan(values.parse(text)))
             return 0
         return _run(asked.targets, asked.profile, overrides, text)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; no stage is left running, the next run goes on from here\n")
+        return 130
 
 
 def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], text: str) -> int:
@@ -139,7 +147,7 @@ def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], tex
     if state.is_completed():
         sys.stdout.write(summary.summarize(nodes, state.result(), time.monotonic() - started))
         return 0
-    sys.stderr.write(f"{state.message}\n")
+    sys.stderr.write(f"{str(state.message).removeprefix(FLOW_FAILED)}\n")
     return 1
 
 

@@ -1,4 +1,4 @@
-"""Dask workers for the corpus: processes of this machine, or a cluster that is there already. The one place for both."""
+"""Dask workers for the corpus: processes of this machine, or a cluster that is there already. The only such place."""
 
 from __future__ import annotations
 

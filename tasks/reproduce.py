@@ -99,6 +99,11 @@ def failure(stage_name: str, since: float) -> str | None:
     return None
 
 
+def allow_stages() -> None:
+    """Let stages start again, in a process that ran a flow before and stopped it."""
+    _stopping.clear()
+
+
 def stop_all(seconds: float = 25.0) -> None:
     """End every stage that runs, with all its processes: asked first, killed when the time is up.
 
