@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 # What Prefect puts before the words of an exception.
 TASK_FAILED = "Task run encountered an exception RuntimeError: "
-FLOW_FAILED = "Flow run encountered an exception: RuntimeError: "
+FLOW_FAILED = ("Flow run encountered an exception: RuntimeError: ", "Flow run encountered an exception: ValueError: ")
 
 # Threads only wait for child processes: as many as stages may ever be ready at once.
 TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
@@ -61,6 +62,7 @@ def recipe(
             nodes = graph.read_graph(targets or [])
             stale = graph.find_stale(nodes)
             logger.info(f"{len(nodes) - len(stale)} stages are up to date, to bring up to date: {', '.join(stale)}")
+            check_parameters(stale)
             return _run_stages(nodes, stale)
         except BaseException:
             stop_all()
@@ -90,6 +92,14 @@ def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, 
     if failures:
         raise RuntimeError("; ".join(failures))
     return outcomes
+
+
+def check_parameters(stages: Sequence[str]) -> None:
+    """Raise ValueError when a value that one of the stages reads is wrong, before DVC removes an output for it."""
+    command = [sys.executable, "-m", "tasks.check", *stages]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ValueError(result.stderr.strip())
 
 
 def wait_for_records() -> None:
@@ -147,7 +157,10 @@ def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], tex
     if state.is_completed():
         sys.stdout.write(summary.summarize(nodes, state.result(), time.monotonic() - started))
         return 0
-    sys.stderr.write(f"{str(state.message).removeprefix(FLOW_FAILED)}\n")
+    message = str(state.message)
+    for prefix in FLOW_FAILED:
+        message = message.removeprefix(prefix)
+    sys.stderr.write(f"{message}\n")
     return 1
 
 

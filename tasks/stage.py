@@ -110,6 +110,9 @@ def parse_section(model: type[SectionType], values: Mapping[str, Any], name: str
         return model.model_validate(values[name])
     except ValidationError as error:
         lines = [_explain(model, name, detail) for detail in error.errors()]
+        # What a misspelt name was meant for is missing, too: once said is enough.
+        meant = [line.rpartition("did you mean ")[2].removesuffix("?") for line in lines if "did you mean" in line]
+        lines = [line for line in lines if line not in [f"params.yaml: {dotted} is missing" for dotted in meant]]
         raise ValueError("\n".join(lines)) from None
 
 

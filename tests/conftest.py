@@ -85,9 +85,9 @@ if __name__ == "__main__":
 TOY_DVC = f"""\
 stages:
   grow:
-    cmd: {sys.executable} -m grow
+    cmd: {sys.executable} -m tasks.grow
     deps:
-    - grow.py
+    - tasks/grow.py
     params:
     - seed
     - grow
@@ -96,9 +96,9 @@ stages:
     meta:
       figures: [size]
   shrink:
-    cmd: {sys.executable} -m shrink
+    cmd: {sys.executable} -m tasks.shrink
     deps:
-    - shrink.py
+    - tasks/shrink.py
     - data/grow
     params:
     - seed
@@ -157,8 +157,11 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Pat
     (root / "dvc.yaml").write_text(TOY_DVC)
     (root / ".gitignore").write_text(".scratch/\n.runs/\nmlflow.db\nmlartifacts/\n__pycache__/\n")
     shutil.copy(empty_mlflow, root / "mlflow.db")
+    (root / "tasks").mkdir()
+    for file in (Path(__file__).parent.parent / "tasks").glob("*.py"):
+        (root / "tasks" / file.name).symlink_to(file)
     for name, text in TOY_STAGES.items():
-        (root / name).write_text(text)
+        (root / "tasks" / name).write_text(text)
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], check=True)

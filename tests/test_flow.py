@@ -67,7 +67,7 @@ def test_a_change_makes_stale_what_depends_on_it(workspace: Path) -> None:
     assert find_stale(read_graph()) == []
     set_value("factor: 0.5", "factor: 0.25")
     assert find_stale(read_graph()) == ["shrink", "publish"]
-    code = Path("grow.py")
+    code = Path("tasks/grow.py")
     code.write_text(code.read_text() + "# changed\n")
     assert find_stale(read_graph(["grow"])) == ["grow"]
 
@@ -122,6 +122,12 @@ def test_a_failed_stage_fails_the_flow_with_its_own_message(workspace: Path) -> 
     result = recipe("--set", "grow.num_steps=0")  # the record of the failure before is still there
     assert "`grow.num_steps` is 0: Input should be greater than 0" in result.stderr
     assert "told to fail" not in result.stderr
+    Path("data/shrink").mkdir()  # a result of before
+    wrong = recipe("--set", "grow.fail_at=null", "--set", "shrink.factor=2")
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().endswith("`shrink.factor` is 2: Input should be less than 1 (share that stays)")
+    assert Path("data/shrink").exists()
+    assert not Path("data/grow").exists()
     assert recipe("--set", "grow.fial_at=2").stderr.startswith("overrides: `grow.fial_at` is not a parameter")
 
 
@@ -176,7 +182,7 @@ def test_a_scheduled_deployment_is_run_by_a_worker_and_can_be_cancelled(
         wait_for(lambda: "COMPLETED" in flow_run_states(port), 60)
         set_value("num_steps: 3", "num_steps: 500")
         set_value("seconds: 0.0", "seconds: 0.5")
-        wait_for(lambda: any(p.cmdline()[-2:] == ["-m", "grow"] for p in processes_in(workspace)), 180)
+        wait_for(lambda: any(p.cmdline()[-2:] == ["-m", "tasks.grow"] for p in processes_in(workspace)), 180)
         running = flow_run_states(port)["RUNNING"]
         subprocess.run([*prefect, "flow-run", "cancel", running], check=True)
         wait_for(lambda: not any("grow" in p.cmdline() for p in processes_in(workspace)), 90)

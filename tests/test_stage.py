@@ -167,7 +167,7 @@ def test_the_fingerprint_changes_with_what_dvc_compares_only(workspace: Path) ->
     params.write_text(params.read_text().replace("num_steps: 3", "num_steps: 4"))
     with_other_params = fingerprint("grow")[0]
     assert with_other_params != before
-    code = Path("grow.py")
+    code = Path("tasks/grow.py")
     code.write_text(code.read_text() + "\n# changed\n")
     assert fingerprint("grow")[0] not in (before, with_other_params)
     with pytest.raises(ValueError, match=r"dvc.yaml's stage `grwo` can't be read"):
@@ -175,11 +175,12 @@ def test_the_fingerprint_changes_with_what_dvc_compares_only(workspace: Path) ->
 
 
 def test_data_is_what_a_stage_reads_that_is_no_code(workspace: Path) -> None:
-    Path("tasks/shrink").mkdir(parents=True)
+    Path("tasks/shrink").mkdir()
     Path("tasks/shrink/__main__.py").write_text("")
     Path("data/grow").mkdir(parents=True)
     Path("data/grow/grown.txt").write_text("")
-    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("- shrink.py", "- shrink.py\n    - tasks/shrink"))
+    text = Path("dvc.yaml").read_text()
+    Path("dvc.yaml").write_text(text.replace("- tasks/shrink.py", "- tasks/shrink.py\n    - tasks/shrink"))
     _, data = fingerprint("shrink")
     assert [dataset["path"] for dataset in data] == ["data/grow"]
 

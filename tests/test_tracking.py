@@ -66,7 +66,7 @@ def test_a_killed_stage_is_killed_and_goes_on_as_the_same_run(workspace: Path) -
     set_value("num_steps: 3", "num_steps: 12")
     dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "grow"])
     wait_for(lambda: any(len(list(metric_lines(path))) >= 3 for path in Path(".runs/grow").glob("*")))
-    stage_process = next(p for p in processes_in(workspace) if p.cmdline()[-2:] == ["-m", "grow"])
+    stage_process = next(p for p in processes_in(workspace) if p.cmdline()[-2:] == ["-m", "tasks.grow"])
     stage_process.send_signal(signal.SIGKILL)
     dvc.wait(timeout=30)
     wait_for(lambda: not processes_in(workspace))
