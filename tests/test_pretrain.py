@@ -328,6 +328,7 @@ def kill_at_step(workspace: Workspace, step: int, how: signal.Signals) -> None:
     assert process.returncode != 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, tokenizer_file: Path) -> None:
     settings = {"precision": "bf16", "zero_stage": 1}
     undisturbed = Workspace(tmp_path / "undisturbed", tokenizer_file, num_steps=30, **settings)

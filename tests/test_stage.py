@@ -224,7 +224,10 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("how", [*SLOW, signal.SIGKILL])
 def test_killing_dvc_ends_the_stage_and_the_next_run_resumes(workspace: Path, how: signal.Signals) -> None:
     set_value("seconds: 0.0", "seconds: 0.3")
     set_value("num_steps: 3", "num_steps: 12")

@@ -77,6 +77,7 @@ def test_a_killed_stage_is_killed_and_goes_on_as_the_same_run(workspace: Path) -
     assert [step for step, _ in history(grow, "train/loss")] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_while_the_server_is_away(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     result = repro()
@@ -92,6 +93,7 @@ def test_nothing_is_lost_while_the_server_is_away(workspace: Path, monkeypatch: 
     assert not list(Path(".runs/grow").glob("*/run.json"))
 
 
+@pytest.mark.slow
 def test_outputs_from_the_run_cache_get_a_run(workspace: Path) -> None:
     assert repro("shrink").returncode == 0
     for file in Path().glob("mlflow.db*"):
@@ -231,6 +233,7 @@ def test_publish_ends_runs_of_dead_stages_and_ties_outputs_to_runs_that_made_the
     assert "output_digest" not in killed.data.tags
 
 
+@pytest.mark.slow
 def test_messages_hold_no_password(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:s3cret@127.0.0.1:9")
     assert repro("grow").returncode == 0
