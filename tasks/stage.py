@@ -457,7 +457,9 @@ def code_revision() -> dict[str, str]:
 
 def _start_sender(record: Path) -> subprocess.Popen[bytes]:
     """Start the process that sends the record to MLflow; it ends by itself when our end of its pipe closes."""
-    return subprocess.Popen([sys.executable, "-m", "tasks.tracking", str(record)], stdin=subprocess.PIPE)
+    started = json.loads((record / "run.json").read_text(encoding="utf-8"))["started"]
+    command = [sys.executable, "-m", "tasks.tracking", str(record), repr(started)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE)
 
 
 def _end_sender(sender: subprocess.Popen[bytes]) -> None:
@@ -467,4 +469,4 @@ def _end_sender(sender: subprocess.Popen[bytes]) -> None:
         sender.wait(timeout=60)
     except subprocess.TimeoutExpired:
         sender.kill()
-        sys.stderr.write("MLflow takes too long: the record stays in .runs/, `dvc repro publish` sends it\n")
+        sys.stderr.write("MLflow takes too long, the record stays in .runs/: the next `publish` sends it, or now `dvc repro -f -s publish`\n")

@@ -4,7 +4,7 @@ A stage writes what happened into .runs/<stage>/<fingerprint>/ (tasks/stage.py) 
 server that is away, slow or restarted can't disturb training, and nothing is lost. This module reads a record and makes
 MLflow agree with it; sending twice changes nothing. It has two callers:
 
-- `python -m tasks.tracking RECORD`, a process beside each running stage, so that curves grow while a model trains.
+- `python -m tasks.tracking RECORD STARTED`, a process beside each running stage, so that curves grow while a model trains.
   It ends when the stage does: the stage holds the other end of its standard input, and when that closes, however the
   stage ended, the run gets its true state (a stage that left no state behind was killed).
 - the stage `publish`, which sends what could not be sent before.
@@ -260,12 +260,11 @@ def fully_sent(record: Path) -> bool:
     return bool(run["status"] != "RUNNING" and state["ended"] == run["ended"])
 
 
-def follow(record: Path) -> None:
-    """Send a record again and again until the stage that writes it ends, then once more."""
+def follow(record: Path, started: float) -> None:
+    """Send the record of the stage that started then, again and again until it ends, then once more."""
     from mlflow.exceptions import MlflowException
 
     run_file = record / "run.json"
-    started = json.loads(run_file.read_text(encoding="utf-8"))["started"]
     ended = False
     while not ended:
         readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_SENDS)
@@ -281,11 +280,11 @@ def follow(record: Path) -> None:
             if ended:
                 sys.stderr.write(
                     f"MLflow can't be reached, the record of {run['stage']} stays in {record}: "
-                    f"`dvc repro publish` sends it later ({without_password(error)})\n"
+                    f"the next `publish` sends it, or now `dvc repro -f -s publish` ({without_password(error)})\n"
                 )
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage decides; this process ends when the stage has
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    follow(Path(sys.argv[1]))
+    follow(Path(sys.argv[1]), float(sys.argv[2]))

@@ -83,7 +83,7 @@ def test_nothing_is_lost_while_the_server_is_away(workspace: Path, monkeypatch: 
     result = repro()
     assert "MLflow does not answer" in result.stderr
     assert "every other stage is done and recorded in .runs/" in result.stderr
-    assert "`dvc repro publish` sends it later" in result.stderr
+    assert "the next `publish` sends it, or now `dvc repro -f -s publish`" in result.stderr
     assert Path("data/shrink/shrunk.txt").exists()
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert repro().returncode == 0
