@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Literal, Self
 
 import torch
@@ -79,25 +80,30 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def rotary_angles(config: Architecture, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of each position's angles, both (T, 1, H/2), float32 (RoFormer, section 3.2.2)."""
+    """Return cosine and sine of each position's angles, both (T, 1, H), float32 (RoFormer, section 3.2.2).
+
+    A pair is (i, i + H/2), as in Hugging Face's weights; the sine of its first half is negative, as `rotate` needs it.
+    """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions_T.device) / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents
     angles = positions_T[:, None, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x_TNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each head's pairs by its position's angles; a pair is (i, i + H/2), as in Hugging Face's weights."""
+    """Turn each head's pairs by its position's angles, in float32; the other one of a pair is half a head away."""
     cos, sin = angles
-    first, second = x_TNH.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    x_TNH = x_TNH.float()
+    return torch.addcmul(x_TNH * cos, x_TNH.roll(x_TNH.shape[-1] // 2, dims=-1), sin)
 
 
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
     """Causal attention within each document: no weights stored, no masked score between documents computed.
 
-    GPUs have one kernel for documents of any lengths, in half precision. Everywhere else it is one call a document:
-    measured on CPUs, that beats masks from a few hundred tokens on and equals them below, and float32 beats bfloat16.
+    GPUs have one kernel for documents of any lengths, in half precision. Everywhere else it is one call for neighbours
+    of the same length: measured on CPUs, that beats masks from a few hundred tokens on and equals them below, and
+    float32 beats bfloat16.
     """
     if q_TNH.is_cuda and v_TKH.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
@@ -107,13 +113,14 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
         out = varlen_attn(q_TNH, k_TKH, v_TKH, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
         assert isinstance(out, Tensor), "no more than the output was asked for"
         return out
-    lengths = list(documents.lengths)
-    parts = [torch.split(x.float().transpose(0, 1)[None], lengths, dim=2) for x in (q_TNH, k_TKH, v_TKH)]
-    outs = [
-        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(outs, dim=2)[0].transpose(0, 1)
+    runs = [(length, len(list(alike))) for length, alike in groupby(documents.lengths)]
+    sizes = [length * count for length, count in runs]
+    outs = []
+    for (length, count), *parts in zip(runs, *(torch.split(x, sizes) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
+        q, k, v = (part.float().unflatten(0, (count, length)).transpose(1, 2) for part in parts)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
 class RMSNorm(nn.Module):
