@@ -37,8 +37,8 @@ $(READY): pyproject.toml constraints.txt
 	python3 -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Arriero needs Python 3.11 or newer, this is ' + sys.version.split()[0])"
 	python3 -c "import venv, ensurepip" 2> /dev/null || { echo "Python's venv module is missing: install it (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	test -x $(BIN)/python || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
 clean:
