@@ -469,4 +469,4 @@ def _end_sender(sender: subprocess.Popen[bytes]) -> None:
         sender.wait(timeout=60)
     except subprocess.TimeoutExpired:
         sender.kill()
-        sys.stderr.write("MLflow takes too long, the record stays in .runs/: the next `publish` sends it, or now `dvc repro -f -s publish`\n")
+        sys.stderr.write("MLflow takes too long, the record stays in .runs/: the next `publish` sends it\n")

@@ -4,9 +4,9 @@ A stage writes what happened into .runs/<stage>/<fingerprint>/ (tasks/stage.py) 
 server that is away, slow or restarted can't disturb training, and nothing is lost. This module reads a record and makes
 MLflow agree with it; sending twice changes nothing. It has two callers:
 
-- `python -m tasks.tracking RECORD STARTED`, a process beside each running stage, so that curves grow while a model trains.
-  It ends when the stage does: the stage holds the other end of its standard input, and when that closes, however the
-  stage ended, the run gets its true state (a stage that left no state behind was killed).
+- `python -m tasks.tracking RECORD STARTED`, a process beside each running stage, so that curves grow while a model
+  trains. It ends when the stage does: the stage holds the other end of its standard input, and when that closes,
+  however the stage ended, the run gets its true state (a stage that left no state behind was killed).
 - the stage `publish`, which sends what could not be sent before.
 
 MLflow holds one parent run per pipeline run and below it one run per stage run, known by the tags `stage`,
