@@ -34,7 +34,7 @@ import torch
 
 from model.engine import EngineParams, build_model, draw_weights, evaluating, join_ranks, start_engine, train_step
 from model.packing import Batch, documents_of
-from model.transformer import Llama, ModelConfig, num_parameters
+from model.transformer import Llama, ModelConfig, first_weights, num_parameters
 
 CPU = torch.device("cpu")
 CONTEXT, ROWS, VOCABULARY = 256, 8, 2048
@@ -100,11 +100,13 @@ def their_model(size: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return transformers' model with our first weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = config_of(size)
-    ours = Llama(config, "off")
-    draw_weights(ours, seed=1)
+    config, generator = config_of(size), torch.Generator().manual_seed(1)
+    weights = {
+        name: first_weights(name, parameter.shape, config, generator)
+        for name, parameter in Llama(config, "off").named_parameters()
+    }
     theirs = LlamaForCausalLM(LlamaConfig(**config.model_dump(), attn_implementation="sdpa"))
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(weights)
     return theirs.to(dtype)
 
 
@@ -190,6 +192,7 @@ def steady(seconds: list[float]) -> float:
 
 def compare_logits() -> None:
     """Print how far our logits are from transformers'."""
+    join_alone()
     print("| parameters | key/value heads | deviation of logits | greatest difference |\n| --- | --- | --- | --- |")
     for size, groups in itertools.product(SIZES, (1, 2)):
         config = config_of(size)
@@ -242,7 +245,7 @@ def compare_time_to_loss() -> None:
     here, there = processes()
     for size, steps in (("5M", 60), ("15M", 40)):
         results = {"here, bf16": here.submit(train_ours, size, "bf16", steps, every).result()}
-        for kind in ("fp32", "bf16 autocast", "bf16 weights", "fp32 compiled", "bf16 autocast compiled"):
+        for kind in ("fp32", "bf16 autocast", "bf16 weights", "bf16 autocast compiled"):
             results[f"Trainer, {kind}"] = there.submit(train_theirs, size, kind, steps, every).result()
         reached = max(losses[-1] for _, losses in results.values())
         times = {
@@ -267,6 +270,7 @@ def steps_to(loss: float, losses: list[float], every: int) -> float:
 
 def measure_overhead() -> None:
     """Print DeepSpeed's share of a step: what it takes longer than a plain loop that does the same."""
+    join_alone()
     print("| parameters | precision | ZeRO stage | plain, ms | DeepSpeed, ms | its share |")
     print("| --- | --- | --- | --- | --- | --- |")
     num_steps = 23
@@ -327,7 +331,6 @@ PARTS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     """Run the parts named on the command line, or all."""
-    join_alone()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for name in sys.argv[1:] or PARTS:
         print(f"\n### {name}\n")

@@ -90,10 +90,11 @@ class EngineParams(BaseModel):
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step found: mean loss in nats per token, the gradient's norm before clipping."""
+    """What one optimiser step found: mean loss in nats per token, the gradient's norm before clipping, its rate."""
 
     loss: float
     gradient_norm: float
+    learning_rate: float
     updated: bool  # false: the update was refused
 
 
@@ -188,7 +189,7 @@ def deepspeed_config(params: EngineParams, num_ranks: int, num_steps: int) -> di
         "scheduler": {
             "type": "WarmupCosineLR",
             "params": {
-                "total_num_steps": num_steps,
+                "total_num_steps": num_steps + 1,  # the cosine then ends at the last step, not before it
                 "warmup_num_steps": params.warmup_steps,
                 "warmup_type": "linear",
                 "cos_min_ratio": params.final_learning_rate_ratio,
@@ -296,10 +297,11 @@ def train_step(
             answers.append((norm, accepts(mean_loss, norm)))
         return answers[0][1]
 
+    learning_rate = float(engine.get_lr()[0])
     engine.basic_optimizer.accepts = asked
     engine.step()
     norm, updated = answers[0] if answers else (math.inf, False)  # DeepSpeed itself leaves out what is not finite
-    return Step(mean_loss, norm, updated)
+    return Step(mean_loss, norm, learning_rate, updated)
 
 
 def _gradient_norm(module: torch.nn.Module) -> float:

@@ -72,7 +72,7 @@ class Progress:
     """What a resumed run has to know of its past; saved with the weights, as JSON."""
 
     step: int = 0
-    since_log: list[list[float]] = field(default_factory=list)  # loss and gradient norm of each step
+    since_log: list[list[float]] = field(default_factory=list)  # loss, gradient norm, learning rate of each step
     window_losses: list[float] = field(default_factory=list)  # of the steps that a spike is told by
     window_norms: list[float] = field(default_factory=list)
     train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
@@ -215,7 +215,7 @@ def take_step(training: Training) -> None:
     else:
         progress.window_losses = [*progress.window_losses, step.loss][-params.spike_window :]
         progress.window_norms = [*progress.window_norms, step.gradient_norm][-params.spike_window :]
-    progress.since_log.append([step.loss, step.gradient_norm])
+    progress.since_log.append([step.loss, step.gradient_norm, step.learning_rate])
 
 
 def own_rows(params: Params, first_row: int) -> range:
@@ -254,13 +254,13 @@ def note_spike(training: Training, step: Step, begin: int, end: int) -> None:
 
 
 def log_training(training: Training, tokens_per_second: float, mfu: float) -> None:
-    """Record the mean of the steps since the last time."""
+    """Record the mean loss and gradient norm of the steps since the last time, and the last one's learning rate."""
     progress = training.progress
-    losses, norms = zip(*progress.since_log, strict=True)
+    losses, norms, rates = zip(*progress.since_log, strict=True)
     figures = {
         "loss": statistics.fmean(losses),
         "gradient_norm": statistics.fmean(norms),
-        "learning_rate": training.engine.get_lr()[0],
+        "learning_rate": rates[-1],
     }
     progress.since_log.clear()
     progress.train.append({"step": progress.step, "tokens": training.tokens, **figures})

@@ -70,7 +70,7 @@ def plain_training(steps: int) -> tuple[list[float], list[float], list[torch.Ten
     losses, gradient_norms = [], []
     for step in range(steps):
         number = step + 1
-        share = number / 4 if number < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * min(1, (number - 3) / 16))) / 2
+        share = number / 4 if number < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * (number - 3) / 17)) / 2
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * share
         (batch,), num_targets = batches(step, 8, 8)
@@ -104,6 +104,15 @@ def test_bf16_keeps_masters_and_stays_near_fp32(zero_stage: int) -> None:
     assert [step.loss for step in steps] == pytest.approx([step.loss for step in exact], abs=0.03)
     masters = [group["params"] for group in rounded.basic_optimizer.param_groups]
     assert all(weight.dtype == torch.float32 for group in masters for weight in group)
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine_to_its_share() -> None:
+    rates = [step.learning_rate for step in train(small_engine(20), range(20))]
+    assert rates[:3] == pytest.approx([0.0025, 0.005, 0.0075])
+    assert rates[10] == pytest.approx(1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * 8 / 17)) / 2))
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[-1] == pytest.approx(1e-3)
+    assert rates[-2] > 1.01e-3
 
 
 def test_the_optimiser_state_can_be_offloaded() -> None:
