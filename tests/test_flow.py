@@ -122,7 +122,7 @@ def test_a_failed_stage_fails_the_flow_with_its_own_message(workspace: Path) -> 
     result = recipe("--set", "grow.num_steps=0")  # the record of the failure before is still there
     assert "`grow.num_steps` is 0: Input should be greater than 0" in result.stderr
     assert "told to fail" not in result.stderr
-    Path("data/shrink").mkdir()  # a result of before
+    Path("data/shrink").mkdir(parents=True)  # a result of before
     wrong = recipe("--set", "grow.fail_at=null", "--set", "shrink.factor=2")
     assert wrong.returncode == 1
     assert wrong.stderr.strip().endswith("`shrink.factor` is 2: Input should be less than 1 (share that stays)")
