@@ -18,14 +18,16 @@ The text is drawn from a bigram model with known entropy, rows of one document e
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -110,7 +112,58 @@ def their_model(size: str, dtype: torch.dtype = torch.float32) -> Any:
     return theirs.to(dtype)
 
 
-# --- one training run of each kind, in a process of its own: the Trainer takes any ranks it sees for its own ---
+# --- training runs: each in a process of its own, for the Trainer takes any ranks it sees for its own ---
+
+
+Curves = tuple[list[float], list[float]]  # seconds of each step, validation losses every so many of them
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run among others of the same number of steps."""
+
+    size: str
+    kind: str  # `here, ` or `Trainer, `, and the precision
+    num_steps: int
+    evaluate_every: int
+
+
+class Turns:
+    """Lets processes take their steps one after another, so that all meet the same noise of the machine."""
+
+    def __init__(self, count: int) -> None:
+        fresh = get_context("spawn")
+        self.count, self.changed, self.whose = count, fresh.Condition(), fresh.Value("i", 0)
+
+    def take(self, number: int) -> None:
+        """Wait for our turn."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.whose.value == number, timeout=600), "another run has stopped"
+
+    def give(self, number: int) -> None:
+        """Let the next one go on."""
+        with self.changed:
+            self.whose.value = (number + 1) % self.count
+            self.changed.notify_all()
+
+
+def train_in_turns(runs: Sequence[Run]) -> dict[str, Curves]:
+    """Train all side by side, step by step; return their curves by their kinds."""
+    fresh, turns = get_context("spawn"), Turns(len(runs))
+    results = fresh.SimpleQueue()
+    workers = [fresh.Process(target=train, args=(run, turns, number, results)) for number, run in enumerate(runs)]
+    for worker in workers:
+        worker.start()
+    curves = dict(results.get() for _ in runs)
+    for worker in workers:
+        worker.join()
+    return {run.kind: curves[run.kind] for run in runs}
+
+
+def train(run: Run, turns: Turns, number: int, results: Any) -> None:
+    """Train, in a process of its own, and hand back kind and curves."""
+    own = train_ours if run.kind.startswith("here") else train_theirs
+    results.put((run.kind, own(run, partial(turns.take, number), partial(turns.give, number))))
 
 
 def join_alone() -> None:
@@ -122,68 +175,81 @@ def join_alone() -> None:
     join_ranks()
 
 
-def processes() -> tuple[Executor, Executor]:
-    """Return a process for our runs and one for the Trainer's."""
-    fresh = get_context("spawn")
-    return ProcessPoolExecutor(1, fresh, initializer=join_alone), ProcessPoolExecutor(1, fresh)
-
-
-def train_ours(size: str, precision: str, num_steps: int, evaluate_every: int) -> tuple[list[float], list[float]]:
-    """Return seconds of each step, and the validation losses after every `evaluate_every` of them."""
-    engine = fresh_engine(size, precision, 1, num_steps)
-    rows, held_out = draw_rows(num_steps * ROWS, seed=1), batch_of(draw_rows(16, seed=2))
+def train_ours(run: Run, take: Callable[[], None], give: Callable[[], None]) -> Curves:
+    """Train as the stage does."""
+    join_alone()
+    engine = fresh_engine(run.size, run.kind.removeprefix("here, "), 1, run.num_steps)
+    rows, held_out = draw_rows(run.num_steps * ROWS, seed=1), batch_of(draw_rows(16, seed=2))
     seconds, losses = [], []
-    for step in range(num_steps):
+    for step in range(1, run.num_steps + 1):
+        take()
         started = time.perf_counter()
-        batch = batch_of(rows[step * ROWS : (step + 1) * ROWS])
+        batch = batch_of(rows[(step - 1) * ROWS : step * ROWS])
         train_step(engine, [batch], ROWS * CONTEXT, lambda loss, norm: True)
         seconds.append(time.perf_counter() - started)
-        if (step + 1) % evaluate_every == 0:
+        if step % run.evaluate_every == 0:
             with evaluating(engine):
                 losses.append(float(engine(held_out.ids, held_out.documents, held_out.targets).double().mean()))
+        give()
     return seconds, losses
 
 
-def train_theirs(size: str, kind: str, num_steps: int, evaluate_every: int) -> tuple[list[float], list[float]]:
-    """Return the same of Hugging Face's Trainer; kind: fp32, bf16 autocast, bf16 weights, the first two `compiled`."""
+def train_theirs(run: Run, take: Callable[[], None], give: Callable[[], None]) -> Curves:
+    """Train by Hugging Face's Trainer, with the same optimiser and learning rates."""
     from torch.nn.functional import cross_entropy
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    model = their_model(size, torch.bfloat16 if kind == "bf16 weights" else torch.float32)
-    rows, held_out = draw_rows(num_steps * ROWS, seed=1), draw_rows(16, seed=2)
+    autocast, compiled = "autocast" in run.kind, "compiled" in run.kind
+    model = their_model(run.size, torch.bfloat16 if "bf16 weights" in run.kind else torch.float32)
+    rows, held_out = draw_rows(run.num_steps * ROWS, seed=1), draw_rows(16, seed=2)
+    groups = [
+        {"params": [weight for weight in model.parameters() if weight.dim() > 1], "weight_decay": 0.1},
+        {"params": [weight for weight in model.parameters() if weight.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_ratio(step + 1, run.num_steps))
     seconds: list[float] = []
     losses: list[float] = []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            take()
             self.started = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             seconds.append(time.perf_counter() - self.started)
-            if state.global_step % evaluate_every == 0:
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled="autocast" in kind):
+            if state.global_step % run.evaluate_every == 0:
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     logits = model(held_out[:, :-1]).logits
                 losses.append(float(cross_entropy(logits.float().flatten(0, 1), held_out[:, 1:].reshape(-1))))
+            give()
 
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
-            output_dir=directory, use_cpu=True, per_device_train_batch_size=ROWS, max_steps=num_steps,
-            learning_rate=PEAK, warmup_steps=WARMUP, lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": FINAL_RATIO}, optim="adamw_torch_fused", adam_beta1=0.9,
-            adam_beta2=0.95, adam_epsilon=1e-5, weight_decay=0.1, max_grad_norm=1.0, bf16="autocast" in kind,
-            torch_compile=kind.endswith("compiled"), train_sampling_strategy="sequential", logging_strategy="no",
-            save_strategy="no", report_to=[], disable_tqdm=True,
+            output_dir=directory, use_cpu=True, per_device_train_batch_size=ROWS, max_steps=run.num_steps,
+            max_grad_norm=1.0, bf16=autocast, torch_compile=compiled, train_sampling_strategy="sequential",
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
         # The model shifts labels by itself: it gets the row's last token as an input too, and has no target for it.
         examples = [{"input_ids": row[:-1], "labels": row[:-1]} for row in rows]
-        trainer = Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[Watch()])
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=examples, callbacks=[Watch()], optimizers=(optimizer, schedule)
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return seconds, losses
 
 
+def learning_rate_ratio(step: int, num_steps: int) -> float:
+    """Return the share of the peak that our engine trains the step with, steps counted from 1."""
+    if step < WARMUP:
+        return step / WARMUP
+    progress = min(1.0, (step - WARMUP + 1) / (num_steps + 1 - WARMUP))
+    return FINAL_RATIO + (1 - FINAL_RATIO) * (1 + math.cos(math.pi * progress)) / 2
+
+
 def steady(seconds: list[float]) -> float:
-    """Return the time of a step, once the first ones, which allocate, are over."""
+    """Return the time of a step, once the first ones, which allocate and compile, are over."""
     return statistics.median(seconds[3:])
 
 
@@ -221,19 +287,17 @@ def logits_of_both(config: ModelConfig) -> tuple[float, float]:
 
 
 def compare_speed() -> None:
-    """Print tokens a second against the Trainer in the same precision."""
-    print("| parameters | precision | here, tokens/s | Trainer, tokens/s | ratio |\n| --- | --- | --- | --- | --- |")
-    here, there = processes()
-    for size, (ours, theirs) in itertools.product(("5M", "15M"), (("fp32", "fp32"), ("bf16", "bf16 weights"))):
-        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-        for _ in range(2):
-            seconds["ours"].append(steady(here.submit(train_ours, size, ours, 14, 100).result()[0]))
-            seconds["theirs"].append(steady(there.submit(train_theirs, size, theirs, 14, 100).result()[0]))
-        best = {name: ROWS * CONTEXT / min(values) for name, values in seconds.items()}
-        precision = ours if ours == theirs else f"{ours}, masters only here"
+    """Print tokens a second against the Trainer; our bf16 has float32 masters, as autocast has."""
+    print("| parameters | here | Trainer | here, tokens/s | Trainer, tokens/s | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    pairs = (("fp32", "fp32"), ("bf16", "bf16 autocast"), ("bf16", "bf16 weights"))
+    for size, (ours, theirs) in itertools.product(("5M", "15M"), pairs):
+        kinds = (f"here, {ours}", f"Trainer, {theirs}")
+        curves = train_in_turns([Run(size, kind, 20, 100) for kind in kinds])
+        here, there = (ROWS * CONTEXT / steady(curves[kind][0]) for kind in kinds)
         print(
-            f"| {num_parameters(config_of(size)):,} | {precision} | {best['ours']:,.0f} | {best['theirs']:,.0f} "
-            f"| {best['ours'] / best['theirs']:.2f} |"
+            f"| {num_parameters(config_of(size)):,} | {ours} | {theirs} | {here:,.0f} | {there:,.0f} "
+            f"| {here / there:.2f} |"
         )
 
 
@@ -241,12 +305,14 @@ def compare_time_to_loss() -> None:
     """Print seconds to the same validation loss: steps taken times a steady step's seconds, compiling left out."""
     print("| parameters | run | a step, ms | final validation loss | seconds to the loss all reach | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
+    kinds = (
+        "here, bf16",
+        "Trainer, fp32",
+        *(f"Trainer, bf16 {how}" for how in ("autocast", "weights", "autocast compiled")),
+    )
     every = 5
-    here, there = processes()
     for size, steps in (("5M", 60), ("15M", 40)):
-        results = {"here, bf16": here.submit(train_ours, size, "bf16", steps, every).result()}
-        for kind in ("fp32", "bf16 autocast", "bf16 weights", "bf16 autocast compiled"):
-            results[f"Trainer, {kind}"] = there.submit(train_theirs, size, kind, steps, every).result()
+        results = train_in_turns([Run(size, kind, steps, every) for kind in kinds])
         reached = max(losses[-1] for _, losses in results.values())
         times = {
             name: steady(seconds) * steps_to(reached, losses, every) for name, (seconds, losses) in results.items()
