@@ -85,7 +85,7 @@ if __name__ == "__main__":
 TOY_DVC = f"""\
 stages:
   grow:
-    cmd: {sys.executable} -m tasks.grow
+    cmd: exec {sys.executable} -m tasks.grow
     deps:
     - tasks/grow.py
     params:
@@ -96,7 +96,7 @@ stages:
     meta:
       figures: [size]
   shrink:
-    cmd: {sys.executable} -m tasks.shrink
+    cmd: exec {sys.executable} -m tasks.shrink
     deps:
     - tasks/shrink.py
     - data/grow
@@ -108,7 +108,7 @@ stages:
     meta:
       figures: [size]
   publish:
-    cmd: {sys.executable} -m tasks.publish
+    cmd: exec {sys.executable} -m tasks.publish
     deps:
     - data/shrink/metrics.json
     params:

@@ -264,7 +264,7 @@ def test_peak_is_measured_or_known(monkeypatch: pytest.MonkeyPatch) -> None:
 DVC_STAGE = f"""\
 stages:
   pretrain:
-    cmd: {sys.executable} -m tasks.launch pretrain
+    cmd: exec {sys.executable} -m tasks.launch pretrain
     deps:
     - data/tokenize
     - data/train_tokenizer/tokenizer.model

@@ -131,23 +131,23 @@ def test_activation_checkpointing_changes_no_gradient(checkpointing: Checkpointi
 
 
 def products_of(checkpointing: Checkpointing) -> int:
-    from torch.utils.checkpoint import set_checkpoint_early_stop
     from torch.utils.flop_counter import FlopCounterMode
 
     config = config_of()
     ids, documents = ids_of(config, 64, seed=9), documents_of([64], CPU)
     model = model_of(config, seed=10, checkpointing=checkpointing)
-    # DeepSpeed, where a test before this one used it, has torch recompute to the end.
-    with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(True):
+    with FlopCounterMode(display=False) as counter:
         model(ids, documents, ids.roll(-1)).sum().backward()
     return int(sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name)))
 
 
 def test_selective_checkpointing_computes_no_matrix_product_twice() -> None:
     assert products_of("selective") == products_of("off")
-    # full checkpointing repeats the layers' forward products, but for each layer's last, whose result nothing needs
-    repeated = 2 * (4 * 32 * 32 + 2 * 32 * 88)
-    assert products_of("full") - products_of("off") == 2 * repeated * 64
+    # Full checkpointing repeats the layers' forward products. It can leave out each layer's last, whose result nothing
+    # needs, and does but where ZeRO-3, in a test before this one, put its own function in place of torch's linear.
+    last = 2 * 32 * 88 * 64
+    repeated = 2 * (4 * 32 * 32 + 3 * 32 * 88) * 64
+    assert (products_of("full") - products_of("off")) in (2 * repeated, 2 * (repeated - last))
     assert set(CHECKPOINTING) == {"off", "selective", "full"}
 
 
