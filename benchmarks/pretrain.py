@@ -12,7 +12,7 @@ times its candidates in turns, step by step where it can, so that what else the 
   masters here; for the Trainer the best of float32, bf16 autocast and bf16 weights.
 - overhead: DeepSpeed's step against a plain loop that does the same.
 
-The text is drawn from a bigram model with known entropy, rows of one document each, as the Trainer packs them.
+The text is drawn from a bigram model, and each document fills a row: both sides then learn the same from each step.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -35,11 +35,11 @@ import numpy as np
 import torch
 
 from model.engine import EngineParams, build_model, draw_weights, evaluating, join_ranks, start_engine, train_step
-from model.packing import Batch, documents_of
+from model.packing import Batch, Shards, Starts, batch_of_rows
 from model.transformer import Llama, ModelConfig, first_weights, num_parameters
 
 CPU = torch.device("cpu")
-CONTEXT, ROWS, VOCABULARY = 256, 8, 2048
+CONTEXT, ROWS, HELD_OUT_ROWS, VOCABULARY = 256, 8, 16, 2048
 PEAK, WARMUP, FINAL_RATIO = 2e-3, 10, 0.1
 SIZES: dict[str, dict[str, int]] = {
     "1M": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -59,23 +59,28 @@ def config_of(size: str) -> ModelConfig:
     )  # fmt: skip
 
 
-def draw_rows(num_rows: int, seed: int) -> torch.Tensor:
-    """Return rows of CONTEXT + 1 ids: each token is followed by one of eight, the first of them most often."""
+def draw_stream(num_rows: int, seed: int) -> tuple[Shards, Starts]:
+    """Return rows of text, a document each: each token is followed by one of eight, the first of them most often."""
     successors = np.random.default_rng(0).integers(0, VOCABULARY, size=(VOCABULARY, 8))
     shares = 1 / np.arange(1, 9)
     rng = np.random.default_rng(seed)
-    choices = rng.choice(8, size=(num_rows, CONTEXT + 1), p=shares / shares.sum())
-    rows = np.empty((num_rows, CONTEXT + 1), dtype=np.int64)
+    choices = rng.choice(8, size=(num_rows, CONTEXT), p=shares / shares.sum())
+    rows = np.empty((num_rows, CONTEXT), dtype=np.int64)
     rows[:, 0] = rng.integers(0, VOCABULARY, size=num_rows)
-    for position in range(CONTEXT):
-        rows[:, position + 1] = successors[rows[:, position], choices[:, position]]
-    return torch.from_numpy(rows)
+    for position in range(1, CONTEXT):
+        rows[:, position] = successors[rows[:, position - 1], choices[:, position]]
+    return Shards([np.append(rows, 0)]), np.arange(0, num_rows * CONTEXT + 1, CONTEXT)
 
 
-def batch_of(rows: torch.Tensor) -> Batch:
-    """Return rows as a packed batch, each row one document."""
-    lengths = [CONTEXT] * len(rows)
-    return Batch(rows[:, :-1].reshape(-1), rows[:, 1:].reshape(-1), documents_of(lengths, CPU))
+def batch_of(stream: tuple[Shards, Starts], first_row: int, num_rows: int) -> Batch:
+    """Return rows of a stream as the stage packs them."""
+    return batch_of_rows(*stream, first_row, num_rows, CONTEXT, CPU)
+
+
+def rows_of(stream: tuple[Shards, Starts]) -> torch.Tensor:
+    """Return a stream in rows, the Trainer's examples."""
+    tokens = stream[0].read(0, len(stream[0]) - 1)
+    return torch.from_numpy(tokens.reshape(-1, CONTEXT))
 
 
 def engine_params(precision: str, zero_stage: int) -> EngineParams:
@@ -147,6 +152,34 @@ class Turns:
             self.changed.notify_all()
 
 
+class Clock:
+    """Times the steps of one run: all that happens from one step's beginning to the next, but for the others' turns."""
+
+    def __init__(self, turns: Turns, number: int) -> None:
+        self.turns, self.number = turns, number
+        self.seconds: list[float] = []
+        self.started = 0.0
+
+    def begin(self) -> None:
+        """Begin a step; the one before it, with the reading of this one's batch, ends here."""
+        if self.started:
+            self.end()
+        self.turns.take(self.number)
+        self.started = time.perf_counter()
+
+    def end(self) -> None:
+        """End the last step."""
+        self.seconds.append(time.perf_counter() - self.started)
+        self.turns.give(self.number)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Do something that doesn't count."""
+        stopped = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - stopped
+
+
 def train_in_turns(runs: Sequence[Run]) -> dict[str, Curves]:
     """Train all side by side, step by step; return their curves by their kinds."""
     fresh, turns = get_context("spawn"), Turns(len(runs))
@@ -162,8 +195,9 @@ def train_in_turns(runs: Sequence[Run]) -> dict[str, Curves]:
 
 def train(run: Run, turns: Turns, number: int, results: Any) -> None:
     """Train, in a process of its own, and hand back kind and curves."""
-    own = train_ours if run.kind.startswith("here") else train_theirs
-    results.put((run.kind, own(run, partial(turns.take, number), partial(turns.give, number))))
+    clock = Clock(turns, number)
+    losses = (train_ours if run.kind.startswith("here") else train_theirs)(run, clock)
+    results.put((run.kind, (clock.seconds, losses)))
 
 
 def join_alone() -> None:
@@ -175,54 +209,52 @@ def join_alone() -> None:
     join_ranks()
 
 
-def train_ours(run: Run, take: Callable[[], None], give: Callable[[], None]) -> Curves:
+def train_ours(run: Run, clock: Clock) -> list[float]:
     """Train as the stage does."""
     join_alone()
-    engine = fresh_engine(run.size, run.kind.removeprefix("here, "), 1, run.num_steps)
-    rows, held_out = draw_rows(run.num_steps * ROWS, seed=1), batch_of(draw_rows(16, seed=2))
-    seconds, losses = [], []
+    engine = fresh_engine(run.size, run.kind.removeprefix("here, "), 0, run.num_steps)
+    stream, held_out = draw_stream(run.num_steps * ROWS, seed=1), held_out_rows()
+    losses = []
     for step in range(1, run.num_steps + 1):
-        take()
-        started = time.perf_counter()
-        batch = batch_of(rows[(step - 1) * ROWS : step * ROWS])
-        train_step(engine, [batch], ROWS * CONTEXT, lambda loss, norm: True)
-        seconds.append(time.perf_counter() - started)
+        clock.begin()
+        batch = batch_of(stream, (step - 1) * ROWS, ROWS)
+        train_step(engine, [batch], batch.num_targets, lambda loss, norm: True)
         if step % run.evaluate_every == 0:
-            with evaluating(engine):
-                losses.append(float(engine(held_out.ids, held_out.documents, held_out.targets).double().mean()))
-        give()
-    return seconds, losses
+            with clock.stopped(), evaluating(engine):
+                batch = batch_of(held_out, 0, HELD_OUT_ROWS)
+                total = engine(batch.ids, batch.documents, batch.targets).double().sum()
+                losses.append(float(total) / batch.num_targets)
+    clock.end()
+    return losses
 
 
-def train_theirs(run: Run, take: Callable[[], None], give: Callable[[], None]) -> Curves:
+def train_theirs(run: Run, clock: Clock) -> list[float]:
     """Train by Hugging Face's Trainer, with the same optimiser and learning rates."""
     from torch.nn.functional import cross_entropy
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     autocast, compiled = "autocast" in run.kind, "compiled" in run.kind
     model = their_model(run.size, torch.bfloat16 if "bf16 weights" in run.kind else torch.float32)
-    rows, held_out = draw_rows(run.num_steps * ROWS, seed=1), draw_rows(16, seed=2)
+    rows = rows_of(draw_stream(run.num_steps * ROWS, seed=1))
+    held_out = rows_of(held_out_rows())
+    predicted = batch_of(held_out_rows(), 0, HELD_OUT_ROWS).targets.view(HELD_OUT_ROWS, CONTEXT)
     groups = [
         {"params": [weight for weight in model.parameters() if weight.dim() > 1], "weight_decay": 0.1},
         {"params": [weight for weight in model.parameters() if weight.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), eps=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_ratio(step + 1, run.num_steps))
-    seconds: list[float] = []
     losses: list[float] = []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            take()
-            self.started = time.perf_counter()
+            clock.begin()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            seconds.append(time.perf_counter() - self.started)
             if state.global_step % run.evaluate_every == 0:
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    logits = model(held_out[:, :-1]).logits
-                losses.append(float(cross_entropy(logits.float().flatten(0, 1), held_out[:, 1:].reshape(-1))))
-            give()
+                with clock.stopped(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    logits = model(held_out).logits
+                    losses.append(float(cross_entropy(logits.float().flatten(0, 1), predicted.flatten())))
 
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
@@ -230,14 +262,19 @@ def train_theirs(run: Run, take: Callable[[], None], give: Callable[[], None]) -
             max_grad_norm=1.0, bf16=autocast, torch_compile=compiled, train_sampling_strategy="sequential",
             logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
-        # The model shifts labels by itself: it gets the row's last token as an input too, and has no target for it.
-        examples = [{"input_ids": row[:-1], "labels": row[:-1]} for row in rows]
+        examples = [{"input_ids": row, "labels": row} for row in rows]  # the model shifts the labels itself
         trainer = Trainer(
             model=model, args=arguments, train_dataset=examples, callbacks=[Watch()], optimizers=(optimizer, schedule)
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return seconds, losses
+    clock.end()
+    return losses
+
+
+def held_out_rows() -> tuple[Shards, Starts]:
+    """Return text that no run trains on."""
+    return draw_stream(HELD_OUT_ROWS, seed=2)
 
 
 def learning_rate_ratio(step: int, num_steps: int) -> float:
@@ -279,10 +316,10 @@ def logits_of_both(config: ModelConfig) -> tuple[float, float]:
                 parameter.mul_(10)
     theirs = LlamaForCausalLM(LlamaConfig(**config.model_dump(), attn_implementation="sdpa"))
     theirs.load_state_dict(ours.state_dict())
-    rows = draw_rows(4, seed=3)
+    stream = draw_stream(4, seed=3)
     with torch.no_grad():
-        batch = batch_of(rows)
-        expected = theirs(rows[:, :-1]).logits.flatten(0, 1)
+        batch = batch_of(stream, 0, 4)
+        expected = theirs(rows_of(stream)).logits.flatten(0, 1)
         return float(expected.std()), float((ours(batch.ids, batch.documents) - expected).abs().max())
 
 
@@ -343,8 +380,9 @@ def measure_overhead() -> None:
     for size, precision, zero_stage in itertools.product(("1M", "5M"), ("bf16", "fp32"), (0, 1)):
         engine, plain = fresh_engine(size, precision, zero_stage, num_steps), plain_loop(size, precision)
         seconds: dict[str, list[float]] = {"plain": [], "deepspeed": []}
+        stream = draw_stream(num_steps * ROWS, seed=1)
         for step in range(num_steps):
-            batch = batch_of(draw_rows(ROWS, seed=step))
+            batch = batch_of(stream, step * ROWS, ROWS)
             started = time.perf_counter()
             plain(batch)
             between = time.perf_counter()

@@ -1,12 +1,15 @@
 """A stream of tokens -> packed batches: documents one after another in flat tensors, none seeing another.
 
-Shapes: T tokens of a batch.
+Shapes: T tokens of a batch, B blocks of L tokens each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+BLOCK = 256  # tokens; the scores of longer documents leave the processor's cache
 IGNORED = -100  # target of a position that predicts nothing; cross_entropy's own mark
 
 Tokens = npt.NDArray[Any]  # unsigned integers, often memory-mapped
@@ -32,6 +36,46 @@ class Documents:
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(self.lengths)
+
+    @property
+    def runs(self) -> list[tuple[int, int, Tensor | None]]:
+        """Neighbours of the same length: their length, their number, and no mask, as none sees another."""
+        return [(length, len(list(alike)), None) for length, alike in groupby(self.lengths)]
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, int, Tensor | None]]:
+        """Runs as above, of documents joined as long as they stay within BLOCK tokens.
+
+        The mask (B, 1, L, L) is added to scores: 0 where a token sees another, minus infinity elsewhere. A document
+        longer than BLOCK is alone and has none.
+        """
+        runs: list[tuple[int, int, Tensor | None]] = []
+        begin = 0
+        for length, alike in groupby(_joined(self.lengths)):
+            count = len(list(alike))
+            positions_BL = self.positions[begin : begin + length * count].view(count, length)
+            begin += length * count
+            if length > BLOCK:
+                runs.append((length, count, None))
+                continue
+            # the places from which a token's own document begins up to its own
+            places_L = torch.arange(length, device=positions_BL.device)
+            ago_LL = places_L[:, None] - places_L
+            seen_BLL = (ago_LL >= 0) & (ago_LL <= positions_BL[:, :, None])
+            mask_BLL = torch.full(seen_BLL.shape, -math.inf, dtype=torch.bfloat16, device=positions_BL.device)
+            runs.append((length, count, mask_BLL.masked_fill_(seen_BLL, 0.0)[:, None]))
+        return runs
+
+
+def _joined(lengths: Sequence[int]) -> Iterator[int]:
+    """Join neighbours while their sum stays within BLOCK."""
+    together = 0
+    for length in lengths:
+        if together and together + length > BLOCK:
+            yield together
+            together = 0
+        together += length
+    yield together
 
 
 @dataclass(frozen=True)
