@@ -94,14 +94,19 @@ def read_config(directory: Path) -> ModelConfig:
     """
     path = directory / "config.json"
     values = _read_json(path)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope = {**(values.pop("rope_scaling", None) or {}), **(values.pop("rope_parameters", None) or {})}
+    kind = rope.pop("type", "default")  # its name before transformers 4.43
+    kind = rope.setdefault("rope_type", kind)
     found = {**BUILT_IN, **values}
     wrong = [f"{key} {found[key]!r} (not {value!r})" for key, value in BUILT_IN.items() if found[key] != value]
-    wrong += [f"rope_type {kind!r} (not 'default')"] if kind != "default" else []
+    wrong += [f"rope_type {kind!r} (not 'default' or 'llama3')"] if kind not in ("default", "llama3") else []
     if not wrong:
-        values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))  # what transformers leaves out is Llama 2's
+        theta = values.get("rope_theta", 10000.0)  # what transformers leaves out is Llama 2's
+        values["rope_theta"] = rope.pop("rope_theta", theta)
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+        if kind == "llama3":
+            rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+            values["rope_scaling"] = rope
         try:
             config = ModelConfig.model_validate({key: values.get(key) for key in ModelConfig.model_fields})
         except ValidationError as error:

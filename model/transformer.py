@@ -53,10 +53,30 @@ class Architecture(BaseModel):
         return self.hidden_size // self.num_attention_heads
 
 
+class RopeScaling(BaseModel):
+    """How Llama 3.1 stretches the rotary embedding's longer waves over a longer context; names are Hugging Face's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rope_type: Literal["llama3"]
+    factor: float = Field(ge=1, description="by how much the longest waves are stretched")
+    low_freq_factor: float = Field(gt=0, description="waves that fit less often into the first context are stretched")
+    high_freq_factor: float = Field(gt=0, description="waves that fit more often into the first context stay")
+    original_max_position_embeddings: int = Field(gt=0, description="the first context, tokens")
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> Self:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low >= high:
+            raise ValueError(f"low_freq_factor {low} must be below high_freq_factor {high}")
+        return self
+
+
 class ModelConfig(Architecture):
-    """A model: its architecture and its vocabulary."""
+    """A model: its architecture, its vocabulary, and what only models trained elsewhere have."""
 
     vocab_size: int = Field(gt=1, description="number of tokens in the vocabulary")
+    rope_scaling: RopeScaling | None = None  # Llama 2 has none
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -78,16 +98,25 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     return products + 6 * config.num_hidden_layers * config.hidden_size * context
 
 
-def rotary_angles(config: Architecture, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of each position's angles, both (T, 1, H), float32 (RoFormer, section 3.2.2).
 
     A pair is (i, i + H/2), as in Hugging Face's weights; the sine of its first half is negative, as `rotate` needs it.
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions_T.device) / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling:
+        frequencies = _stretch(frequencies, config.rope_scaling)
     angles = positions_T[:, None, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Lower frequencies as Llama 3.1 does: long waves by the factor, short ones not at all, others in part."""
+    waves = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0.0, 1.0))
 
 
 def rotate(x_TNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

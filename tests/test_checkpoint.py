@@ -101,18 +101,51 @@ def test_weights_shared_out_by_zero_are_written_whole(zero_stage: int, tokenizer
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == one
 
 
-def test_a_checkpoint_of_transformers_is_read(tmp_path: Path) -> None:
+STRETCHED = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("rope_type", ["default", "llama3"])
+def test_a_checkpoint_of_transformers_is_read(rope_type: str, tied: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**{**SMALL, "vocab_size": 290, "rope_theta": 500000.0})
-    theirs = LlamaForCausalLM(config).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="30KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    model = Llama(read_config(tmp_path), "off")
-    load_weights(model, tmp_path)
-    assert model.config.rope_theta == 500000.0
+    rope = {"rope_type": rope_type, "rope_theta": 500.0, **(STRETCHED if rope_type == "llama3" else {})}
+    values = {**SMALL, "vocab_size": 290, "rope_parameters": rope, "tie_word_embeddings": tied}
+    theirs = LlamaForCausalLM(LlamaConfig(**{name: value for name, value in values.items() if name != "rope_theta"}))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    model = Llama(read_config(tmp_path / "theirs"), "off")
+    load_weights(model, tmp_path / "theirs")
+    assert model.config.rope_theta == 500.0
+    save_model(model, tokenizer, tmp_path / "ours", {}, NO_LIMIT)
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "ours")
     with torch.no_grad():
-        assert (theirs(torch.arange(5, 25)[None]).logits[0] - logits_of(model)).abs().max() < 1e-4
+        for other in (theirs.eval(), again):
+            assert (other(torch.arange(5, 25)[None]).logits[0] - logits_of(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_both_spellings_of_a_stretched_rope_are_read(kind: str, key: str, checkpoint: Path) -> None:
+    path = checkpoint / "config.json"
+    rope = {kind: "llama3", **{name: value for name, value in STRETCHED.items() if not name.startswith("original")}}
+    theta = {"rope_theta": 500.0}
+    config = {**json.loads(path.read_text()), **theta, key: rope}
+    if key == "rope_parameters":
+        del config["rope_theta"], config["rope_scaling"]
+        config[key] |= theta
+    path.write_text(json.dumps(config))
+    found = read_config(checkpoint)
+    assert found.rope_theta == 500.0
+    assert found.rope_scaling is not None
+    # what is left out is the context itself, as in transformers
+    assert found.rope_scaling.model_dump() == {
+        **STRETCHED,
+        "rope_type": "llama3",
+        "original_max_position_embeddings": 32,
+    }
 
 
 @pytest.fixture
@@ -166,7 +199,8 @@ def test_damaged_or_pickled_weights_are_refused(checkpoint: Path) -> None:
     [
         ({"model_type": "gpt2"}, r"it has model_type 'gpt2' \(not 'llama'\)"),
         ({"attention_bias": True}, r"it has attention_bias True \(not False\)"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, r"it has rope_type 'llama3' \(not 'default'\)"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"it has rope_type 'yarn' \(not 'default' or 'llama3'\)"),
+        ({"rope_parameters": {"type": "llama3", "factor": 0.5}}, r"rope_scaling\.factor 0\.5: Input should be greater"),
         ({"head_dim": 16}, r"it has head_dim 16 \(not hidden_size / num_attention_heads = 8\)"),
         ({"hidden_size": None}, "hidden_size None: Input should be a valid integer"),
     ],

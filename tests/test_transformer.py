@@ -46,6 +46,11 @@ def ids_of(config: ModelConfig, length: int, seed: int) -> Tensor:
     return torch.randint(0, config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
 
 
+STRETCHED = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+
 SIZES = {
     "heads alike": {},
     "grouped": {"num_key_value_heads": 2},
@@ -53,6 +58,7 @@ SIZES = {
     "tied": {"tie_word_embeddings": True, "rms_norm_eps": 1e-6},
     "wide": {"hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6, "num_key_value_heads": 3,
              "vocab_size": 1500, "num_hidden_layers": 4, "rope_theta": 500000.0},
+    "stretched": {"max_position_embeddings": 512, "rope_scaling": STRETCHED},
 }  # fmt: skip
 
 
@@ -132,6 +138,15 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     assert torch.allclose((turned[0] * turned[1]).sum(), (turned[2] * turned[3]).sum(), atol=1e-4)
     # the second pair of a head of 8 turns by 3 / 10000^(2/8) = 0.3 at position 3
     assert rotary_angles(config, torch.tensor([3]))[0][0, 0, 1] == pytest.approx(math.cos(0.3))
+
+
+def test_long_waves_are_stretched_and_short_ones_stay() -> None:
+    sines = rotary_angles(config_of(rope_scaling=STRETCHED), torch.tensor([1]))[1][0, 0, 4:]
+    # waves of 6.3, 62.8, 628, 6283 tokens: more than 4, 2.037, less than 1 fit into 128; (2.037 - 1) / 3 = 0.3457
+    expected = [1.0, 0.1 * (0.3457 + 0.6543 / 8), 0.01 / 8, 0.001 / 8]
+    assert sines.asin().tolist() == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match=r"low_freq_factor 4\.0 must be below high_freq_factor 4\.0"):
+        config_of(rope_scaling={**STRETCHED, "low_freq_factor": 4.0})
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
