@@ -7,8 +7,9 @@ V vocabulary, B blocks of L tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import repeat
 from typing import Literal, Self
 
 import torch
@@ -20,6 +21,7 @@ from model.losses import token_losses
 from model.packing import Documents
 
 Checkpointing = Literal["off", "selective", "full"]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_TNH, k_TKH, v_TKH -> what each query gathers (T, N, H)
 
 
 class Architecture(BaseModel):
@@ -190,13 +192,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
-        """Return what each token gathers from its document's tokens up to itself."""
+    def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], attends: Attend) -> Tensor:
+        """Return what each token gathers from the tokens that `attends` lets it see."""
         q_TNH, k_TKH, v_TKH = (
             projection(x_TD).unflatten(-1, (-1, self.head_size))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out_TNH = attend(rotate(q_TNH, angles), rotate(k_TKH, angles), v_TKH, documents)
+        out_TNH = attends(rotate(q_TNH, angles), rotate(k_TKH, angles), v_TKH)
         out_TD: Tensor = self.o_proj(out_TNH.flatten(1).to(x_TD.dtype))
         return out_TD
 
@@ -226,9 +228,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], documents: Documents) -> Tensor:
+    def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], attends: Attend) -> Tensor:
         """Return the residual stream after this layer."""
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, documents)
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, attends)
         out_TD: Tensor = x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         return out_TD
 
@@ -247,9 +249,13 @@ class Decoder(nn.Module):
     def forward(self, ids_T: Tensor, documents: Documents) -> Tensor:
         """Return the hidden states (T, D)."""
         angles = rotary_angles(self.config, documents.positions)
+        return self.run_layers(ids_T, angles, repeat(partial(attend, documents=documents)))
+
+    def run_layers(self, ids_T: Tensor, angles: tuple[Tensor, Tensor], attends: Iterable[Attend]) -> Tensor:
+        """Return the hidden states (T, D) at any positions, given how each layer attends (model/sampling.py)."""
         x_TD = self.embed_tokens(ids_T)
-        for layer in self.layers:
-            x_TD = self.run_layer(layer, x_TD, angles, documents)
+        for layer, layer_attends in zip(self.layers, attends, strict=False):
+            x_TD = self.run_layer(layer, x_TD, angles, layer_attends)
         out_TD: Tensor = self.norm(x_TD)
         return out_TD
 
