@@ -1,8 +1,8 @@
 """Text to token ids and back: a SentencePiece model of Llama 2's kind (LLaMA section 2.1, Llama 2 section 2.2.1).
 
-Byte-pair encoding on unnormalised text, a space put before each text, numbers split into digits, and bytes for
-characters outside the vocabulary. So every text survives: `decode(encode(text)) == text`, but for U+2581 (`▁`), which
-stands for the space inside SentencePiece and comes back as one.
+Byte-pair encoding on unnormalised text, a space put before each text, spaces only where tokens begin, numbers split in
+digits, and bytes for characters outside the vocabulary. So every text survives: `decode(encode(text)) == text`, but for
+U+2581 (`▁`), which stands for the space inside SentencePiece and comes back as one.
 
 A checkpoint directory holds three files of the tokenizer: tokenizer.model (read here, and by llama.cpp) and, written
 by `save`, tokenizer.json with tokenizer_config.json (read by transformers and vLLM).
@@ -19,6 +19,40 @@ from typing import Any
 import sentencepiece
 
 SPACE = "▁"
+
+# The format of model/dialogue.py for transformers, in Jinja. It refuses what is refused there, and the special tokens'
+# names too: transformers reads them in a text as the tokens.
+CHAT_TEMPLATE = r"""
+{%- set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else none %}
+{%- set turns = messages if system is none else messages[1:] %}
+{%- if not turns %}
+    {{- raise_exception('the dialogue holds no turn') }}
+{%- endif %}
+{%- for message in messages %}
+    {%- for tag in ['[INST]', '[/INST]', '<<SYS>>', '<</SYS>>', bos_token, eos_token, unk_token] %}
+        {%- if tag in message['content'] %}
+            {{- raise_exception('a message contains ' + tag) }}
+        {%- endif %}
+    {%- endfor %}
+{%- endfor %}
+{%- for turn in turns %}
+    {%- if turn['role'] != ('assistant' if loop.index0 % 2 else 'user') %}
+        {{- raise_exception('user and assistant take turns, the user first, after at most one message of the system') }}
+    {%- endif %}
+    {%- set content = turn['content'] %}
+    {%- if loop.first and system is not none %}
+        {%- set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + content %}
+    {%- endif %}
+    {%- set content = content.strip() %}
+    {%- if turn['role'] == 'user' %}
+        {{- bos_token + '[INST] ' + content + ' [/INST]' }}
+    {%- elif content %}
+        {{- ' ' + content + ' ' + eos_token }}
+    {%- else %}
+        {{- raise_exception('an answer is empty') }}
+    {%- endif %}
+{%- endfor %}
+""".strip()
 
 
 class Tokenizer:
@@ -76,7 +110,7 @@ class Tokenizer:
 
         transformers could convert a tokenizer.model alone, but then gives other ids for texts that begin with a space;
         tokenizer.json spells out SentencePiece's own rules. The one difference left: transformers reads `</s>` in a
-        text as EOS unless called with `split_special_tokens=True`.
+        text as EOS unless called with `split_special_tokens=True`. tokenizer_config.json holds the chat template.
         """
         target = directory / "tokenizer.model"
         if not (target.exists() and target.samefile(self.path)):
@@ -91,6 +125,7 @@ class Tokenizer:
             "add_bos_token": True,
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
             **specials,
         }
         _write(directory / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
@@ -183,6 +218,9 @@ def _difference_from_llama(processor: sentencepiece.SentencePieceProcessor) -> s
         return "it has no tokens for single bytes; train it with byte_fallback"
     if processor.normalize(" ﬁ  x ") != "▁▁ﬁ▁▁x▁":
         return "it changes the text before encoding; train it with normalization_rule_name=identity, spaces kept"
+    pieces = (processor.id_to_piece(token) for token in range(processor.vocab_size()))
+    if any(SPACE in piece.lstrip(SPACE) for piece in pieces):
+        return "it has tokens that reach past a word's end; train it with split_by_whitespace"
     return ""
 
 

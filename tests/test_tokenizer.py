@@ -190,6 +190,7 @@ def test_a_damaged_file_is_named(tmp_path):
         ({"byte_fallback": False, "vocab_size": 60}, "it has no tokens for single bytes"),
         ({"normalization_rule_name": "nmt_nfkc"}, "it changes the text before encoding"),
         ({"remove_extra_whitespaces": True}, "it changes the text before encoding"),
+        ({"split_by_whitespace": False, "vocab_size": 420}, "it has tokens that reach past a word's end"),
     ],
 )
 def test_a_tokenizer_of_another_kind_is_refused(options, reason, tmp_path):
