@@ -369,7 +369,7 @@ def _run_stage(
     output = scratch / "output"
     stage = Stage(name, params, seed, machine, output, scratch, record, rank)
     if rank != 0:
-        run(stage)
+        _run_beside_rank_0(stage, run)
         return
     from contextlib import nullcontext
 
@@ -395,7 +395,8 @@ def _run_stage(
             _publish_output(stage, figures)
             _close_record(record, "FINISHED")
         except KeyboardInterrupt:
-            _close_record(record, "KILLED")
+            failure = _failure_of_another_rank(scratch)
+            _close_record(record, "FAILED" if failure else "KILLED", *failure)
             raise
         except BaseException as error:
             _close_record(record, "FAILED", f"{type(error).__name__}: {error}", traceback.format_exc())
@@ -404,6 +405,27 @@ def _run_stage(
             if stage._metrics is not None:
                 stage._metrics.close()
             _end_sender(sender)
+
+
+def _run_beside_rank_0(stage: Stage[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]]) -> None:
+    """Run the stage on another rank; leave word of a failure, as rank 0 is only told to stop by the launcher."""
+    try:
+        run(stage)
+    except Exception as error:
+        words = f"rank {stage.rank}: {type(error).__name__}: {error}"
+        failure = {"pipeline": pipeline_id(), "error": words, "traceback": traceback.format_exc()}
+        write_json(stage.scratch / "failure.json", failure)
+        raise
+
+
+def _failure_of_another_rank(scratch: Path) -> tuple[str, ...]:
+    """Return error and traceback of the rank that failed in this pipeline run; nothing when none did."""
+    path = scratch / "failure.json"
+    if not path.exists():
+        return ()
+    failure = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    return (failure["error"], failure["traceback"]) if failure["pipeline"] == pipeline_id() else ()
 
 
 def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:

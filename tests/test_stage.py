@@ -253,3 +253,26 @@ def test_a_full_disk_gives_one_message() -> None:
     assert stage_module.full_disk(error) == (
         "the disk is full (writing data/grow/big.bin): free space and run again; earlier results are untouched"
     )
+
+
+def test_a_disk_that_is_full_ends_the_stage_with_this_message(workspace: Path) -> None:
+    code = Path("tasks/grow.py").read_text().replace('(stage.output / "grown.txt").write', 'Path("/dev/full").write')
+    Path("tasks/grow.py").write_text("from pathlib import Path\n" + code)
+    result = repro("grow")
+    assert result.returncode != 0
+    assert "grow: the disk is full (writing the output): free space and run again" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not Path("data/grow").exists()
+
+
+def test_a_stage_whose_second_rank_fails_has_failed(workspace: Path) -> None:
+    body = "    if stage.rank == 1:\n        raise ValueError('a bad row')\n    time.sleep(60)\n"
+    code = Path("tasks/grow.py").read_text()
+    Path("tasks/grow.py").write_text(code.replace("    state = ", body + "    state = "))
+    set_value("num_ranks: 1", "num_ranks: 2")
+    launched = subprocess.run([sys.executable, "-m", "tasks.launch", "grow"], check=False, timeout=120)
+    assert launched.returncode != 0
+    (record,) = Path(".runs/grow").glob("*/run.json")
+    values = json.loads(record.read_text())
+    assert (values["status"], values["error"]) == ("FAILED", "rank 1: ValueError: a bad row")
+    assert "a bad row" in (record.parent / "artifacts" / "traceback.txt").read_text()
