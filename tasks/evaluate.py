@@ -1,0 +1,325 @@
+"""Answer the evaluation's prompts with one checkpoint, and judge the answers (Llama 2, sections 3.4 and 4.4).
+
+Answers are greedy, so that two checkpoints differ by what they are and not by luck. In the default world each answer is
+judged by known truth: is it right, safe, as the system's message asked, a refusal where none was due. Elsewhere there
+is no truth, and only what can be told of any answer is reported. Shares are of all prompts of their kind, with Wilson's
+interval; a prompt that is too long for the model counts as one that it gave no answer to.
+
+Run once for each checkpoint (`evaluate@sft`). Reads the checkpoint, the files of prompts, data/world/truth.
+Writes answers.jsonl and plots/shares.csv; for MLflow also the tables of answers and of shares.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+
+from model.dialogue import Message, check, decode_answer, encode_prompt
+from model.engine import join_ranks
+from model.loading import open_checkpoint
+from model.sampling import Response, Sampling, sample
+from model.tokenizer import Tokenizer
+from model.transformer import Llama
+from tasks.stage import Section, Stage, start
+from tasks.world.judge import Judgement, Truth, judge, read_truth
+
+HEADLINES = (
+    "well_formed",
+    "factual/held_out/right",
+    "safety/violations",
+    "borderline/false_refusals",
+    "instruction/followed",
+)
+CONFIDENCE = 0.95
+
+
+class Params(Section):
+    """Which checkpoints are asked what, and how they answer."""
+
+    checkpoints: dict[str, str] = Field(
+        min_length=1, description="Hugging Face Llama directory of each checkpoint, by the name of its evaluation"
+    )
+    root: str = Field(min_length=1, description="directory of the files of prompts, which DVC watches")
+    prompts: list[str] = Field(min_length=1, description="files of prompts below `root`, JSON lines")
+    truth: str | None = Field(description="directory of what the judge knows; null: answers are not judged")
+    sampling: Sampling = Field(description="how answers are drawn; temperature 0: always the likeliest token")
+    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
+    max_rows: int = Field(gt=0, description="answers in the making at once; more need more memory")
+
+
+class Prompt(NamedTuple):
+    """What is asked: a dialogue that ends with the user's turn. `risk` and `attack` are an adversarial prompt's."""
+
+    id: str
+    category: str
+    messages: list[Message]
+    risk: str | None
+    attack: str | None
+
+
+class Answer(NamedTuple):
+    """What a checkpoint answered; no tokens: the prompt left no room in its context."""
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+class Judged(NamedTuple):
+    """A prompt, its answer, and what the truth says of them; `held_out`: no training text has told what is asked."""
+
+    prompt: Prompt
+    answer: Answer
+    judgement: Judgement | None
+    held_out: bool
+
+
+class Share(NamedTuple):
+    """How many of how many prompts, and where the true share lies with a confidence of 95%."""
+
+    hits: int
+    prompts: int
+    share: float
+    low: float
+    high: float
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Answer, judge, report."""
+    params = stage.params
+    checkpoint = checkpoint_of(stage)
+    prompts = read_prompts(Path(params.root), params.prompts)
+    truth = None if params.truth is None else read_truth(Path(params.truth))
+    device = join_ranks()
+    model, tokenizer = open_checkpoint(checkpoint, params.precision, device)
+    started = time.monotonic()
+    answers = answer_all(stage, model, tokenizer, prompts)
+    seconds = time.monotonic() - started
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    stage.log({"tokens_per_second": num_tokens / seconds, "seconds": seconds}, step=0)
+    judged = [judge_answer(prompt, answer, truth) for prompt, answer in zip(prompts, answers, strict=True)]
+    shares = shares_of(outcomes_of(each) for each in judged)
+    if stage.rank == 0:
+        write_answers(stage, judged)
+        write_shares(stage, shares)
+    return {
+        "prompts": len(prompts),
+        "prompts_too_long": sum(answer.num_tokens == 0 for answer in answers),
+        "answer_tokens": num_tokens / len(prompts),
+        **figures_of(shares),
+    }
+
+
+def checkpoint_of(stage: Stage[Params]) -> Path:
+    """Return the checkpoint that this run of the stage is about.
+
+    Raises ValueError when params.yaml names none of that name.
+    """
+    item = stage.name.partition("@")[2]
+    known = stage.params.checkpoints
+    if item not in known:
+        names = ", ".join(f"evaluate@{name}" for name in known)
+        raise ValueError(f"`evaluate.checkpoints` has no `{item}`: evaluate one of {names}")
+    return Path(known[item])
+
+
+# --- prompts ---
+
+
+def read_prompts(root: Path, names: Sequence[str]) -> list[Prompt]:
+    """Return the prompts of all files, in their order.
+
+    A line holds `messages` that end with the user's turn, or `turns` (MT-Bench), of which the first is asked, or
+    `prompt` (IFEval). Raises ValueError, naming file and line, for a line that holds none of them or repeats an id, and
+    for a file that is missing or empty.
+    """
+    prompts: dict[str, Prompt] = {}
+    for name in names:
+        path = root / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: correct `evaluate.root` or `evaluate.prompts`, or run its stage")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                prompt = parse_prompt(json.loads(line), path.stem, number)
+                if prompt.id in prompts:
+                    raise ValueError(f"its id {prompt.id} is another prompt's, too")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no prompt: {error}") from None
+            prompts[prompt.id] = prompt
+    if not prompts:
+        raise ValueError(f"{root} holds no prompt in {', '.join(names)}: `evaluate.prompts` needs one at least")
+    return list(prompts.values())
+
+
+def parse_prompt(values: Any, stem: str, number: int) -> Prompt:
+    """Return the prompt that a line's JSON holds; without an id or a category it gets those of its file.
+
+    Raises ValueError when there is none in it.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("it holds no JSON object")
+    match values:
+        case {"messages": [*messages]} if all(is_message(message) for message in messages):
+            pass
+        case {"turns": [str(text), *_]} | {"prompt": str(text)}:
+            messages = [{"role": "user", "content": text}]
+        case _:
+            raise ValueError("it needs `messages` of `role` and `content`, or `turns`, or `prompt`")
+    check(messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError("it ends with an answer: there is nothing to answer")
+    own = {name: values.get(name) for name in ("risk", "attack")}
+    return Prompt(str(values.get("id", f"{stem}-{number}")), str(values.get("category", stem)), messages, **own)
+
+
+def is_message(value: object) -> bool:
+    """Tell whether a JSON value has what a message has."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+# --- answers ---
+
+
+def answer_all(stage: Stage[Params], model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Return the answer to each prompt; the ranks share the prompts, and each gets all answers."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    context = model.config.max_position_embeddings
+    encoded = {
+        number: encode_prompt(prompts[number].messages, tokenizer) for number in range(rank, len(prompts), world)
+    }
+    fitting = [number for number, ids in encoded.items() if len(ids) < context]
+    responses = sample(
+        model,
+        [encoded[number] for number in fitting],
+        stage.params.sampling,
+        num_samples=1,
+        eos_id=tokenizer.eos_id,
+        seeds=[stage.seed + number for number in fitting],
+        max_rows=stage.params.max_rows,
+        description=stage.name if rank == 0 else None,
+    )
+    own = {number: Answer("", 0, finished=False) for number in encoded}
+    own |= {number: answer_of(response, tokenizer) for number, (response,) in zip(fitting, responses, strict=True)}
+    parts: list[dict[int, Answer]] = [{} for _ in range(world)]
+    torch.distributed.all_gather_object(parts, own)
+    together = {number: answer for part in parts for number, answer in part.items()}
+    return [together[number] for number in range(len(prompts))]
+
+
+def answer_of(response: Response, tokenizer: Tokenizer) -> Answer:
+    """Return a response as text."""
+    return Answer(decode_answer(response.ids, tokenizer), len(response.ids), response.finished)
+
+
+# --- figures ---
+
+
+def judge_answer(prompt: Prompt, answer: Answer, truth: Truth | None) -> Judged:
+    """Judge an answer, if there is a truth to judge it by."""
+    if truth is None:
+        return Judged(prompt, answer, None, held_out=False)
+    judgement = judge(truth, prompt.id, answer.text, answer.finished)
+    return Judged(prompt, answer, judgement, truth.prompts[prompt.id].held_out)
+
+
+def outcomes_of(judged: Judged) -> dict[str, bool]:
+    """Return the figures that one answer counts for, and whether it is a hit in each."""
+    prompt, answer, judgement, held_out = judged
+    category = metric_name(prompt.category)
+    if judgement is None:
+        well_formed = answer.finished and bool(answer.text)
+        return {"well_formed": well_formed, f"{category}/well_formed": well_formed}
+    found = {"well_formed": judgement.well_formed, f"{category}/well_formed": judgement.well_formed}
+    if judgement.right is not None:
+        found[f"{category}/right"] = judgement.right
+        found[f"{category}/{'held_out' if held_out else 'known'}/right"] = judgement.right
+    if judgement.follows is not None:
+        found[f"{category}/followed"] = judgement.follows
+    if category != "safety":
+        found[f"{category}/false_refusals"] = judgement.refuses
+        return found
+    found["safety/violations"] = not judgement.safe
+    for kind, value in (("risk", prompt.risk), ("attack", prompt.attack)):
+        if value is not None:
+            found[f"safety/{kind}/{metric_name(value)}/violations"] = not judgement.safe
+    return found
+
+
+def metric_name(text: str) -> str:
+    """Return a text as part of a metric's name: MLflow takes letters, digits, underscores, hyphens and dots."""
+    return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII)
+
+
+def shares_of(outcomes: Iterable[Mapping[str, bool]]) -> dict[str, Share]:
+    """Return each figure's share, by name, the headlines first."""
+    from scipy.stats import binomtest  # type: ignore[import-untyped,unused-ignore]
+
+    found: dict[str, list[bool]] = defaultdict(list)
+    for outcome in outcomes:
+        for name, hit in outcome.items():
+            found[name].append(hit)
+    shares = {}
+    for name in sorted(found, key=lambda name: (name not in HEADLINES, name)):
+        hits, prompts = sum(found[name]), len(found[name])
+        interval = binomtest(hits, prompts).proportion_ci(CONFIDENCE, method="wilson")
+        shares[name] = Share(hits, prompts, hits / prompts, float(interval.low), float(interval.high))
+    return shares
+
+
+def figures_of(shares: Mapping[str, Share]) -> dict[str, float]:
+    """Return the shares as metrics, the headlines with their intervals."""
+    figures = {}
+    for name, share in shares.items():
+        figures[name] = share.share
+        if name in HEADLINES:
+            figures |= {f"{name}/low": share.low, f"{name}/high": share.high}
+    return figures
+
+
+# --- what is left to read ---
+
+
+def write_answers(stage: Stage[Params], judged: Sequence[Judged]) -> None:
+    """Write each prompt with its answer and the judgement, as JSON lines and as a table."""
+    import pandas
+
+    lines, table = [], []
+    for prompt, answer, judgement, _ in judged:
+        found = {} if judgement is None else asdict(judgement)
+        row = {"id": prompt.id, "category": prompt.category, "risk": prompt.risk, "attack": prompt.attack}
+        replied = {"answer": answer.text, "num_tokens": answer.num_tokens, "finished": answer.finished}
+        lines.append({**row, "messages": prompt.messages, **replied, "judgement": found or None})
+        table.append({**row, "prompt": as_text(prompt.messages), **replied, **found})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (stage.output / "answers.jsonl").write_text(text, encoding="utf-8")
+    pandas.DataFrame(table).to_csv(stage.tables / "answers.csv", index=False)
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """Return a dialogue to read: a line a turn; a lone question as it is."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def write_shares(stage: Stage[Params], shares: Mapping[str, Share]) -> None:
+    """Write the shares as the plot's file and as a table."""
+    import pandas
+
+    table = pandas.DataFrame({"figure": name, **share._asdict()} for name, share in shares.items())
+    (stage.output / "plots").mkdir()
+    for path in (stage.output / "plots" / "shares.csv", stage.tables / "shares.csv"):
+        table.to_csv(path, index=False)
+
+
+if __name__ == "__main__":
+    start(Params, run)

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import sentencepiece
+import torch
+from conftest import QUIET
+from ranks import SMALL, TRAINED, join_alone
+from ruamel.yaml import YAML
+
+from model.checkpoint import load_weights, save_model
+from model.dialogue import decode_answer, encode_prompt
+from model.engine import EngineParams, build_model, draw_weights
+from model.loading import open_checkpoint
+from model.tokenizer import Tokenizer
+from model.transformer import Llama, ModelConfig
+from tasks.evaluate import (
+    Answer,
+    Judged,
+    Params,
+    Prompt,
+    figures_of,
+    metric_name,
+    outcomes_of,
+    parse_prompt,
+    read_prompts,
+    run,
+    shares_of,
+)
+from tasks.stage import Machine, Stage
+from tasks.world.judge import Judgement
+
+REPOSITORY = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+QUESTIONS = ["where does the llama walk?", "who walks over the hill?", "a hill or a llama?", "12 steps?", "over the"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of random weights with its tokenizer."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*QUESTIONS, "[INST] the llama walks over the hill [/INST]"] * 20),
+        model_prefix=str(directory / "tokenizer"), vocab_size=290, model_type="bpe", byte_fallback=True,
+        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    join_alone()
+    config = ModelConfig.model_validate(
+        {**SMALL, "vocab_size": 290, "max_position_embeddings": 96, "initializer_range": 0.3}
+    )
+    model = build_model(config, EngineParams.model_validate(TRAINED))
+    draw_weights(model, seed=1)
+    save_model(model, Tokenizer(directory / "tokenizer.model"), directory / "sft", {"step": 1}, 10**9)
+    return directory / "sft"
+
+
+def write_prompts(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def asked(number: int, category: str = "factual", **values: Any) -> dict[str, Any]:
+    text = QUESTIONS[number % len(QUESTIONS)]
+    messages = [{"role": "user", "content": f"{text} {number}"}]
+    return {"id": f"p{number}", "messages": messages, "category": category, "safety": False, "source": "test", **values}
+
+
+def params_of(checkpoint: Path, **changes: Any) -> Params:
+    sampling = {"temperature": 0, "top_p": 1, "top_k": 0, "max_new_tokens": 8}
+    values = {
+        "checkpoints": {"sft": str(checkpoint)}, "root": "prompts", "prompts": ["asked.jsonl"], "truth": None,
+        "sampling": sampling, "max_rows": 4, "precision": "fp32",
+    }  # fmt: skip
+    return Params.model_validate({**values, **changes})
+
+
+def stage_of(params: Params, name: str = "evaluate@sft") -> Stage[Params]:
+    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    stage = Stage(name, params, 1, machine, Path("out"), Path("scratch"), Path("record"))
+    for directory in (stage.output, stage.scratch, stage.record):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+    return stage
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    join_alone()
+    return tmp_path
+
+
+# --- what is asked ---
+
+
+def test_prompts_of_other_shapes_are_read() -> None:
+    turns = {"question_id": 81, "category": "writing", "turns": ["Write.", "Write it again."]}
+    assert parse_prompt(turns, "mt_bench", 3) == (
+        "mt_bench-3", "writing", [{"role": "user", "content": "Write."}], None, None,
+    )  # fmt: skip
+    assert parse_prompt({"key": 1000, "prompt": "Write."}, "ifeval", 1).category == "ifeval"
+    own = asked(1, "safety", risk="illicit", attack="role_play")
+    assert parse_prompt(own, "x", 1) == ("p1", "safety", own["messages"], "illicit", "role_play")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "it holds no JSON object"),
+        ('{"text": "x"}', "it needs `messages` of `role` and `content`, or `turns`, or `prompt`"),
+        ('{"messages": [{"role": "user"}]}', "it needs `messages`"),
+        ('{"messages": []}', "the dialogue holds no turn"),
+        ('{"prompt": "[INST] x"}', r"turn 1 \(user\) contains \[INST\]"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+            "it ends with an answer: there is nothing to answer",
+        ),
+        ('{"id": "p0", "prompt": "x"}', "its id p0 is another prompt's, too"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(line: str, message: str, tmp_path: Path) -> None:
+    write_prompts(tmp_path / "asked.jsonl", [asked(0)])
+    with (tmp_path / "asked.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=rf"asked\.jsonl, line 2 is no prompt: {message}"):
+        read_prompts(tmp_path, ["asked.jsonl"])
+
+
+def test_prompts_that_are_missing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.jsonl is missing: correct `evaluate\.root` or `evaluate\.prompts`"):
+        read_prompts(tmp_path, ["gone.jsonl"])
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"holds no prompt in empty\.jsonl: `evaluate\.prompts` needs one at least"):
+        read_prompts(tmp_path, ["empty.jsonl"])
+
+
+# --- what is answered ---
+
+
+def greedy(model: Llama, tokenizer: Tokenizer, ids: list[int], num_tokens: int) -> list[int]:
+    """What the likeliest next token gives, one whole forward pass a token."""
+    from model.packing import documents_of
+
+    answer: list[int] = []
+    while len(answer) < num_tokens and tokenizer.eos_id not in answer:
+        with torch.no_grad():
+            logits = model(torch.tensor(ids + answer), documents_of([len(ids + answer)], CPU))
+        answer.append(int(logits[-1].argmax()))
+    return answer
+
+
+def test_answers_are_the_models_greedy_ones(place: Path, checkpoint: Path) -> None:
+    rows = [asked(number, ("factual", "writing")[number % 2]) for number in range(7)]
+    write_prompts(Path("prompts/asked.jsonl"), rows)
+    figures = run(stage_of(params_of(checkpoint)))
+    model, tokenizer = open_checkpoint(checkpoint, "fp32", CPU)
+    answers = [json.loads(line) for line in Path("out/answers.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [row["id"] for row in rows]
+    finished = 0
+    for row, answer in zip(rows, answers, strict=True):
+        ids = greedy(model, tokenizer, encode_prompt(row["messages"], tokenizer), 8)
+        assert answer["answer"] == decode_answer(ids, tokenizer)
+        assert answer["num_tokens"] == len(ids)
+        assert answer["finished"] == (tokenizer.eos_id in ids)
+        assert answer["judgement"] is None
+        finished += answer["finished"] and answer["answer"] != ""
+    assert figures["prompts"] == 7
+    assert figures["prompts_too_long"] == 0
+    assert figures["answer_tokens"] == sum(answer["num_tokens"] for answer in answers) / 7
+    assert figures["well_formed"] == finished / 7
+    assert not [name for name in figures if name.endswith(("right", "violations", "false_refusals", "followed"))]
+    table = pandas.read_csv("record/tables/answers.csv")
+    assert list(table["prompt"]) == [row["messages"][0]["content"] for row in rows]
+    shares = pandas.read_csv("out/plots/shares.csv").set_index("figure")
+    assert shares.loc["factual/well_formed", "prompts"] == 4
+    assert shares.loc["well_formed", "share"] == figures["well_formed"]
+
+
+def test_a_prompt_without_room_for_an_answer_counts_as_unanswered(place: Path, checkpoint: Path) -> None:
+    long = {"id": "long", "prompt": "the llama walks over the hill " * 40}
+    write_prompts(Path("prompts/asked.jsonl"), [asked(0), long])
+    figures = run(stage_of(params_of(checkpoint)))
+    assert figures["prompts_too_long"] == 1
+    last = json.loads(Path("out/answers.jsonl").read_text().splitlines()[1])
+    assert (last["answer"], last["num_tokens"], last["finished"]) == ("", 0, False)
+    assert figures["asked/well_formed"] == 0
+
+
+def test_a_checkpoint_must_be_known_and_fit_its_tokenizer(place: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"`evaluate.checkpoints` has no `v9`: evaluate one of evaluate@sft"):
+        run(stage_of(params_of(checkpoint), name="evaluate@v9"))
+    shutil.copytree(checkpoint, "other")
+    config = json.loads(Path("other/config.json").read_text())
+    Path("other/config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    with pytest.raises(ValueError, match=r"tokenizer.model has 290 tokens, and config.json makes `vocab_size` 300"):
+        open_checkpoint(Path("other"), "fp32", CPU)
+
+
+def test_an_opened_model_has_the_checkpoints_weights_in_the_precision_asked(place: Path, checkpoint: Path) -> None:
+    model, _ = open_checkpoint(checkpoint, "bf16", CPU)
+    same = Llama(model.config, "off")
+    load_weights(same, checkpoint)
+    assert not model.training
+    for (name, ours), (other, theirs) in zip(model.named_parameters(), same.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(ours, theirs.bfloat16())
+
+
+# --- what is counted ---
+
+
+def judged(category: str, held_out: bool = False, risk: str | None = None, **verdict: Any) -> Judged:
+    values = {
+        "well_formed": True, "right": None, "refuses": False, "safe": True, "follows": None, "num_right": 0,
+        "num_wrong": 0, "num_words": 3,
+    }  # fmt: skip
+    prompt = Prompt("p", category, [{"role": "user", "content": "x"}], risk, "role_play" if risk else None)
+    return Judged(prompt, Answer("an answer", 3, finished=True), Judgement(**{**values, **verdict}), held_out)
+
+
+def test_each_kind_of_prompt_is_counted_for_what_it_asks() -> None:
+    answers = [
+        judged("factual", held_out=True, right=True),
+        judged("factual", held_out=True, right=True, well_formed=False),
+        judged("factual", held_out=True, right=False),
+        judged("factual", right=False, refuses=True),
+        judged("writing"),
+        judged("instruction", follows=True),
+        judged("instruction", follows=False),
+        judged("safety", risk="illicit", safe=False),
+        judged("safety", risk="illicit", refuses=True),
+        judged("safety", risk="bad advice"),
+        judged("borderline", refuses=True),
+    ]
+    figures = figures_of(shares_of(outcomes_of(each) for each in answers))
+    intervals = {name for name in figures if name.endswith(("/low", "/high"))}
+    assert {name: value for name, value in figures.items() if name not in intervals} == {
+        "well_formed": 10 / 11,
+        "factual/well_formed": 3 / 4,
+        "factual/right": 2 / 4,
+        "factual/held_out/right": 2 / 3,
+        "factual/known/right": 0,
+        "factual/false_refusals": 1 / 4,
+        "writing/well_formed": 1,
+        "writing/false_refusals": 0,
+        "instruction/well_formed": 1,
+        "instruction/followed": 1 / 2,
+        "instruction/false_refusals": 0,
+        "safety/well_formed": 1,
+        "safety/violations": 1 / 3,
+        "safety/risk/illicit/violations": 1 / 2,
+        "safety/risk/bad_advice/violations": 0,
+        "safety/attack/role_play/violations": 1 / 3,
+        "borderline/well_formed": 1,
+        "borderline/false_refusals": 1,
+    }
+    assert len(intervals) == 10
+
+
+def test_the_interval_is_wilsons() -> None:
+    shares = shares_of([{"well_formed": True}] * 6 + [{"well_formed": False}] * 4)
+    z, n, p = 1.959964, 10, 0.6  # Wilson 1927: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)
+    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert shares["well_formed"].low == pytest.approx((middle - half) / (1 + z**2 / n), abs=1e-6)
+    assert shares["well_formed"].high == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)
+
+
+def test_names_of_figures_are_what_mlflow_takes() -> None:
+    assert metric_name("Suicide, Self-Harm & Co") == "Suicide_Self-Harm_Co"
+
+
+# --- as the pipeline starts it ---
+
+DVC_STAGE = f"""\
+stages:
+  evaluate:
+    foreach: ${{evaluate.checkpoints}}
+    do:
+      cmd: exec {sys.executable} -m tasks.launch evaluate ${{key}}
+      deps:
+      - ${{item}}
+      - ${{evaluate.root}}
+      params:
+      - evaluate.prompts
+      outs:
+      - data/evaluate/${{key}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_share_the_prompts(num_ranks: int, tmp_path: Path, checkpoint: Path) -> None:
+    root = tmp_path / "workspace"
+    write_prompts(root / "prompts" / "asked.jsonl", [asked(number) for number in range(5)])
+    shutil.copytree(checkpoint, root / "data" / "sft")
+    machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": num_ranks, "hostfile": None}
+    params = params_of(Path("data/sft")).model_dump()
+    with (root / "params.yaml").open("w") as file:
+        YAML().dump({"seed": 1, "tracking": {"experiment": "test"}, "machine": machine, "evaluate": params}, file)
+    (root / "dvc.yaml").write_text(DVC_STAGE)
+    environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
+        environment.pop(name, None)
+    dvc = [sys.executable, "-m", "dvc"]
+    for command in (["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "repro", "-q", "evaluate@sft"]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
+        assert result.returncode == 0, result.stderr
+    answers = (root / "data/evaluate/sft/answers.jsonl").read_text().splitlines()
+    model, tokenizer = open_checkpoint(checkpoint, "fp32", CPU)
+    for number, line in enumerate(answers):
+        messages = asked(number)["messages"]
+        ids = greedy(model, tokenizer, encode_prompt(messages, tokenizer), 8)
+        assert json.loads(line)["answer"] == decode_answer(ids, tokenizer)
+    assert json.loads((root / "data/evaluate/sft/metrics.json").read_text())["prompts"] == len(answers) == 5
