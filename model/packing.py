@@ -1,4 +1,4 @@
-"""A stream of tokens -> packed batches: documents one after another in flat tensors, none seeing another.
+"""A stream of tokens, or examples -> packed batches: documents one after another in flat tensors, none seeing another.
 
 Shapes: T tokens of a batch, B blocks of L tokens each.
 """
@@ -6,11 +6,12 @@ Shapes: T tokens of a batch, B blocks of L tokens each.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -155,4 +156,61 @@ def batch_of_rows(
         ids=torch.from_numpy(ids[:length]).to(device),
         targets=torch.from_numpy(targets).to(device),
         documents=documents_of([int(n) for n in np.diff(cuts)], device),
+    )
+
+
+class Example(NamedTuple):
+    """Tokens that stay together in one row and are learnt in part: a dialogue, of which only the answers are."""
+
+    ids: npt.NDArray[np.int32]
+    is_learnt: npt.NDArray[np.bool_]
+
+    @property
+    def num_targets(self) -> int:
+        """Number of tokens that are predicted; the first one never is."""
+        return int(self.is_learnt[1:].sum())
+
+
+def fill_rows(lengths: Sequence[int], order: Sequence[int], context: int) -> list[list[int]]:
+    """Return the examples of each row, as numbers into `lengths`, so that no row holds more than `context` tokens.
+
+    Each example in turn, in this order, goes where it leaves the least room (best fit), or begins a row of its own.
+    """
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # what is left of each row, and its number; ascending
+    for number in order:
+        length = lengths[number]
+        assert 0 < length <= context, f"an example of {length} tokens fits in no row of {context}"
+        place = bisect_left(rooms, (length, 0))
+        if place == len(rooms):
+            room, row = context, len(rooms)
+            rows.append([])
+        else:
+            room, row = rooms.pop(place)
+        rows[row].append(number)
+        insort(rooms, (room - length, row))
+    return rows
+
+
+def batch_of_examples(examples: Sequence[Example], device: torch.device) -> Batch:
+    """Return examples as one packed batch: a token predicts the next one of its example, where that is learnt.
+
+    The shortest come first: neighbours of the same length share a call of attention.
+    Raises ValueError when no token is learnt, or every one: then the mask is wrong.
+    """
+    examples = sorted(examples, key=lambda example: len(example.ids))
+    ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
+    targets = np.concatenate(
+        [np.append(np.where(example.is_learnt, example.ids, IGNORED)[1:], IGNORED) for example in examples]
+    ).astype(np.int64)
+    num_learnt = sum(int(example.is_learnt.sum()) for example in examples)
+    if num_learnt in (0, len(ids)):
+        raise ValueError(
+            f"{'each' if num_learnt else 'none'} of the {len(ids)} tokens of a batch is to be learnt: the examples' "
+            "mask is wrong, for a dialogue has questions, which are read, and answers, which are learnt"
+        )
+    return Batch(
+        ids=torch.from_numpy(ids).to(device),
+        targets=torch.from_numpy(targets).to(device),
+        documents=documents_of([len(example.ids) for example in examples], device),
     )

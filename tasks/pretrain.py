@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,6 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from tqdm import tqdm
 
 from model.checkpoint import load_weights, read_config, save_model
 from model.engine import (
@@ -44,12 +42,10 @@ from model.tokenizer import Tokenizer
 from model.transformer import Architecture, Llama, ModelConfig, flops_per_token, num_parameters
 from tasks.stage import DATA, Section, Stage, start
 from tasks.stream import Text, read_stream
+from tasks.training import peak_flops, progress_bar, write_curves
 
 STREAM = DATA / "tokenize"
 TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
-
-# Dense bf16 products a second; NVIDIA's data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
 
 
 class Params(Architecture, EngineParams, Section):
@@ -309,54 +305,13 @@ def loss_sum(training: Training, text: Text) -> tuple[float, float]:
     return total, count
 
 
-# --- speed and progress ---
-
-
-def peak_flops(device: torch.device, precision: str) -> float:
-    """Return the operations a second that a device could do at best: its data sheet's, or a timed product's."""
-    if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        for model, flops in PEAK_FLOPS.items():
-            if model in name:
-                return flops
-    size = 2048
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix = torch.ones(size, size, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(6):
-        started = time.perf_counter()
-        float((matrix @ matrix)[0, 0])  # waits for the result
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
-
-
-def progress_bar(stage: Stage[Params], step: int, num_steps: int) -> Any:
-    """Return a bar of steps with the time left; in a log file it moves rarely."""
-    rarely = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=num_steps, initial=step, desc=stage.name, unit="step", mininterval=rarely, disable=stage.rank != 0
-    )
-
-
 # --- the end ---
 
 
 def report(training: Training, parameters: int) -> dict[str, float]:
     """Write the curves; return the figures."""
-    import pandas
-
     stage, progress = training.stage, training.progress
-    if stage.rank == 0:
-        plots = stage.output / "plots"
-        plots.mkdir()
-        pandas.DataFrame(progress.train).to_csv(plots / "train.csv", index=False)
-        pandas.DataFrame(
-            {"tokens": row["tokens"], "source": name, "loss": loss}
-            for row in progress.validation
-            for name, loss in row.items()
-            if name not in ("step", "tokens")
-        ).to_csv(plots / "validation.csv", index=False)
-        draw_losses(progress, stage.artifacts / "loss.png")
+    write_curves(stage, progress.train, progress.validation, part="source")
     losses = {name: loss for name, loss in progress.validation[-1].items() if name not in ("step", "tokens")}
     return {
         "parameters": parameters,
@@ -366,24 +321,6 @@ def report(training: Training, parameters: int) -> dict[str, float]:
         "spikes": len({spike["step"] for spike in progress.spikes}),
         **validation_figures(losses),
     }
-
-
-def draw_losses(progress: Progress, path: Path) -> None:
-    """Draw all losses against tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axes.plot([row["tokens"] for row in progress.train], [row["loss"] for row in progress.train], "k", label="train")
-    tokens = [row["tokens"] for row in progress.validation]
-    for source in [name for name in progress.validation[-1] if name not in ("step", "tokens")]:
-        axes.plot(tokens, [row[source] for row in progress.validation], label=source)
-    axes.set(xlabel="tokens", ylabel="loss, nats per token")
-    axes.legend()
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
@@ -76,6 +77,15 @@ class Document(NamedTuple):
     file: str
     row: int
     text: str
+
+
+class Object(NamedTuple):
+    """One JSON object as it stood in its file."""
+
+    file: str
+    row: int
+    values: dict[str, Any]
+    raw: bytes
 
 
 class Malformed(NamedTuple):
@@ -196,11 +206,27 @@ def read(file: File) -> Iterator[Document | Malformed]:
 
     Raises ValueError, naming the file and what to do, where the file as a whole can't be read.
     """
+    with _naming(file):
+        yield from _READERS[file.format](file)
+
+
+def read_objects(file: File) -> Iterator[Object | Malformed]:
+    """Stream the objects of a file of JSON lines, or of one JSON array of objects, whatever columns they have.
+
+    Raises ValueError as `read` does.
+    """
+    with _naming(file):
+        yield from _read_objects(file)
+
+
+@contextmanager
+def _naming(file: File) -> Iterator[None]:
+    """Name the file, and what to do, where it as a whole can't be read."""
     from aiohttp import ClientError
 
     unreachable = f"{file.location} can't be fetched: check the address and the network"
     try:
-        yield from _READERS[file.format](file)
+        yield
     except ClientError as error:
         raise ValueError(f"{unreachable} ({error})") from None
     except FileNotFoundError:
@@ -282,12 +308,32 @@ def _wrong_column(file: File, columns: Iterable[str]) -> ValueError:
 
 
 def _read_json_lines(file: File) -> Iterator[Document | Malformed]:
-    """One JSON object a line; blank lines don't count."""
+    """The text of each object."""
     assert file.text_field is not None
-    row = -1
     seen_column = False
+    for item in _read_objects(file):
+        if isinstance(item, Malformed):
+            yield item
+            continue
+        if file.text_field not in item.values:
+            if not seen_column:
+                raise _wrong_column(file, item.values)
+            yield Malformed(file.name, item.row, f"no field `{file.text_field}`", _readable(item.raw))
+            continue
+        seen_column = True
+        text = item.values[file.text_field]
+        error_text = _check_text(text, file.text_field)
+        if error_text is not None:
+            yield Malformed(file.name, item.row, error_text, _readable(item.raw))
+        else:
+            yield Document(file.name, item.row, text)
+
+
+def _read_objects(file: File) -> Iterator[Object | Malformed]:
+    """One JSON object a line, blank lines don't count; or, in a file called .json, one array of objects."""
+    row = -1
     with _open_text(file) as stream:
-        for line in stream:
+        for line in _elements(file, stream) if _suffixes(file.name)[0] == ".json" else stream:
             if line.isspace():
                 continue
             row += 1
@@ -299,18 +345,18 @@ def _read_json_lines(file: File) -> Iterator[Document | Malformed]:
             if not isinstance(value, dict):
                 yield Malformed(file.name, row, f"a JSON {type(value).__name__}, not an object", _readable(line))
                 continue
-            if file.text_field not in value:
-                if not seen_column:
-                    raise _wrong_column(file, value)
-                yield Malformed(file.name, row, f"no field `{file.text_field}`", _readable(line))
-                continue
-            seen_column = True
-            text = value[file.text_field]
-            error_text = _check_text(text, file.text_field)
-            if error_text is not None:
-                yield Malformed(file.name, row, error_text, _readable(line))
-            else:
-                yield Document(file.name, row, text)
+            yield Object(file.name, row, value, line)
+
+
+def _elements(file: File, stream: IO[bytes]) -> list[bytes]:
+    """The elements of an array as lines of JSON."""
+    try:
+        values = json.load(stream)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.location} is no JSON: {error}; name it .jsonl if it holds one object a line") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{file.location} holds a JSON {type(values).__name__}, not an array of objects")
+    return [json.dumps(value).encode() for value in values]
 
 
 def _read_csv(file: File) -> Iterator[Document | Malformed]:

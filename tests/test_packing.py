@@ -1,9 +1,22 @@
 import numpy as np
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import SMALL
 
-from model.packing import IGNORED, Shards, batch_of_rows, documents_of, num_rows, num_targets
+from model.packing import (
+    IGNORED,
+    Example,
+    Shards,
+    batch_of_examples,
+    batch_of_rows,
+    documents_of,
+    fill_rows,
+    num_rows,
+    num_targets,
+)
+from model.transformer import Llama, ModelConfig, first_weights
 
 CPU = torch.device("cpu")
 
@@ -65,3 +78,82 @@ def test_every_token_is_read_once_and_every_pair_within_a_document_predicted_onc
         assert batch.num_targets == num_targets(starts, row * context, end)
     assert read == tokens.tolist()
     assert predicted == [token for token in tokens.tolist() if token - 1 not in starts]
+
+
+def example_of(*tokens: int) -> Example:
+    """Tokens from 100 on are learnt."""
+    return Example(np.array(tokens, dtype=np.int32), np.array(tokens) >= 100)
+
+
+def test_each_example_goes_where_it_leaves_the_least_room() -> None:
+    #          0  1  2  3  4  5  6
+    lengths = [6, 5, 4, 3, 2, 10, 1]
+    assert fill_rows(lengths, range(7), 10) == [[0, 2], [1, 3, 4], [5], [6]]
+    assert fill_rows(lengths, [6, 5, 4, 3, 2, 1, 0], 10) == [[6, 4, 3, 2], [5], [1], [0]]
+    assert fill_rows([], [], 10) == []
+    with pytest.raises(AssertionError, match="an example of 11 tokens fits in no row of 10"):
+        fill_rows([11], [0], 10)
+
+
+@given(lengths=st.lists(st.integers(1, 20), max_size=60), context=st.integers(20, 50), data=st.data())
+def test_rows_hold_each_example_once_and_no_two_could_be_one(
+    lengths: list[int], context: int, data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(lengths))))
+    rows = fill_rows(lengths, order, context)
+    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    filled = sorted(sum(lengths[number] for number in row) for row in rows)
+    assert all(0 < tokens <= context for tokens in filled)
+    assert len(filled) < 2 or filled[0] + filled[1] > context
+
+
+def test_a_token_predicts_the_next_one_of_its_example_if_that_is_learnt() -> None:
+    long = example_of(1, 5, 100, 101, 2, 6, 102)
+    short = example_of(1, 7, 103)
+    assert (long.num_targets, short.num_targets) == (3, 1)
+    assert example_of(100, 101).num_targets == 1  # nothing predicts the first token
+    batch = batch_of_examples([long, short], CPU)
+    assert batch.ids.tolist() == [1, 7, 103, 1, 5, 100, 101, 2, 6, 102]
+    assert batch.targets.tolist() == [IGNORED, 103, IGNORED, IGNORED, 100, 101, IGNORED, IGNORED, 102, IGNORED]
+    assert batch.documents.lengths == (3, 7)
+    assert batch.num_targets == 4
+
+
+def test_a_batch_of_which_nothing_or_everything_is_learnt_is_refused() -> None:
+    with pytest.raises(ValueError, match="none of the 5 tokens of a batch is to be learnt: the examples' mask"):
+        batch_of_examples([example_of(1, 5), example_of(1, 6, 7)], CPU)
+    with pytest.raises(ValueError, match="each of the 3 tokens of a batch is to be learnt"):
+        batch_of_examples([example_of(100, 101, 102)], CPU)
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("grouped", [False, True], ids=["heads alike", "grouped"])
+def test_packed_examples_learn_what_each_alone_does(grouped: bool, data: st.DataObject) -> None:
+    config = ModelConfig.model_validate({**SMALL, "num_key_value_heads": 2 if grouped else 4, "vocab_size": 64})
+    model, generator = Llama(config, "off"), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(4 * first_weights(name, parameter.shape, config, generator))
+    lengths = data.draw(st.lists(st.integers(2, 12), min_size=2, max_size=6))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    examples = []
+    for length in lengths:
+        is_learnt = rng.random(length) < 0.5
+        is_learnt[0], is_learnt[-1] = False, True
+        examples.append(Example(rng.integers(0, 64, length).astype(np.int32), is_learnt))
+
+    def losses_of(chosen: list[Example]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The sum of each example's losses, the shortest first, and the gradients of them all."""
+        batch = batch_of_examples(chosen, CPU)
+        losses = model(batch.ids, batch.documents, batch.targets)
+        gradients = torch.autograd.grad(losses.sum(), list(model.parameters()))
+        return [part.sum().detach() for part in losses.split(list(batch.documents.lengths))], list(gradients)
+
+    packed, gradients = losses_of(examples)
+    alone = [losses_of([example]) for example in sorted(examples, key=lambda example: len(example.ids))]
+    for together, (by_itself, _) in zip(packed, alone, strict=True):
+        assert together.item() == pytest.approx(by_itself[0].item(), abs=1e-5)
+    for together, *parts in zip(gradients, *(own for _, own in alone), strict=True):
+        summed = torch.stack(parts).sum(dim=0)
+        assert (together - summed).abs().max() <= 1e-5 * max(1.0, float(summed.abs().max()))

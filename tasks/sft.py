@@ -1,0 +1,420 @@
+"""Teach the base model to answer, by demonstrations (Llama 2, section 3.1).
+
+Dialogues that end with an answer are packed whole into rows of the context, none seeing another, and the loss is on
+the answers' tokens alone. Each epoch draws a new order and packs anew, so each dialogue is used once an epoch. AdamW,
+linear warm-up, then a cosine. A run that was stopped, even killed, goes on from its last saved state to the very
+weights of an undisturbed run.
+
+A dialogue longer than the context is left out and listed, as cutting it would teach answers that break off.
+
+Reads a Hugging Face Llama directory with its tokenizer (`init_from`), and dialogues below `root`.
+Writes a Hugging Face Llama directory with training.json, plots/train.csv, plots/validation.csv, samples.jsonl (the
+answers to fixed held-out prompts at the end), too_long.jsonl and refused.jsonl (what was left out, and why).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from model.checkpoint import load_weights, read_config, save_model
+from model.dialogue import Message, decode_answer, encode_dialogue, encode_prompt
+from model.engine import (
+    EngineParams,
+    build_model,
+    evaluating,
+    gathered,
+    join_ranks,
+    load_state,
+    num_micro_batches,
+    save_state,
+    start_engine,
+    train_step,
+)
+from model.packing import IGNORED, Batch, Example, batch_of_examples, fill_rows
+from model.sampling import Sampling, sample
+from model.tokenizer import Tokenizer
+from model.transformer import ModelConfig, flops_per_token, num_parameters
+from tasks.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
+from tasks.stage import Section, Stage, start
+from tasks.training import peak_flops, progress_bar, write_curves
+
+
+class Params(EngineParams, Section):
+    """The demonstrations, how they are learnt, what is watched on the way."""
+
+    init_from: str = Field(min_length=1, description="Hugging Face Llama directory to start from, with its tokenizer")
+    root: str = Field(min_length=1, description="directory of the dialogues; DVC watches it")
+    sources: dict[str, DialogueSource] = Field(min_length=1, description="what is read below the root")
+    max_malformed_share: float = Field(ge=0, lt=1, description="share of a source's dialogues; more stop the stage")
+    context: int = Field(gt=1, description="tokens of one row; longer dialogues are left out")
+    epochs: int = Field(gt=0, description="uses of each dialogue")
+    log_every: int = Field(gt=0, description="steps between two logged points")
+    validate_every: int = Field(gt=0, description="steps between two validations, each with its samples")
+    samples_per_category: int = Field(ge=0, description="held-out prompts of each category that are answered each time")
+    max_new_tokens: int = Field(gt=0, description="tokens of such an answer at most")
+    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run goes on")
+    max_shard_bytes: int = Field(gt=0, description="weights in one file of the checkpoint at most, bytes")
+
+
+@dataclass
+class Progress:
+    """What a resumed run has to know of its past; saved with the weights, as JSON."""
+
+    step: int = 0
+    tokens: int = 0  # read so far
+    answer_tokens: int = 0  # learnt so far
+    since_log: list[list[float]] = field(default_factory=list)  # loss, gradient norm, learning rate of each step
+    train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
+    validation: list[dict[str, float]] = field(default_factory=list)  # a row a validation: step, tokens, each category
+    samples: list[dict[str, Any]] = field(default_factory=list)  # rows of the table
+
+
+@dataclass(frozen=True)
+class Data:
+    """The dialogues as tokens, and what was left out."""
+
+    train: list[Example]
+    origins: list[str]  # source and id of each
+    validation: dict[str, list[Example]]  # by category
+    prompts: list[Dialogue]  # held-out dialogues whose prompts are answered again and again
+    too_long: list[dict[str, Any]]
+    refused: list[Refused]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: what is trained, on what, and how far it is."""
+
+    stage: Stage[Params]
+    engine: Any
+    tokenizer: Tokenizer
+    data: Data
+    steps: list[list[list[int]]]  # the rows of each step; a row is numbers into data.train
+    progress: Progress
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Train, validate, sample, save."""
+    params, base = stage.params, Path(stage.params.init_from)
+    device = join_ranks()
+    config, tokenizer = read_base(base, params.context)
+    data = read_data(params, tokenizer, stage.seed)
+    steps = plan_steps(data.train, params, stage.seed)
+    model = build_model(config, params)
+    load_weights(model, base)
+    engine = start_engine(model, params, len(steps))
+    states = stage.scratch / "resume"
+    _, saved = load_state(engine, states) or (0, {})
+    training = Training(stage, engine, tokenizer, data, steps, Progress(**saved))
+    progress = training.progress
+    peak = peak_flops(device, params.precision) * torch.distributed.get_world_size()
+    flops = flops_per_token(config, mean_context(data.train))
+
+    if progress.step == 0:
+        evaluate(training)
+    seconds, tokens_before, answers_before = 0.0, progress.tokens, progress.answer_tokens
+    with progress_bar(stage, progress.step, len(steps)) as bar:
+        for step in range(progress.step + 1, len(steps) + 1):
+            started = time.perf_counter()
+            take_step(training)
+            seconds += time.perf_counter() - started
+            if step % params.log_every == 0 or step == len(steps):
+                speed = (progress.tokens - tokens_before) / seconds
+                answer_speed = (progress.answer_tokens - answers_before) / seconds
+                speeds = {"tokens_per_second": speed, "answer_tokens_per_second": answer_speed}
+                log_training(training, {**speeds, "mfu": speed * flops / peak})
+                loss = progress.train[-1]["loss"]
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
+                seconds, tokens_before, answers_before = 0.0, progress.tokens, progress.answer_tokens
+            if step % params.validate_every == 0 or step == len(steps):
+                evaluate(training)
+            if step % params.save_every == 0 or step == len(steps):
+                save_state(engine, states, step, asdict(progress))
+            bar.update()
+    written = {"step": len(steps), "tokens": progress.tokens, "base_sha256": digest_of(base)}
+    save_model(model, tokenizer, stage.output, written, params.max_shard_bytes)
+    return report(training, num_parameters(config))
+
+
+# --- what it starts from ---
+
+
+def read_base(base: Path, context: int) -> tuple[ModelConfig, Tokenizer]:
+    """Return the model to start from, and its tokenizer.
+
+    Raises ValueError when they don't belong together, or the model has fewer positions than a row.
+    """
+    config, tokenizer = read_config(base), Tokenizer(base / "tokenizer.model")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{base}: tokenizer.model has {tokenizer.vocab_size} tokens, and config.json's `vocab_size` is "
+            f"{config.vocab_size}: bring the tokenizer that the model was trained with"
+        )
+    if context > config.max_position_embeddings:
+        raise ValueError(
+            f"params.yaml: `sft.context` is {context} tokens, and {base} was trained with "
+            f"{config.max_position_embeddings}: set that or less"
+        )
+    return config, tokenizer
+
+
+def digest_of(base: Path) -> str:
+    """Return a digest of a checkpoint's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(base.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_data(params: Params, tokenizer: Tokenizer, seed: int) -> Data:
+    """Read the dialogues, set some aside, and encode them.
+
+    Raises ValueError when none is left to train on, or to validate on.
+    """
+    dialogues, refused = read_dialogues(Path(params.root), params.sources, "sft", params.max_malformed_share)
+    train, held_out = split_dialogues(dialogues, params.sources, seed)
+    examples, too_long = encode(train, tokenizer, params.context)
+    validation, too_long_held_out = encode(held_out, tokenizer, params.context)
+    for use, found, drawn in (("train", examples, train), ("validate", validation, held_out)):
+        if not found:
+            raise ValueError(
+                f"no dialogue is left to {use} on: of {len(dialogues)} in `sft.sources` {len(drawn)} are to {use} on, "
+                f"all longer than `sft.context` {params.context}: change `files`, `validation_share` or `context`"
+            )
+    by_category: dict[str, list[tuple[Dialogue, Example]]] = {}
+    for dialogue, example in validation:
+        by_category.setdefault(dialogue["category"], []).append((dialogue, example))
+    by_category = dict(sorted(by_category.items()))
+    return Data(
+        train=[example for _, example in examples],
+        origins=[f"{dialogue['source']} {dialogue['id']}" for dialogue, _ in examples],
+        validation={name: [example for _, example in own] for name, own in by_category.items()},
+        prompts=[dialogue for own in by_category.values() for dialogue, _ in own[: params.samples_per_category]],
+        too_long=too_long + too_long_held_out,
+        refused=refused,
+    )
+
+
+def encode(
+    dialogues: Iterable[Dialogue], tokenizer: Tokenizer, context: int
+) -> tuple[list[tuple[Dialogue, Example]], list[dict[str, Any]]]:
+    """Return the dialogues that fit into the context with their tokens, and what names those that don't."""
+    fitting, too_long = [], []
+    for dialogue in dialogues:
+        ids, is_answer = encode_dialogue(dialogue["messages"], tokenizer)
+        if len(ids) > context:
+            too_long.append({"source": dialogue["source"], "id": dialogue["id"], "num_tokens": len(ids)})
+        else:
+            example = Example(np.asarray(ids, dtype=np.int32), np.asarray(is_answer, dtype=np.bool_))
+            fitting.append((dialogue, example))
+    return fitting, too_long
+
+
+def plan_steps(examples: Sequence[Example], params: Params, seed: int) -> list[list[list[int]]]:
+    """Return the rows of each step, as numbers of examples: each epoch draws an order, packs it, and draws the rows'.
+
+    Epochs follow one another without a break; the last step may have fewer rows.
+    """
+    lengths = [len(example.ids) for example in examples]
+    rows: list[list[int]] = []
+    for epoch in range(params.epochs):
+        rng = np.random.default_rng((seed, epoch))
+        packed = fill_rows(lengths, rng.permutation(len(lengths)).tolist(), params.context)
+        rows += [packed[number] for number in rng.permutation(len(packed))]
+    return [rows[first : first + params.batch_rows] for first in range(0, len(rows), params.batch_rows)]
+
+
+def mean_context(examples: Sequence[Example]) -> int:
+    """Return the length of the dialogue that a token lies in, on average: what attention's cost goes by."""
+    lengths = np.array([len(example.ids) for example in examples], dtype=np.float64)
+    return round(float((lengths**2).sum() / lengths.sum()))
+
+
+# --- training ---
+
+
+def take_step(training: Training) -> None:
+    """Train on the next step's rows.
+
+    Raises ValueError, naming step and dialogues, when loss or gradient are no numbers.
+    """
+    data, progress = training.data, training.progress
+    rows = training.steps[progress.step]
+    own = [data.train[number] for row in rows for number in row]
+    num_targets = sum(example.num_targets for example in own)
+    step = train_step(
+        training.engine,
+        micro_batches(training, rows),
+        num_targets,
+        lambda loss, gradient_norm: math.isfinite(loss) and math.isfinite(gradient_norm),
+    )
+    progress.step += 1
+    progress.tokens += sum(len(example.ids) for example in own)
+    progress.answer_tokens += num_targets
+    if not (math.isfinite(step.loss) and math.isfinite(step.gradient_norm)):
+        names = [data.origins[number] for row in rows for number in row]
+        raise ValueError(
+            f"step {progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; training has failed. Lower "
+            f"`sft.learning_rate`, or look at the dialogues of this batch: {', '.join(names)}"
+        )
+    progress.since_log.append([step.loss, step.gradient_norm, step.learning_rate])
+
+
+def micro_batches(training: Training, rows: Sequence[Sequence[int]]) -> list[Batch]:
+    """Return this rank's share of a step's rows.
+
+    Where rows run out, in the last step, a rank keeps step with the others on a row that it doesn't learn from.
+    """
+    params, device = training.stage.params, training.engine.device
+    num_micro = num_micro_batches(params, torch.distributed.get_world_size())
+    first = torch.distributed.get_rank() * num_micro
+    batches = []
+    for number in range(first, first + num_micro):
+        own = rows[number * params.micro_batch_rows : (number + 1) * params.micro_batch_rows]
+        batch = batch_of_examples([training.data.train[n] for row in own or rows[:1] for n in row], device)
+        batches.append(batch if own else replace(batch, targets=torch.full_like(batch.targets, IGNORED)))
+    return batches
+
+
+def log_training(training: Training, speeds: Mapping[str, float]) -> None:
+    """Record the mean loss and gradient norm of the steps since the last time, and the last one's learning rate."""
+    progress = training.progress
+    losses, norms, rates = zip(*progress.since_log, strict=True)
+    figures = {
+        "loss": statistics.fmean(losses),
+        "gradient_norm": statistics.fmean(norms),
+        "learning_rate": rates[-1],
+    }
+    progress.since_log.clear()
+    progress.train.append({"step": progress.step, "tokens": progress.tokens, **figures})
+    metrics = {f"train/{name}": value for name, value in {**figures, **speeds}.items()}
+    training.stage.log(metrics, step=progress.step, tokens=progress.tokens)
+
+
+# --- validation ---
+
+
+def evaluate(training: Training) -> None:
+    """Record the mean loss of held-out answers, in nats per token, by category and of all, and answer the prompts."""
+    progress = training.progress
+    sums = {name: loss_sum(training, examples) for name, examples in training.data.validation.items()}
+    together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
+    losses = {name: total / count for name, (total, count) in {"all": together, **sums}.items()}
+    progress.validation.append({"step": progress.step, "tokens": progress.tokens, **losses})
+    training.stage.log(validation_figures(losses), step=progress.step, tokens=progress.tokens)
+    answer_prompts(training)
+
+
+def validation_figures(losses: Mapping[str, float]) -> dict[str, float]:
+    """Return the losses under their metrics' names."""
+    return {f"validation/{name}/loss": loss for name, loss in losses.items()}
+
+
+def loss_sum(training: Training, examples: Sequence[Example]) -> tuple[float, float]:
+    """Return the sum of the losses of answers, and the number of tokens that it is over; the ranks share the rows."""
+    params, engine = training.stage.params, training.engine
+    rows = fill_rows([len(example.ids) for example in examples], range(len(examples)), params.context)
+    firsts = range(0, len(rows), params.micro_batch_rows)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    totals = torch.zeros(2, dtype=torch.float64)
+    with evaluating(engine):
+        for turn in range(rank, rank + len(firsts), world):
+            first = firsts[min(turn, len(firsts) - 1)]
+            own = [examples[number] for row in rows[first : first + params.micro_batch_rows] for number in row]
+            batch = batch_of_examples(own, engine.device)
+            loss = engine(batch.ids, batch.documents, batch.targets).double().sum()
+            if turn < len(firsts):  # past the end, a rank only keeps step with the others, who need its weights
+                totals += torch.tensor([float(loss), batch.num_targets], dtype=torch.float64)
+    totals = totals.to(engine.device)
+    torch.distributed.all_reduce(totals)
+    total, count = totals.tolist()
+    return total, count
+
+
+def answer_prompts(training: Training) -> None:
+    """Answer the fixed prompts greedily, for the table of samples."""
+    import pandas
+
+    stage, data, progress = training.stage, training.data, training.progress
+    if not data.prompts:
+        return
+    prompts = [dialogue["messages"][:-1] for dialogue in data.prompts]
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=stage.params.max_new_tokens)
+    with gathered(training.engine) as model:
+        responses = sample(
+            model,
+            [encode_prompt(messages, training.tokenizer) for messages in prompts],
+            greedy,
+            num_samples=1,
+            eos_id=training.tokenizer.eos_id,
+            seeds=[stage.seed] * len(prompts),
+            max_rows=len(prompts),
+            description=None,
+        )
+    for dialogue, messages, (response,) in zip(data.prompts, prompts, responses, strict=True):
+        progress.samples.append(
+            {
+                "step": progress.step,
+                "category": dialogue["category"],
+                "prompt": as_text(messages),
+                "answer": decode_answer(response.ids, training.tokenizer),
+                "finished": response.finished,
+            }
+        )
+    if stage.rank == 0:
+        pandas.DataFrame(progress.samples).to_csv(stage.tables / "samples.csv", index=False)
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """Return a prompt to read: its words alone, or a line a turn where there are several."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+# --- the end ---
+
+
+def report(training: Training, parameters: int) -> dict[str, float]:
+    """Write the curves, the last answers, and what was left out; return the figures."""
+    stage, data, progress = training.stage, training.data, training.progress
+    write_curves(stage, progress.train, progress.validation, part="category")
+    last = [row for row in progress.samples if row["step"] == progress.step]
+    if stage.rank == 0:
+        write_lines(stage.output / "samples.jsonl", last)
+        write_lines(stage.output / "too_long.jsonl", data.too_long)
+        write_lines(stage.output / "refused.jsonl", data.refused)
+    losses = {name: loss for name, loss in progress.validation[-1].items() if name not in ("step", "tokens")}
+    return {
+        "parameters": parameters,
+        "steps": progress.step,
+        "dialogues": len(data.train),
+        "dialogues_too_long": len(data.too_long),
+        "dialogues_refused": len(data.refused),
+        "tokens": progress.tokens,
+        "answer_tokens": progress.answer_tokens,
+        "train/loss": progress.train[-1]["loss"],
+        **validation_figures(losses),
+    }
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    start(Params, run)

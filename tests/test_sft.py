@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import QUIET
+from ranks import SMALL, TRAINED, join_alone
+from ruamel.yaml import YAML
+
+from model.checkpoint import load_weights, read_config, save_model
+from model.dialogue import encode_dialogue, encode_prompt
+from model.engine import EngineParams, Step, build_model, draw_weights
+from model.packing import Example, documents_of
+from model.tokenizer import Tokenizer
+from model.transformer import Llama, ModelConfig
+from tasks import sft
+from tasks.sft import Params, mean_context, plan_steps, run
+from tasks.stage import Machine, Stage
+
+REPOSITORY = Path(__file__).parent.parent
+COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
+WATCHED: dict[str, Any] = {
+    "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6, "log_every": 5,
+    "validate_every": 10, "samples_per_category": 1, "max_new_tokens": 12, "save_every": 4, "max_shard_bytes": 10**9,
+    "sources": {
+        "own": {"files": ["train.jsonl"], "format": "auto", "max_dialogues": None, "validation_share": 0},
+        "held_out": {"files": ["validation.jsonl"], "format": "auto", "max_dialogues": None, "validation_share": 1},
+    },
+}  # fmt: skip
+
+
+def params_of(**changes: Any) -> dict[str, Any]:
+    return {**TRAINED, "batch_rows": 4, "micro_batch_rows": 2, **WATCHED, **changes}
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
+
+
+def write_dialogues(directory: Path, num_dialogues: int = 60, longer: int = 0) -> None:
+    """Questions on colours, in two categories; `longer` dialogues of many turns are among them."""
+    directory.mkdir(parents=True)
+    names = sorted(COLOURS)
+    lines = []
+    for number in range(num_dialogues):
+        name = names[number % len(names)]
+        asked = turns(f"{number}: the {name}?", COLOURS[name])
+        if number % 5 == 0:
+            asked += turns("and the sky?", "blue")
+        category = "chat" if len(asked) > 2 else "factual"
+        lines.append({"id": f"d{number}", "messages": asked, "category": category, "safety": False, "source": "own"})
+    lines += [{"id": f"long{n}", "messages": turns(*["the sky?", "blue"] * 9)} for n in range(longer)]
+    held_out = [{"id": f"v{n}", "messages": turns(f"so, the {n}?", COLOURS[n]), "category": "factual"} for n in names]
+    several = turns("the sun?", "yellow", "and the rose?", "red")
+    held_out.append({"id": "vchat", "messages": several, "category": "chat"})
+    for file, rows in (("train", lines), ("validation", held_out)):
+        (directory / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt nothing, with a tokenizer."""
+    import sentencepiece
+
+    directory = tmp_path_factory.mktemp("base")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the sky is blue, and so on 12", "[INST] and the rose? [/INST] red"] * 20),
+        model_prefix=str(directory / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True,
+        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    join_alone()
+    tokenizer = Tokenizer(directory / "tokenizer.model")
+    config = {**SMALL, "max_position_embeddings": 64, "vocab_size": tokenizer.vocab_size}
+    model = build_model(ModelConfig.model_validate(config), EngineParams.model_validate(TRAINED))
+    draw_weights(model, seed=1)
+    save_model(model, tokenizer, directory / "base", {}, 10**9)
+    return directory / "base"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path) -> Path:
+    """A working directory with a base model and dialogues."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "base")
+    write_dialogues(Path("dialogues"))
+    join_alone()
+    return tmp_path
+
+
+def stage_of(fresh: bool = True, **changes: Any) -> Stage[Params]:
+    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    params = Params.model_validate(params_of(**changes))
+    stage = Stage("sft", params, 1, machine, Path("out"), Path("scratch"), Path("record"))
+    for directory in (stage.output, stage.scratch, stage.record):
+        if fresh:
+            shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(exist_ok=True)
+    return stage
+
+
+def metrics_of(name: str) -> list[tuple[int, int, float]]:
+    lines = [json.loads(line) for line in Path("record/metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["tokens"], line["metrics"][name]) for line in lines if name in line["metrics"]]
+
+
+def test_a_model_that_answers_comes_out(place: Path) -> None:
+    figures = run(stage_of(epochs=30, log_every=1))
+    assert figures["dialogues"] == 60
+    assert figures["dialogues_too_long"] == figures["dialogues_refused"] == 0
+    for name in ("all", "chat", "factual"):
+        start = metrics_of(f"validation/{name}/loss")[0]
+        assert start[:2] == (0, 0)
+        assert figures[f"validation/{name}/loss"] < start[2] - 2
+    steps = int(figures["steps"])
+    assert [step for step, *_ in metrics_of("train/loss")] == list(range(1, steps + 1))
+    assert metrics_of("train/loss")[-1][1] == figures["tokens"]
+    for name in ("tokens_per_second", "answer_tokens_per_second", "mfu"):
+        assert all(value > 0 for *_, value in metrics_of(f"train/{name}"))
+    answers = [json.loads(line) for line in Path("out/samples.jsonl").read_text().splitlines()]
+    assert [(row["category"], row["prompt"]) for row in answers] == [
+        ("chat", "user: the sun?\nassistant: yellow\nuser: and the rose?"), ("factual", "so, the coal?"),
+    ]  # fmt: skip
+    assert answers[1]["answer"] == "black" and answers[1]["finished"]
+    table = pandas.read_csv("record/tables/samples.csv")
+    assert sorted(set(table["step"])) == [*range(0, steps, 10), steps]
+    assert len(table) == 2 * len(set(table["step"]))
+    with Path("out/plots/validation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["tokens", "category", "loss"]
+    assert [row["category"] for row in rows[-3:]] == ["all", "chat", "factual"]
+    assert float(rows[-3]["loss"]) == figures["validation/all/loss"]
+    training = json.loads(Path("out/training.json").read_text())
+    assert (training["step"], training["tokens"]) == (steps, figures["tokens"])
+    assert training["base_sha256"] == sft.digest_of(Path("base"))
+
+
+def test_each_dialogue_is_used_once_an_epoch_in_an_order_of_its_own(place: Path) -> None:
+    params = Params.model_validate(params_of(epochs=3))
+    rng = np.random.default_rng(1)
+    examples = [Example(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in rng.integers(5, 60, 50)]
+    steps = plan_steps(examples, params, seed=1)
+    assert all(len(rows) == 4 for rows in steps[:-1]) and 1 <= len(steps[-1]) <= 4
+    rows = [row for rows in steps for row in rows]
+    assert all(sum(len(examples[number].ids) for number in row) <= 64 for row in rows)
+    order = [number for row in rows for number in row]
+    epochs = [order[first : first + 50] for first in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert plan_steps(examples, params, seed=1) == steps != plan_steps(examples, params, seed=2)
+
+
+def test_attention_costs_what_the_dialogue_of_a_token_is_long() -> None:
+    examples = [Example(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in (10, 30)]
+    assert mean_context(examples) == 25  # a quarter of the tokens in 10, the others in 30
+
+
+def test_the_losses_are_means_over_the_answers_tokens(place: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    stage = stage_of(epochs=2, log_every=1, learning_rate=1e-12)  # so small that the model stays what it was
+    figures = run(stage)
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained("base"), Tokenizer(Path("base/tokenizer.model"))
+
+    def losses_of(messages: list[Any]) -> list[float]:
+        ids, is_answer = encode_dialogue(messages, tokenizer)
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+        return losses[torch.tensor(is_answer[1:])].tolist()
+
+    found: dict[str, list[float]] = {"all": []}
+    for line in Path("dialogues/validation.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for name in ("all", row["category"]):
+            found.setdefault(name, []).extend(losses_of(row["messages"]))
+    assert len(found["chat"]) != len(found["factual"])
+    for name, losses in found.items():
+        assert figures[f"validation/{name}/loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+
+    dialogues = [json.loads(line)["messages"] for line in Path("dialogues/train.jsonl").read_text().splitlines()]
+    steps = plan_steps(sft.read_data(stage.params, tokenizer, stage.seed).train, stage.params, stage.seed)
+    logged = metrics_of("train/loss")
+    assert len(logged) == len(steps)
+    num_answer_tokens = 0
+    for rows, (_, _, loss) in zip(steps, logged, strict=True):
+        losses = [loss for row in rows for number in row for loss in losses_of(dialogues[number])]
+        num_answer_tokens += len(losses)
+        assert loss == pytest.approx(np.mean(losses), abs=1e-4)
+    assert figures["answer_tokens"] == num_answer_tokens
+
+
+def test_what_was_left_out_is_counted_and_listed(place: Path) -> None:
+    shutil.rmtree("dialogues")
+    write_dialogues(Path("dialogues"), longer=3)
+    with Path("dialogues/train.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "assistant", "content": "blue"}]}\nno JSON\n')
+    figures = run(stage_of(epochs=2))
+    assert (figures["dialogues"], figures["dialogues_too_long"], figures["dialogues_refused"]) == (60, 3, 2)
+    too_long = [json.loads(line) for line in Path("out/too_long.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in too_long] == ["long0", "long1", "long2"]
+    assert all(row["source"] == "own" and row["num_tokens"] > 64 for row in too_long)
+    refused = [json.loads(line) for line in Path("out/refused.jsonl").read_text().splitlines()]
+    assert [(row["source"], row["file"], row["row"]) for row in refused] == [
+        ("own", "train.jsonl", number) for number in (63, 64)
+    ]
+    assert "turn 1 is the assistant's" in refused[0]["error"]
+    assert refused[1]["raw"] == "no JSON"
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(stage_of())
+    undisturbed = {path.relative_to("out"): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    real, calls = sft.train_step, []
+
+    def stopped_at_11(*arguments: Any) -> Step:
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(sft, "train_step", stopped_at_11)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage_of())
+    assert sorted(Path("scratch/resume").iterdir())[-1].name == "step-8"
+    figures = run(stage_of(fresh=False))
+    assert len(calls) == 10 + 1 + figures["steps"] - 8
+    assert {p.relative_to("out"): p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == undisturbed
+    samples = pandas.read_csv("record/tables/samples.csv")
+    assert samples["step"].tolist() == [step for step in (0, 10, 20, 30, 40, 50, figures["steps"]) for _ in range(2)]
+
+
+def test_a_last_step_of_few_rows_learns_from_each_once(place: Path) -> None:
+    stage = stage_of()
+    config, tokenizer = sft.read_base(Path("base"), 64)
+    data = sft.read_data(stage.params, tokenizer, 1)
+    model = Llama(config, "off")
+    load_weights(model, Path("base"))
+    engine = type("Engine", (), {"device": torch.device("cpu")})()
+    training = sft.Training(stage, engine, tokenizer, data, [], sft.Progress())
+    first, second = sft.micro_batches(training, [[0], [1, 2], [3]])
+    assert first.num_targets == sum(data.train[number].num_targets for number in (0, 1, 2))
+    assert second.num_targets == data.train[3].num_targets
+    first, second = sft.micro_batches(training, [[0], [1, 2]])
+    assert (first.num_targets > 0, second.num_targets) == (True, 0)
+    assert not model(second.ids, second.documents, second.targets).any()
+
+
+def test_training_that_failed_stops_with_step_and_dialogues(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = sft.train_step, []
+
+    def fails_at_third(engine: Any, batches: Any, num_targets: int, accepts: Any) -> Step:
+        calls.append(num_targets)
+        return real(engine, batches, 0 if len(calls) == 3 else num_targets, accepts)
+
+    monkeypatch.setattr(sft, "train_step", fails_at_third)
+    with pytest.raises(ValueError, match=r"step 3: loss (inf|nan).*Lower `sft\.learning_rate`, or look at") as caught:
+        run(stage_of())
+    assert Counter(str(caught.value).split("this batch: ")[1].split(", ")).most_common(1)[0][1] == 1
+    assert "own d" in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(place: Path) -> None:
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps({**config, "vocab_size": 320}))
+    with pytest.raises(ValueError, match=r"tokenizer.model has 300 tokens, and config.json's `vocab_size` is 320"):
+        run(stage_of())
+
+
+def test_a_row_longer_than_the_models_context_is_refused(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"`sft.context` is 65 tokens, and base was trained with 64"):
+        run(stage_of(context=65))
+
+
+def test_nothing_to_train_or_validate_on_is_refused(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"no dialogue is left to train on: of 67 in `sft.sources` 60 are to train on"):
+        run(stage_of(context=5))
+    sources = {"own": WATCHED["sources"]["own"]}
+    with pytest.raises(ValueError, match=r"no dialogue is left to validate on: of 60 in `sft.sources` 0 are"):
+        run(stage_of(sources=sources))
+
+
+# --- whole runs in processes of their own ---
+
+DVC_STAGE = f"""\
+stages:
+  sft:
+    cmd: exec {sys.executable} -m tasks.launch sft
+    deps:
+    - base
+    - dialogues
+    params:
+    - seed
+    - sft
+    outs:
+    - data/sft
+"""
+
+
+class Workspace:
+    """A DVC repository with the stage alone, started as the pipeline starts it."""
+
+    def __init__(self, root: Path, base: Path, num_ranks: int = 1, **changes: Any) -> None:
+        self.root = root
+        root.mkdir()
+        shutil.copytree(base, root / "base")
+        write_dialogues(root / "dialogues")
+        machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": num_ranks, "hostfile": None}
+        params = {"seed": 1, "tracking": {"experiment": "test"}, "machine": machine, "sft": params_of(**changes)}
+        with (root / "params.yaml").open("w") as file:
+            YAML().dump(params, file)
+        (root / "dvc.yaml").write_text(DVC_STAGE)
+        self.environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
+            self.environment.pop(name, None)
+        for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+            subprocess.run(command, check=True, cwd=root, env=self.environment)
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "tasks.launch", "sft"]
+        return subprocess.Popen(command, cwd=self.root, env=self.environment, stderr=subprocess.PIPE, text=True)
+
+    def finish(self) -> dict[str, float]:
+        process = self.start()
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return json.loads((self.root / "data/sft/metrics.json").read_text())
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """All that the stage wrote into its output."""
+        output = self.root / "data/sft"
+        return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    def kill_at(self, step: int, how: signal.Signals) -> None:
+        process = self.start()
+        deadline = time.monotonic() + 120
+        while not list(self.root.glob(f".scratch/sft/*/resume/step-{step}")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(how)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, base: Path) -> None:
+    settings = {"precision": "bf16", "zero_stage": 1, "epochs": 12}
+    undisturbed = Workspace(tmp_path / "undisturbed", base, **settings)
+    undisturbed.finish()
+    disturbed = Workspace(tmp_path / "disturbed", base, **settings)
+    disturbed.kill_at(4, signal.SIGKILL)
+    disturbed.kill_at(16, signal.SIGTERM)
+    assert not (disturbed.root / "data/sft").exists()
+    disturbed.finish()
+    assert disturbed.files == undisturbed.files
+    assert {"model.safetensors", "metrics.json", "plots/train.csv", "samples.jsonl"} <= undisturbed.files.keys()
+
+
+@pytest.mark.slow
+def test_two_ranks_reach_the_loss_of_one(tmp_path: Path, base: Path) -> None:
+    one = Workspace(tmp_path / "one", base, micro_batch_rows=1, zero_stage=1).finish()
+    for zero_stage in (0, 3):
+        two = Workspace(tmp_path / f"two{zero_stage}", base, num_ranks=2, micro_batch_rows=1, zero_stage=zero_stage)
+        figures = two.finish()
+        for name in ("train/loss", "validation/all/loss", "validation/chat/loss"):
+            assert figures[name] == pytest.approx(one[name], abs=1e-3)
+        assert figures["answer_tokens"] == one["answer_tokens"]
+        model = Llama(read_config(two.root / "data/sft"), "off")
+        prompt = encode_prompt(turns("the sky?"), Tokenizer(two.root / "data/sft/tokenizer.model"))  # type: ignore[arg-type]
+        assert model(torch.tensor(prompt), documents_of([len(prompt)], torch.device("cpu"))).shape == (len(prompt), 300)
