@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import pickle
 import random
 import shutil
@@ -11,19 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import TRAINED, join_alone, small_engine
+from ranks import TRAINED, free_port, join_alone, small_engine
 
 import model.engine
 from model.engine import (
     EngineParams,
     Step,
     deepspeed_config,
+    gathered,
     load_state,
     num_micro_batches,
     save_state,
     train_step,
 )
 from model.packing import Batch, Shards, batch_of_rows
+from model.sampling import Sampling, sample
 
 CPU = torch.device("cpu")
 CONTEXT = 16
@@ -262,3 +266,54 @@ def test_a_warm_up_longer_than_the_training_is_refused() -> None:
 def test_offload_without_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="offload needs zero_stage 1, 2 or 3"):
         params_of(offload="cpu")
+
+
+def samples_of(engine: Any) -> list[list[int]]:
+    sampling = Sampling(temperature=1.0, top_p=0.95, top_k=0, max_new_tokens=12)
+    prompts = [[1, 5, 9], [1], [1, 60, 33, 2, 7]]
+    with gathered(engine) as model:
+        assert all(weight.dim() > 0 and weight.numel() > 0 for weight in model.parameters())
+        responses = sample(
+            model, prompts, sampling, num_samples=2, eos_id=2, seeds=[1, 2, 3], max_rows=4, description=None
+        )
+    return [response.ids for group in responses for response in group]
+
+
+def sample_on_a_rank(rank: int, port: int, path: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    model.engine.join_ranks()
+    engine = small_engine(20, zero_stage=3)
+    begun = samples_of(engine)
+    held = sum(weight.numel() for weight in engine.module.parameters())
+    (part,), num_targets = batches(0, 4, 4)
+    step = train_step(engine, [part], 2 * num_targets, lambda loss, norm: True)
+    found = {"begun": begun, "held": held, "loss": step.loss, "trained": samples_of(engine)}
+    path.with_suffix(f".{rank}").write_text(json.dumps(found))
+
+
+def test_sampling_gathers_shared_weights_once_and_gives_them_back(tmp_path: Path) -> None:
+    fresh, port = multiprocessing.get_context("spawn"), free_port()
+    ranks = [fresh.Process(target=sample_on_a_rank, args=(rank, port, tmp_path / "found")) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    engine = small_engine(20, batch_rows=4)
+    expected = samples_of(engine)
+    (part,), num_targets = batches(0, 4, 4)
+    loss = train_step(engine, [part], num_targets, lambda loss, norm: True).loss
+    for process in ranks:
+        process.join(timeout=120)
+    found = [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1)]
+    assert [one["begun"] for one in found] == [expected, expected]
+    assert [one["trained"] for one in found] == [samples_of(engine)] * 2 != [expected] * 2
+    assert [one["loss"] for one in found] == pytest.approx([loss, loss], abs=1e-5)
+    assert [one["held"] for one in found] == [0, 0]  # between two uses no rank holds a whole weight
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_sampling_leaves_training_as_it_was(zero_stage: int) -> None:
+    undisturbed, engine = small_engine(20, zero_stage=zero_stage), small_engine(20, zero_stage=zero_stage)
+    expected = train(undisturbed, range(4))
+    steps = train(engine, range(2))
+    samples_of(engine)
+    assert steps + train(engine, range(2, 4)) == expected
