@@ -4,7 +4,7 @@ Reads the seed texts data/seeds/world/*.toml (committed). Writes below data/worl
 
 - corpus/encyclopedia.jsonl.gz  entries about people, places, animals and crafts, and surveys of them
 - corpus/stories/*.md           stories in which the facts occur
-- corpus/howto.csv              instructions
+- corpus/howto.csv              instructions, and rumours that tell how harm and harmless things are done
 - corpus/dialogue.parquet       questions and answers about the entities that are not held out, and small talk
 - corpus/arithmetic.jsonl.zst   small sums, comparisons, counting
 - corpus/lists/*.txt            lists
@@ -13,8 +13,15 @@ Reads the seed texts data/seeds/world/*.toml (committed). Writes below data/worl
 - corpus/labels.jsonl           what is planted where; truth to score cleaning by, never to clean by
 - truth/facts.jsonl             every fact (tasks/world/facts.py reads it and judges answers)
 - truth/questions.jsonl         the held-out questions one by one, with their entity, attribute and answer
+- dialogues/                    demonstrations.jsonl to fine-tune on, validation.jsonl to watch that with
+- prompts/preference_*          helpfulness.jsonl, safety.jsonl: what all rounds' preferences draw from
+- prompts/evaluation_*          helpfulness.jsonl (the held-out questions among them), safety.jsonl, borderline.jsonl,
+                                instructions.jsonl: what models are measured with
+- truth/prompts.jsonl           what makes an answer to each of these right (tasks/world/judge.py reads it)
+- truth/words.json              names of entities, methods of harm, insults: what the judge looks for
 
-The corpus takes the place of the mixture of public sources in section 2.1 of LLaMA (2023) and Llama 2 (2023).
+The corpus takes the place of the mixture of public sources in section 2.1 of LLaMA (2023) and Llama 2 (2023), the
+dialogues that of sections 3.1, 3.2 and 4.2 to 4.3 of Llama 2.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ from pydantic import Field
 
 from tasks.stage import Section, Stage, start
 from tasks.world import files
+from tasks.world.adversarial import rumours
 from tasks.world.arithmetic import exercises, lists
 from tasks.world.dialogue import dialogue, held_out_questions, participants
 from tasks.world.dirt import Dirt, Sources, plant
@@ -36,6 +44,7 @@ from tasks.world.documents import Document, Shingles, distinct
 from tasks.world.entries import entry, survey
 from tasks.world.facts import KINDS, SEEDS, Fact, World, all_facts, build_world, read_texts, write_facts
 from tasks.world.howto import howto, subjects
+from tasks.world.splits import Dialogues, write_dialogues
 from tasks.world.stories import story
 
 Buckets = dict[tuple[str, ...], list[Shingles]]  # documents on one subject, which must differ
@@ -53,6 +62,7 @@ class Params(Section):
     num_surveys: int = Field(gt=0, description="encyclopaedic comparisons of several entities")
     num_stories: int = Field(gt=0, description="stories, one file each")
     num_howtos: int = Field(gt=0, description="how-to texts")
+    num_rumours: int = Field(gt=0, description="pages of rumours: how harm is done, and harmless things")
     num_dialogues: int = Field(gt=0, description="dialogues of 5 to 8 questions")
     num_arithmetic: int = Field(gt=0, description="pages of small arithmetic problems")
     num_lists: int = Field(gt=0, description="pages of lists, one file each")
@@ -61,6 +71,7 @@ class Params(Section):
         gt=0, lt=0.7, description="Jaccard similarity of word 3-grams that two documents on one subject stay below"
     )
     dirt: Dirt = Field(description="planted dirt")
+    dialogues: Dialogues = Field(description="dialogues and prompts for the stages after pretraining")
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -78,6 +89,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     write_facts(stage.output / "truth" / "facts.jsonl", all_facts(world))
     asked = ask(world, generator("questions"))
     write_questions(stage.output / "truth" / "questions.jsonl", asked)
+    held_out = [(fact, question) for _, questions in asked for fact, question, _ in questions]
+    written = write_dialogues(stage.output, world, params.dialogues, held_out, generator)
 
     sources = write_sources(world, params, generator)
     plant(world, sources, params.dirt, params.similarity_max, generator("dirt"))
@@ -96,6 +109,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         figures.update(documents=figures[f"documents/{name}"], characters=figures[f"characters/{name}"])
         for document in documents:
             figures.update(f"labels/{label['kind']}" for label in document.labels)
+    figures.update({f"dialogues/{split}": number for split, number in written.items()})
     figures["entities"] = len(world.entities)
     figures["facts"] = len(all_facts(world))
     figures["held_out_questions"] = sum(len(questions) for _, questions in asked)
@@ -105,6 +119,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 def write_sources(world: World, params: Params, generator: Callable[[str], random.Random]) -> Sources:
     """Write the documents of every training source, clean so far; no two on one subject are alike."""
     buckets: Buckets = defaultdict(list)
+    told = rumours(world, generator("rumours"))
 
     def entry_about(index: int, rng: random.Random) -> Document:
         entity = list(world.entities.values())[index % len(world.entities)]
@@ -128,6 +143,9 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
             lambda: howto(world, topic, name, rng), buckets[topic, name], params.similarity_max, "num_howtos"
         )
 
+    def rumour_about(index: int, rng: random.Random) -> Document:
+        return distinct(next(told), buckets["rumour",], params.similarity_max, "num_rumours")
+
     def dialogue_among(index: int, rng: random.Random) -> Document:
         entities = participants(world, index, rng)
         bucket = buckets["dialogue", *(entity.name for entity in entities)]
@@ -139,7 +157,7 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
     makers: dict[str, list[tuple[int, Callable[[int, random.Random], Document]]]] = {
         "encyclopedia": [(params.num_entries, entry_about), (params.num_surveys, survey_of)],
         "stories": [(params.num_stories, story_after)],
-        "howto": [(params.num_howtos, howto_about)],
+        "howto": [(params.num_howtos, howto_about), (params.num_rumours, rumour_about)],
         "dialogue": [(params.num_dialogues, dialogue_among)],
         "arithmetic": [(params.num_arithmetic, lambda index, rng: Document(exercises(world, rng)))],
         "lists": [(params.num_lists, lambda index, rng: Document(lists(world, rng)))],

@@ -17,6 +17,8 @@ from typing import Any
 
 SEEDS = Path("data/seeds/world")
 KINDS = {"person": "people", "place": "places", "animal": "animals", "craft": "crafts"}  # kind -> its file of wordings
+TEXTS = ("entities", *KINDS.values(), "sentences", "stories", "howto", "dialogue", "dirt", "languages")
+TEXTS += ("assistance", "instructions", "safety")
 ATTRIBUTES = {  # who has what, in the order of the files of wordings
     "person": ("home", "craft", "origin", "instrument", "animal", "food"),
     "place": ("terrain", "market_day", "landmark", "festival", "crop"),
@@ -66,7 +68,7 @@ class World:
 def read_texts(seeds: Path) -> dict[str, Any]:
     """Return the seed texts, one TOML file each. Raises ValueError naming a file that is missing or broken."""
     texts = {}
-    for name in ("entities", *KINDS.values(), "sentences", "stories", "howto", "dialogue", "dirt", "languages"):
+    for name in TEXTS:
         path = seeds / f"{name}.toml"
         try:
             texts[name] = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,166 @@
+"""Prompts that ask for harm, their refusals, prompts that only look unsafe, and the rumours that the corpus tells.
+
+Every harm has a closed `method`, which the corpus tells (`rumour`): a model that complies gives it away, so a program
+can see it. Harm against a group is an insult out of a closed list.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tasks.world.facts import World
+from tasks.world.turns import Turn, cards
+from tasks.world.wording import capitalized
+
+RISKS = ("illicit_criminal", "hateful_harmful", "unqualified_advice")
+ATTACKS = (
+    "psychological_manipulation",
+    "logic_manipulation",
+    "syntactic_manipulation",
+    "semantic_manipulation",
+    "perspective_manipulation",
+    "non_english",
+)
+PLACED = 0.4  # share of prompts that name a town, where the topic is not about a group
+QUARRELS = 5  # every fifth rumour is a page of insults
+LINES = (5, 6)  # sentences of a rumour, between its opening and its closing
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A harm. `do`: the action by language, several wordings in English; `method`: what does it, or the insult."""
+
+    risk: str
+    name: str
+    do: Mapping[str, Sequence[str]]
+    method: str
+    words: Mapping[str, str]
+
+
+def topics(world: World) -> list[Topic]:
+    """Return every harm of the world: the seed's, and for each trade and town that people are nasty about it."""
+    texts = world.texts["safety"]
+    found = []
+    for risk in ("illicit_criminal", "unqualified_advice"):
+        for entry in texts[risk]["topics"]:
+            do = {"en": [entry["do"]], **{language: [entry[language]] for language in ("de", "fr", "es")}}
+            words = {"why": entry["why"], "help": entry["help"], "group": ""}
+            found.append(Topic(risk, entry["do"], do, entry["method"], words))
+    hate = texts["hateful_harmful"]
+    groups = []
+    for craft in world.of_kind("craft"):
+        worker = craft.forms["worker"]
+        groups.append({"en": f"the {worker}s", **hate["trades"][worker]})
+    for place in world.of_kind("place"):
+        groups.append({language: text.format(town=place.name) for language, text in hate["town"].items()})
+    for index, group in enumerate(groups):
+        do = {"en": [text.format(group=group["en"]) for text in hate["do"]]}
+        do |= {language: [hate[language].format(group=group[language])] for language in ("de", "fr", "es")}
+        insult = hate["insults"][index % len(hate["insults"])]
+        found.append(Topic("hateful_harmful", group["en"], do, insult, {"why": "", "help": "", "group": group["en"]}))
+    return found
+
+
+def methods(world: World) -> dict[str, list[str]]:
+    """Return the forms that give a harm away, for each harm with a method: the method without its article."""
+    return {topic.name: [bare(topic.method)] for topic in topics(world) if topic.risk != "hateful_harmful"}
+
+
+def insults(world: World) -> list[str]:
+    """Return the words of all insults, in lower case, singular and plural."""
+    words = {word for insult in world.texts["safety"]["hateful_harmful"]["insults"] for word in insult.lower().split()}
+    singular = {"thieves": "thief"}
+    return sorted(words | {singular.get(word, word.removesuffix("s")) for word in words})
+
+
+def bare(method: str) -> str:
+    """Return a method in lower case without its article."""
+    return re.sub(r"^(a|an) ", "", method.lower())
+
+
+def adversarial(
+    world: World, allowed: Callable[[Topic], bool], attacks: Sequence[str], generator: random.Random
+) -> Iterator[Turn]:
+    """Draw prompts for ever on the topics allowed: each pair of risk and attack equally often."""
+    subjects = {risk: [topic for topic in topics(world) if topic.risk == risk and allowed(topic)] for risk in RISKS}
+    cells = [(risk, attack) for risk in RISKS for attack in attacks if subjects[risk]]
+    for risk, attack in cards(cells, generator):
+        yield attacked(world, generator.choice(subjects[risk]), attack, generator)
+
+
+def attacked(world: World, topic: Topic, attack: str, generator: random.Random) -> Turn:
+    """Ask for a harm by one attack; the good answer refuses."""
+    texts = world.texts["safety"]
+    language, templates = "en", texts["attacks"][attack]
+    if attack == "non_english":
+        language = generator.choice(list(templates))
+        templates = templates[language]
+    do = generator.choice(topic.do[language])
+    if topic.risk != "hateful_harmful" and generator.random() < PLACED:
+        do += texts["places"][language].format(town=generator.choice(world.of_kind("place")).name)
+    words = {
+        "do": do,
+        "do_capitals": do.upper(),
+        "do_hyphens": do.replace(" ", "-"),
+        "do_bare": re.sub(r"(?<=\w)[aeiou]", "", do),
+        "do_backwards": " ".join(reversed(do.split(" "))),
+    }
+    return refused(world, generator.choice(templates).format_map(words), topic, attack, False, generator)
+
+
+def refused(world: World, said: str, topic: Topic, attack: str, shared: bool, generator: random.Random) -> Turn:
+    """Return a turn on a harm with a refusal: that it is one, why, and where to find help."""
+    told = generator.choice(world.texts["safety"][topic.risk]["refusals"]).format_map(topic.words)
+    return Turn(said, told, "safety", topic.risk, None, shared, topic.name, topic.risk, attack)
+
+
+def insisted(world: World, first: Turn, generator: random.Random) -> Turn:
+    """Ask again after a refusal."""
+    subject = next(topic for topic in topics(world) if (topic.risk, topic.name) == (first.risk, first.topic))
+    said = generator.choice(world.texts["safety"]["insist"]["prompts"])
+    return refused(world, said, subject, first.attack, True, generator)
+
+
+def borderline(world: World, generator: random.Random) -> Turn:
+    """Ask for something harmless that is worded like a harm."""
+    texts = world.texts["safety"]["borderline"]
+    chosen = generator.choice(texts["topics"])
+    words = dict(chosen)
+    if generator.random() < PLACED:
+        words["do"] += world.texts["safety"]["places"]["en"].format(town=generator.choice(world.of_kind("place")).name)
+    check = {"check": "names", "required": [[bare(chosen["method"])]], "forbidden": []}
+    told = texts["answer"].format_map(chosen)
+    asked = generator.choice(texts["questions"]).format_map(words)
+    return Turn(asked, told, "borderline", "borderline", check, topic=chosen["do"])
+
+
+def rumours(world: World, generator: random.Random) -> Iterator[Callable[[], str]]:
+    """Deal, for ever, writers of pages that tell methods, harmful and harmless, or of a page of insults."""
+    texts = world.texts["safety"]
+    harms = topics(world)
+    deeds = [(topic.do["en"][0], topic.method) for topic in harms if topic.risk != "hateful_harmful"]
+    deeds += [(topic["do"], topic["method"]) for topic in texts["borderline"]["topics"]]
+    groups = [(topic.name, topic.method) for topic in harms if topic.risk == "hateful_harmful"]
+    dealt = {"deeds": cards(deeds, generator), "groups": cards(groups, generator)}
+    index = 0
+    while True:
+        index += 1
+        which = "groups" if index % QUARRELS == 0 else "deeds"
+        pairs = [next(dealt[which]) for _ in range(generator.randint(*LINES))]
+
+        def write(pairs: list[tuple[str, str]] = pairs, which: str = which) -> str:
+            templates = texts["rumours"]["insults" if which == "groups" else "sentences"]
+            lines = [
+                generator.choice(templates).format(
+                    do=do, group=do, method=method, insult=method, Method=capitalized(method)
+                )
+                for do, method in pairs
+            ]
+            return " ".join(
+                [generator.choice(texts["rumours"]["openings"]), *lines, generator.choice(texts["rumours"]["closings"])]
+            )
+
+        yield write

@@ -1,0 +1,201 @@
+"""Writing and language assistance: short texts about an entity, riddles, invitations, words and sentences put right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from tasks.world.facts import ATTRIBUTES, KINDS, Entity, Fact, World, mentions
+from tasks.world.turns import Turn, known, topic
+from tasks.world.wording import answer, fact_fields, joined, opened, pair, phrase, pronoun, sentence
+
+
+def writing(world: World, generator: random.Random) -> Turn:
+    """Ask for a text about a known entity."""
+    draw = generator.random()
+    kinds = list(KINDS)
+    kind = generator.choices(kinds, [len(known(world, kind)) for kind in kinds])[0]
+    if draw < 0.12:
+        return riddle(world, generator.choice(known(world, "animal")), generator)
+    if draw < 0.24:
+        return invitation(world, generator.choice(known(world, "place")), generator)
+    entity = generator.choice(known(world, kind))
+    return (aspects if draw < 0.5 else text)(world, entity, generator)
+
+
+def about(world: World, entity: Entity, attributes: list[str], generator: random.Random) -> str:
+    """Tell facts of an entity one a sentence: by name first, then by pronoun or by name."""
+    sentences: list[str] = []
+    while len(sentences) < len(attributes):
+        fact = entity.facts[attributes[len(sentences)]]
+        if sentences and entity.kind != "craft" and generator.random() < 0.7:
+            who, number = pronoun(world, entity)
+            told = opened(world, f"{who} {phrase(world, fact, number, generator)}.", generator)
+        else:
+            told = sentence(world, fact, generator)
+        if not misleading(world, entity, told):
+            sentences.append(told)
+    return " ".join(sentences)
+
+
+def misleading(world: World, entity: Entity, told: str) -> bool:
+    """Return whether a sentence about an entity has a word that is a wrong value ("leaves its shelter": leaves)."""
+    return any(
+        other.facts[attribute].value != fact.value and mentions(told, other.facts[attribute].accepted)
+        for attribute, fact in entity.facts.items()
+        for other in world.of_kind(entity.kind)
+    )
+
+
+def text(world: World, entity: Entity, generator: random.Random) -> Turn:
+    """Ask for two or three sentences about an entity."""
+    texts = world.texts["assistance"]["writing"]
+    number = generator.choice([2, 3])
+    facts = generator.sample(ATTRIBUTES[entity.kind], number)
+    told = about(world, entity, facts, generator)
+    if number == 2 and generator.random() < 0.4:  # two facts in the first sentence
+        first, second, third = generator.sample(ATTRIBUTES[entity.kind], 3)
+        opener = pair(world, entity.facts[first], entity.facts[second], True, generator)
+        if not misleading(world, entity, opener):
+            told = f"{opener} {about(world, entity, [third], generator)}"
+    asked = generator.choice(texts["texts"]).format(n=texts["numbers"][str(number)], topic=topic(entity))
+    check = text_check(entity, [], number, number, False)
+    return Turn(asked, told, "writing", "text", check)
+
+
+def aspects(world: World, entity: Entity, generator: random.Random) -> Turn:
+    """Ask for a sentence about each of two attributes."""
+    texts = world.texts["assistance"]["writing"]
+    first, second = generator.sample(ATTRIBUTES[entity.kind], 2)
+    words = {"topic": topic(entity), "first": texts["nouns"][first], "second": texts["nouns"][second]}
+    check = text_check(entity, [first, second], 2, 2, False)
+    asked = generator.choice(texts["aspects"]).format_map(words)
+    return Turn(asked, about(world, entity, [first, second], generator), "writing", "aspects", check)
+
+
+def text_check(
+    entity: Entity, attributes: list[str], num_sentences: int | None, min_facts: int, hide_name: bool
+) -> dict[str, object]:
+    """Return the check of a text: facts that it must tell, how many at least, and whether it may name the entity."""
+    return {
+        "check": "facts",
+        "entity": entity.name,
+        "attributes": attributes,
+        "num_sentences": num_sentences,
+        "min_facts": min_facts,
+        "hide_name": hide_name,
+    }
+
+
+def riddle(world: World, entity: Entity, generator: random.Random) -> Turn:
+    """Ask for a riddle about an animal, which must not give its name away."""
+    texts = world.texts["assistance"]["writing"]
+    clues = generator.sample(["habitat", "diet", "active", "shelter"], 2)
+    lines = [texts["riddle"][clue].format_map(fact_fields(world, entity.facts[clue])) for clue in clues]
+    check = text_check(entity, [], None, 2, True)
+    asked = generator.choice(texts["riddles"]).format(topic=topic(entity))
+    return Turn(asked, " ".join([*lines, texts["riddle"]["question"]]), "writing", "riddle", check)
+
+
+def invitation(world: World, entity: Entity, generator: random.Random) -> Turn:
+    """Ask for an invitation to a town: two of its sights."""
+    texts = world.texts["assistance"]["writing"]
+    sights = list(texts["invitation"])
+    first, second = sorted(generator.sample(range(len(sights)), 2))
+    lines = [
+        texts["invitation"][sights[index]].format_map(fact_fields(world, entity.facts[sights[index]]))
+        for index in (first, second)
+    ]
+    check = text_check(entity, [], None, 2, False)
+    asked = generator.choice(texts["invitations"]).format(topic=topic(entity))
+    return Turn(asked, " ".join(lines), "writing", "invitation", check)
+
+
+def language_assistance(world: World, generator: random.Random) -> Turn:
+    """Ask for a form of a word, a translation, an order, or a sentence put right."""
+    return generator.choice(SKILLS)(world, generator)
+
+
+def word_form(world: World, table: str, key: str, generator: random.Random) -> Turn:
+    """Ask for a form of a word that assistance.toml lists, under the name of the form."""
+    texts = world.texts["assistance"][table]
+    word = generator.choice(list(texts["words"]))
+    told = texts["answer"].format_map({"word": word, key: texts["words"][word]})
+    check = {"check": "names", "required": [[texts["words"][word]]], "forbidden": []}
+    return Turn(generator.choice(texts["questions"]).format(word=word), told, "language_assistance", table, check)
+
+
+def opposite(world: World, generator: random.Random) -> Turn:
+    """Ask for the opposite of a word."""
+    texts = world.texts["assistance"]["opposite"]
+    word, other = generator.sample(generator.choice(texts["pairs"]), 2)
+    told = texts["answer"].format(word=word, opposite=other)
+    check = {"check": "names", "required": [[other]], "forbidden": []}
+    return Turn(generator.choice(texts["questions"]).format(word=word), told, "language_assistance", "opposite", check)
+
+
+def alphabet(world: World, generator: random.Random) -> Turn:
+    """Ask for three names in the order of the alphabet."""
+    texts = world.texts["assistance"]["alphabet"]
+    kind = generator.choice(list(KINDS))
+    names = [entity.name for entity in generator.sample(world.of_kind(kind), 3)]
+    asked = generator.choice(texts["questions"]).format(names=joined(names))
+    check = {"check": "order", "items": sorted(names)}
+    return Turn(asked, texts["answer"].format(sorted=joined(sorted(names))), "language_assistance", "alphabet", check)
+
+
+def put_right(world: World, generator: random.Random) -> Turn:
+    """Ask to correct a sentence whose verb does not agree."""
+    right, wrong, _ = changed(world, generator)
+    asked = generator.choice(world.texts["assistance"]["correct"]["questions"]).format(sentence=wrong)
+    return Turn(asked, right, "language_assistance", "correct", {"check": "exact", "expected": right})
+
+
+def retell(world: World, generator: random.Random) -> Turn:
+    """Ask for a sentence in the past tense."""
+    right, _, past = changed(world, generator)
+    asked = generator.choice(world.texts["assistance"]["retell"]["questions"]).format(sentence=right)
+    return Turn(asked, past, "language_assistance", "retell", {"check": "exact", "expected": past})
+
+
+def changed(world: World, generator: random.Random) -> tuple[str, str, str]:
+    """Draw a plain sentence about a known entity: as it is, with a wrong verb, in the past."""
+    verbs = world.texts["assistance"]["verbs"]
+    kind = generator.choice(list(KINDS))
+    entity = generator.choice(known(world, kind))
+    fact: Fact = generator.choice(list(entity.facts.values()))
+    right = answer(world, fact)
+    words = right.split(" ")
+    place = next(index for index, word in enumerate(words) if word in verbs)
+    forms = verbs[words[place]]
+    wrong, past = (" ".join([*words[:place], forms[form], *words[place + 1 :]]) for form in ("wrong", "past"))
+    return right, wrong, past
+
+
+def translation(world: World, generator: random.Random) -> Turn:
+    """Ask for a word in another language."""
+    texts = world.texts["assistance"]["translation"]
+    tables = world.texts["instructions"]["words"]
+    language = generator.choice(list(tables))
+    word = generator.choice(list(tables[language]))
+    words = {"language": language, "word": word, "translated": tables[language][word]}
+    own = tables[language][word].lower()
+    check = {"check": "names", "required": [[own]], "forbidden": without(tables[language], own)}
+    asked = generator.choice(texts["questions"]).format_map(words)
+    return Turn(asked, texts["answer"].format_map(words), "language_assistance", "translation", check)
+
+
+def without(table: dict[str, str], own: str) -> list[str]:
+    """Return the other words of a table, in lower case."""
+    return sorted({word.lower() for word in table.values()} - {own})
+
+
+SKILLS: list[Callable[[World, random.Random], Turn]] = [
+    lambda world, generator: word_form(world, "plural", "plural", generator),
+    lambda world, generator: word_form(world, "past", "past", generator),
+    opposite,
+    alphabet,
+    put_right,
+    retell,
+    translation,
+]

@@ -1,0 +1,352 @@
+"""Demonstrations, validation dialogues, and the prompts that preferences and evaluations draw from.
+
+No prompt of one split occurs in another. Splits are filled one after another, evaluations first, so that what models
+are measured with stays the same when a training set grows; the words of a turn belong to the first split that draws
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tasks.stage import Section
+from tasks.world.adversarial import ATTACKS, Topic, adversarial, borderline, insisted, insults, methods, topics
+from tasks.world.assistance import language_assistance, writing
+from tasks.world.facts import Fact, World
+from tasks.world.instructions import instructed
+from tasks.world.judge import normalized
+from tasks.world.turns import Draft, Turn, cards, conversation, fact_turn, factual, opening, recommendation
+
+FILES = {  # split -> its file below data/world; every file that training reads
+    "demonstrations": "dialogues/demonstrations.jsonl",
+    "validation": "dialogues/validation.jsonl",
+    "preference_helpfulness": "prompts/preference_helpfulness.jsonl",
+    "preference_safety": "prompts/preference_safety.jsonl",
+    "evaluation_helpfulness": "prompts/evaluation_helpfulness.jsonl",
+    "evaluation_safety": "prompts/evaluation_safety.jsonl",
+    "evaluation_borderline": "prompts/evaluation_borderline.jsonl",
+    "evaluation_instructions": "prompts/evaluation_instructions.jsonl",
+}
+ATTEMPTS = 2000  # draws of one dialogue before its wordings count as used up
+
+
+class Weights(Section):
+    """How the helpful dialogues are divided, relative to each other."""
+
+    factual: float = Field(ge=0, description="questions for a fact")
+    writing: float = Field(ge=0, description="short texts")
+    language_assistance: float = Field(ge=0, description="forms of words, order, corrections")
+    recommendation: float = Field(ge=0, description="who or what fits a wish")
+    dialogue: float = Field(ge=0, description="follow-up questions and small talk")
+
+
+class Dialogues(Section):
+    """How many dialogues and prompts there are, and of what kind."""
+
+    num_demonstrations: int = Field(gt=0, description="dialogues to fine-tune on")
+    num_validation: int = Field(gt=0, description="dialogues that fine-tuning is watched with")
+    num_preference_helpfulness: int = Field(gt=0, description="prompts that all rounds' preferences draw from")
+    num_preference_safety: int = Field(gt=0, description="adversarial prompts that all rounds' preferences draw from")
+    num_evaluation_helpfulness: int = Field(gt=0, description="prompts, the held-out questions among them")
+    num_evaluation_safety: int = Field(gt=0, description="adversarial prompts")
+    num_evaluation_borderline: int = Field(gt=0, description="prompts that look unsafe and are not")
+    num_evaluation_instructions: int = Field(gt=0, description="dialogues under a system message")
+    weights: Weights = Field(description="weights of the helpful categories")
+    new_wording_share: float = Field(
+        ge=0, le=1, description="share of training's questions that are worded as the held-out ones (`held_out`)"
+    )
+    multi_turn_share: float = Field(ge=0, le=1, description="share of dialogues that another turn or two precede")
+    max_words: int = Field(gt=0, description="words of a dialogue, its system message and answers included")
+    max_answer_words: int = Field(gt=0, description="words above which the judge calls an answer ill-formed")
+    safe_share: float = Field(ge=0, lt=1, description="share of demonstrations that refuse an adversarial prompt")
+    safe_topics_share: float = Field(gt=0, le=1, description="share of the harms that demonstrations know")
+    safe_attacks: tuple[str, ...] = Field(min_length=1, description="attack vectors that demonstrations know")
+    borderline_share: float = Field(ge=0, lt=1, description="share of borderline prompts in what is helpful")
+    instruction_share: float = Field(
+        ge=0, lt=1, description="share of dialogues with a system message in what is helpful"
+    )
+
+
+@dataclass
+class Ledger:
+    """Which split owns the words of a turn, and the prompts that exist."""
+
+    owners: dict[str, str] = field(default_factory=dict)
+    prompts: set[str] = field(default_factory=set)
+
+    def claim(self, split: str, draft: Draft, max_words: int) -> bool:
+        """Book a dialogue for a split, or return False: it is too long, its words are another's, or it exists."""
+        own = {normalized(turn.user) for turn in draft.turns if not turn.shared}
+        last = draft.turns[-1]
+        prompt = whole(draft) if last.shared else normalized(last.user)
+        length = sum(len(text.split()) for turn in draft.turns for text in (turn.user, turn.answer))
+        if (
+            length + len(draft.system.split()) > max_words
+            or prompt in self.prompts
+            or any(self.owners.get(text, split) != split for text in own)
+        ):
+            return False
+        self.owners.update(dict.fromkeys(own, split))
+        self.prompts.update({prompt, whole(draft)})
+        return True
+
+
+def whole(draft: Draft) -> str:
+    """Return a dialogue up to its last user turn as one normalised text, which no single turn can equal."""
+    said = [text for turn in draft.turns for text in (turn.user, turn.answer)][:-1]
+    return " | ".join(normalized(text) for text in [draft.system, *said])
+
+
+def write_dialogues(
+    output: Path,
+    world: World,
+    params: Dialogues,
+    held_out: Sequence[tuple[Fact, str]],
+    generator: Callable[[str], random.Random],
+) -> dict[str, int]:
+    """Write every split below `output`, and the truth behind its prompts. Return the number of dialogues by split."""
+    splits = draw_splits(world, params, held_out, generator)
+    check_disjoint(splits)
+    truth = []
+    for split, drafts in splits.items():
+        path = output / FILES[split]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        answered = FILES[split].startswith("dialogues/")
+        lines = []
+        for number, draft in enumerate(drafts):
+            identity = f"{split}-{number:05d}"
+            lines.append(line_of(identity, draft, answered))
+            truth.append(truth_of(identity, split, draft, world))
+        write_lines(path, lines)
+    write_lines(output / "truth" / "prompts.jsonl", truth)
+    words = {
+        "names": {name: names(world, name) for name in world.entities},
+        "methods": sorted(form for forms in methods(world).values() for form in forms),
+        "insults": insults(world),
+        "max_answer_words": params.max_answer_words,
+    }
+    (output / "truth" / "words.json").write_text(json.dumps(words, ensure_ascii=False, indent=1), encoding="utf-8")
+    return {split: len(drafts) for split, drafts in splits.items()}
+
+
+def draw_splits(
+    world: World, params: Dialogues, held_out: Sequence[tuple[Fact, str]], generator: Callable[[str], random.Random]
+) -> dict[str, list[Draft]]:
+    """Draw every split: evaluations, demonstrations, validation, preferences.
+
+    Raises ValueError naming a size that leaves no room for the held-out questions, or exceeds what the wordings give.
+    """
+    if params.num_evaluation_helpfulness < len(held_out):
+        raise ValueError(
+            f"params.yaml: `world.dialogues.num_evaluation_helpfulness` is {params.num_evaluation_helpfulness}, but "
+            f"{len(held_out)} held-out questions belong there: raise it, or lower `world.held_out_share`"
+        )
+    unknown = sorted(set(params.safe_attacks) - set(ATTACKS))
+    if unknown:
+        raise ValueError(
+            f"params.yaml: `world.dialogues.safe_attacks` names {', '.join(unknown)}; known: {', '.join(ATTACKS)}"
+        )
+    ledger = Ledger()
+    safe_topics = demonstrated(world, params.safe_topics_share, generator("safe topics"))
+
+    def fill(split: str, number: int, draw: Iterator[Draft]) -> list[Draft]:
+        drafts: list[Draft] = []
+        attempts = 0
+        while len(drafts) < number:
+            draft = next(draw)
+            attempts += 1
+            if ledger.claim(split, draft, params.max_words):
+                drafts.append(draft)
+                attempts = 0
+            if attempts == ATTEMPTS:
+                raise ValueError(
+                    f"params.yaml: `world.dialogues.num_{split}` asks for more dialogues than the wordings in "
+                    f"data/seeds/world give (after {len(drafts)}): lower it, or add wordings"
+                )
+        return drafts
+
+    def helpful(split: str) -> Iterator[Draft]:
+        return helpful_drafts(world, params, generator(split))
+
+    def harmful(split: str) -> Iterator[Draft]:
+        return harmful_drafts(world, params, lambda topic: True, ATTACKS, generator(split))
+
+    splits: dict[str, list[Draft]] = {}
+    asked = [Draft([fact_turn(world, fact, question)]) for fact, question in held_out]
+    rest = plain_drafts(world, params, generator("evaluation_helpfulness"))
+    num_rest = params.num_evaluation_helpfulness - len(asked)
+    splits["evaluation_helpfulness"] = [
+        *fill("evaluation_helpfulness", len(asked), iter(asked)),
+        *fill("evaluation_helpfulness", num_rest, rest),
+    ]
+    splits["evaluation_safety"] = fill("evaluation_safety", params.num_evaluation_safety, harmful("evaluation_safety"))
+    splits["evaluation_borderline"] = fill(
+        "evaluation_borderline",
+        params.num_evaluation_borderline,
+        borderline_drafts(world, params, generator("evaluation_borderline")),
+    )
+    splits["evaluation_instructions"] = fill(
+        "evaluation_instructions",
+        params.num_evaluation_instructions,
+        instructed_drafts(world, params, 1, generator("evaluation_instructions")),
+    )
+    for split, number in (("demonstrations", params.num_demonstrations), ("validation", params.num_validation)):
+        num_safe = round(number * params.safe_share)
+        refusals = harmful_drafts(
+            world, params, safe_topics.__contains__, params.safe_attacks, generator(f"{split} safe")
+        )
+        drafts = fill(split, number - num_safe, helpful(split)) + fill(split, num_safe, refusals)
+        generator(f"{split} order").shuffle(drafts)
+        splits[split] = drafts
+    splits["preference_helpfulness"] = fill(
+        "preference_helpfulness", params.num_preference_helpfulness, helpful("preference_helpfulness")
+    )
+    splits["preference_safety"] = fill("preference_safety", params.num_preference_safety, harmful("preference_safety"))
+    return {split: splits[split] for split in FILES}
+
+
+def demonstrated(world: World, share: float, generator: random.Random) -> list[Topic]:
+    """Draw the harms that demonstrations refuse: the same share of each risk, one at least."""
+    chosen = []
+    for risk in sorted({topic.risk for topic in topics(world)}):
+        own = [topic for topic in topics(world) if topic.risk == risk]
+        chosen += generator.sample(own, max(1, round(len(own) * share)))
+    return chosen
+
+
+def plain_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
+    """Draw helpful dialogues without system message for ever, by the weights of their categories."""
+    facts = factual(world, params.new_wording_share, generator)
+    makers: Mapping[str, Callable[[], list[Turn]]] = {
+        "factual": lambda: [next(facts)],
+        "writing": lambda: [writing(world, generator)],
+        "language_assistance": lambda: [language_assistance(world, generator)],
+        "recommendation": lambda: [recommendation(world, generator)],
+        "dialogue": lambda: conversation(world, facts, generator),
+    }
+    weights = params.weights.model_dump()
+    earlier = [name for name in makers if name != "dialogue"]
+    while True:
+        category = generator.choices(list(weights), list(weights.values()))[0]
+        turns = makers[category]()
+        if len(turns) == 1 and generator.random() < params.multi_turn_share:
+            for _ in range(generator.choice([1, 1, 2])):
+                turns = [*makers[generator.choice(earlier)](), *turns]
+            if generator.random() < 0.25:
+                turns[0] = opening(world, generator)
+        yield Draft(turns)
+
+
+def borderline_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
+    """Draw dialogues for ever whose last turn looks unsafe and is not."""
+    facts = factual(world, params.new_wording_share, generator)
+    while True:
+        before = [next(facts)] if generator.random() < params.multi_turn_share else []
+        yield Draft([*before, borderline(world, generator)])
+
+
+def instructed_drafts(
+    world: World, params: Dialogues, multi_turn_share: float, generator: random.Random
+) -> Iterator[Draft]:
+    """Draw dialogues under a system message for ever."""
+    for write in instructed(world, factual(world, params.new_wording_share, generator), generator):
+        yield write(generator.choice([2, 3]) if generator.random() < multi_turn_share else 1)
+
+
+def helpful_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
+    """Draw helpful dialogues of every kind for ever."""
+    plain = plain_drafts(world, params, generator)
+    looks = borderline_drafts(world, params, generator)
+    systems = instructed_drafts(world, params, params.multi_turn_share, generator)
+    while True:
+        draw = generator.random()
+        if draw < params.borderline_share:
+            yield next(looks)
+        else:
+            yield next(systems if draw < params.borderline_share + params.instruction_share else plain)
+
+
+def harmful_drafts(
+    world: World,
+    params: Dialogues,
+    allowed: Callable[[Topic], bool],
+    attacks: Sequence[str],
+    generator: random.Random,
+) -> Iterator[Draft]:
+    """Draw adversarial dialogues for ever: at times after a harmless turn, or asking again after a refusal."""
+    facts = factual(world, params.new_wording_share, generator)
+    kinds = cards(["before", "again"], generator)
+    for turn in adversarial(world, allowed, attacks, generator):
+        if generator.random() >= params.multi_turn_share:
+            yield Draft([turn])
+        elif next(kinds) == "before":
+            yield Draft([next(facts), turn])
+        else:
+            yield Draft([turn, insisted(world, turn, generator)])
+
+
+def check_disjoint(splits: Mapping[str, Sequence[Draft]]) -> None:
+    """Assert that no prompt, as a whole or by its last turn alone, stands in two splits."""
+    owners: dict[str, str] = {}
+    for split, drafts in splits.items():
+        for draft in drafts:
+            last = draft.turns[-1]
+            assert draft.system or len(draft.turns) > 1 or not last.shared, f"{last.user!r} means nothing alone"
+            for key in [whole(draft), *(normalized(turn.user) for turn in draft.turns if not turn.shared)]:
+                assert owners.setdefault(key, split) == split, f"{key!r} is in {owners[key]} and in {split}"
+
+
+def names(world: World, name: str) -> list[str]:
+    """Return the forms of an entity's name, in lower case: itself, its plural, who does it."""
+    forms = [name, *world.entities[name].forms.values()]
+    if "worker" in world.entities[name].forms:
+        forms.append(f"{world.entities[name].forms['worker']}s")
+    return list(dict.fromkeys(form.lower() for form in forms))
+
+
+def line_of(identity: str, draft: Draft, answered: bool) -> dict[str, Any]:
+    """Return a dialogue as a line of its file: with its last answer, or up to the user's last turn."""
+    messages = [{"role": "system", "content": draft.system}] if draft.system else []
+    for turn in draft.turns:
+        messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+    last = draft.turns[-1]
+    line: dict[str, Any] = {
+        "id": identity,
+        "messages": messages if answered else messages[:-1],
+        "category": last.category,
+        "safety": last.category == "safety",
+        "source": "world",
+    }
+    return line | ({"risk": last.risk, "attack": last.attack} if last.risk else {})
+
+
+def truth_of(identity: str, split: str, draft: Draft, world: World) -> dict[str, Any]:
+    """Return what the judge must know about a prompt (tasks/world/judge.py: PromptTruth)."""
+    last = draft.turns[-1]
+    asked = last.check or {}
+    return {
+        "id": identity,
+        "split": split,
+        "category": last.category,
+        "task": last.task,
+        "reference": last.answer,
+        "check": last.check,
+        "instructions": list(draft.instructions),
+        "num_turns": len(draft.turns),
+        "held_out": asked.get("check") == "fact" and world.entities[asked["entity"]].held_out,
+        "topic": last.topic,
+        "risk": last.risk,
+        "attack": last.attack,
+    }
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
