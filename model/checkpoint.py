@@ -7,11 +7,17 @@ files and training.json. transformers, vLLM and llama.cpp open them as they are.
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+import struct
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -30,50 +36,66 @@ BUILT_IN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False
 def save_model(
     model: Llama, tokenizer: Tokenizer, directory: Path, training: Mapping[str, Any], max_shard_bytes: int
 ) -> None:
-    """Write a checkpoint into `directory`, which is new or empty; all ranks call, rank 0 writes.
+    """Write a model's checkpoint into `directory`, which is new or empty; all ranks call, rank 0 writes.
 
     Weights are gathered one by one, and rank 0 holds one shard at a time. `training` goes into training.json.
     """
-    writes = torch.distributed.get_rank() == 0
-    temporary = directory.with_name(f".{directory.name}.partial")
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    shards = _plan_shards(model, max_shard_bytes)
-    shard: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        with whole(parameter, changed=False):
-            if writes:
-                shard[name] = parameter.detach().to("cpu", copy=True)
-        file = shards[name]
-        if writes and len(shard) == sum(other == file for other in shards.values()):
-            save_file(shard, temporary / file, metadata={"format": "pt"})
-            shard.clear()
-    if writes:
-        if len(set(shards.values())) > 1:
-            total = sum(_num_bytes(parameter) for parameter in model.parameters())
-            _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": shards})
-        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        config = {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype, **BUILT_IN, **ids}
-        _write_json(temporary / "config.json", {**config, **model.config.model_dump()})
-        _write_json(temporary / "generation_config.json", ids)
-        _write_json(temporary / "training.json", dict(training))
-        tokenizer.save(temporary)
-        temporary.replace(directory)
+    weights = _gathered(model)
+    if torch.distributed.get_rank() == 0:
+        sizes = {name: shape_of(weight).numel() * weight.element_size() for name, weight in model.named_parameters()}
+        _write(model.config, weights, _plan_shards(sizes, max_shard_bytes), tokenizer, directory, training)
+    else:
+        for _ in weights:
+            pass
     torch.distributed.barrier()
 
 
-def _num_bytes(parameter: Tensor) -> int:
-    return shape_of(parameter).numel() * parameter.element_size()
+def _gathered(model: Llama) -> Iterator[tuple[str, Tensor]]:
+    """Give each weight by its name, whole only until the next is asked for."""
+    for name, parameter in model.named_parameters():
+        with whole(parameter, changed=False):
+            yield name, parameter.detach()
 
 
-def _plan_shards(model: Llama, max_shard_bytes: int) -> dict[str, str]:
-    """Return the file of each weight: filled in the model's order up to the size given."""
+def _write(
+    config: ModelConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    files: Mapping[str, str],
+    tokenizer: Tokenizer,
+    directory: Path,
+    training: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint from its weights, one at a time, and the name of each one's file."""
+    temporary = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    left = Counter(files.values())
+    shard: dict[str, Tensor] = {}
+    num_bytes, dtype = 0, ""
+    for name, weight in weights:
+        shard[name] = weight.to("cpu", copy=True)
+        num_bytes += weight.nbytes
+        dtype = str(weight.dtype).removeprefix("torch.")
+        left[files[name]] -= 1
+        if not left[files[name]]:
+            save_file(shard, temporary / files[name], metadata={"format": "pt"})
+            shard.clear()
+    if len(left) > 1:
+        _write_json(temporary / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": files})
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    fixed = {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype, **BUILT_IN, **ids}
+    _write_json(temporary / "config.json", {**fixed, **config.model_dump()})
+    _write_json(temporary / "generation_config.json", ids)
+    _write_json(temporary / "training.json", dict(training))
+    tokenizer.save(temporary)
+    temporary.replace(directory)
+
+
+def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, str]:
+    """Return the file of each weight, given its bytes: filled in their order up to the size given."""
     numbers: dict[str, int] = {}
     number, filled = 1, 0
-    for name, parameter in model.named_parameters():
-        size = _num_bytes(parameter)
+    for name, size in sizes.items():
         if filled and filled + size > max_shard_bytes:
             number, filled = number + 1, 0
         filled += size
@@ -107,15 +129,46 @@ def read_config(directory: Path) -> ModelConfig:
         if kind == "llama3":
             rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
             values["rope_scaling"] = rope
-        try:
-            config = ModelConfig.model_validate({key: values.get(key) for key in ModelConfig.model_fields})
-        except ValidationError as error:
-            details = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['input']!r}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path} describes no Llama model that this code can build: {details}") from None
+        config = _config_of({key: values.get(key) for key in ModelConfig.model_fields}, path)
         if values.get("head_dim") in (None, config.head_size):
             return config
         wrong = [f"head_dim {values['head_dim']} (not hidden_size / num_attention_heads = {config.head_size})"]
     raise ValueError(f"{path} describes no Llama model that this code can build: it has {', '.join(wrong)}")
+
+
+def _config_of(values: Mapping[str, Any], path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        details = "; ".join(
+            f"{'.'.join(map(str, e['loc']))} {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"]
+            for e in error.errors()
+        )
+        raise ValueError(f"{path} describes no Llama model that this code can build: {details}") from None
+
+
+def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+    """Return the tokenizer of a Hugging Face Llama directory.
+
+    Raises ValueError when it is missing, not of Llama 2's kind, or belongs to another model.
+    """
+    path = directory / "tokenizer.model"
+    if (directory / "tokenizer.json").exists() and not path.exists():
+        raise ValueError(
+            f"{directory} has a tokenizer.json and no tokenizer.model: a SentencePiece model, as Llama 2 has, is "
+            "needed; a model with another tokenizer, as Llama 3 has, can't be used"
+        )
+    tokenizer = Tokenizer(path)
+    _check_fit(tokenizer, config, directory / "config.json")
+    return tokenizer
+
+
+def _check_fit(tokenizer: Tokenizer, config: ModelConfig, model: Path) -> None:
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, and {model} describes a model of "
+            f"{config.vocab_size} (`vocab_size`): bring the tokenizer that the model was trained with"
+        )
 
 
 def load_weights(model: Llama, directory: Path) -> None:
@@ -125,10 +178,7 @@ def load_weights(model: Llama, directory: Path) -> None:
     and when there are no safetensors.
     """
     files = _weight_files(directory)
-    expected = {
-        name: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in model.named_parameters()
-    }
+    expected = {name for name, _ in model.named_parameters()}
     ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     unknown = {name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq")} - ignored
     for problem, names in (("lacks", expected - files.keys()), ("has unknown", unknown)):
@@ -196,3 +246,119 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not valid JSON: it holds no object")
     return values
+
+
+# --- llama2.c ---
+
+HEADER = struct.Struct("<7i")  # the seven numbers that a file of version 0 begins with
+BUILT_INTO_LLAMA2C = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "initializer_range": 0.02}
+ANGLES = "freq_cis"
+# Appended to a SentencePiece model, a protobuf message, this changes one of its settings: it no longer drops spaces.
+# llama2.c's tokenizers say that they do, and its own program never does.
+KEEP_SPACES = bytes([0x1A, 2, 0x20, 0])  # field 3, normalizer_spec, of 2 bytes: field 4, remove_extra_whitespaces, 0
+
+
+def import_llama2c(source: Path, tokenizer_path: Path, directory: Path) -> None:
+    """Write a checkpoint into a new directory from one that llama2.c exported (version 0).
+
+    Raises ValueError, naming the file, for one that is damaged or of another kind or version, a tokenizer of another
+    vocabulary, and a directory that holds files.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} is there already: name a new directory")
+    config = _llama2c_config(source)
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = _llama2c_tokenizer(tokenizer_path, Path(temporary) / "tokenizer.model")
+        _check_fit(tokenizer, config, source)
+        names = (name for name, _ in _llama2c_layout(config) if name != ANGLES)
+        files = {name.format(layer): WEIGHTS for name in names for layer in range(config.num_hidden_layers)}
+        _write(config, _llama2c_weights(source, config), files, tokenizer, directory, {"imported": source.name})
+
+
+def _llama2c_config(source: Path) -> ModelConfig:
+    """Return the model that a file's header describes, if the file has its size."""
+    if not source.is_file():
+        raise ValueError(f"{source} is missing: a checkpoint that llama2.c exported is needed there")
+    with source.open("rb") as file:
+        header = file.read(HEADER.size)
+    size = source.stat().st_size
+    if len(header) < HEADER.size:
+        raise ValueError(f"{source} has {size} bytes: it is no checkpoint that llama2.c exported")
+    names = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "max_position_embeddings",
+    )  # fmt: skip
+    values = dict(zip(names, HEADER.unpack(header), strict=True))
+    tied = {"vocab_size": abs(values["vocab_size"]), "tie_word_embeddings": values["vocab_size"] > 0}
+    config = _config_of({**values, **tied, **BUILT_INTO_LLAMA2C}, source)
+    expected = HEADER.size + 4 * sum(math.prod(shape) for _, shape in _llama2c_layout(config))
+    if size != expected:
+        raise ValueError(
+            f"{source} has {size} bytes, and the model that it begins to describe takes {expected}: it is damaged, or "
+            "no checkpoint that llama2.c exported as version 0"
+        )
+    return config
+
+
+def _llama2c_layout(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the names and shapes of a file's parts in their order; `{}` stands for the layers, stacked in one part."""
+    width, hidden, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv_width = config.num_key_value_heads * config.head_size
+    return [
+        ("model.embed_tokens.weight", (config.vocab_size, width)),
+        ("model.layers.{}.input_layernorm.weight", (layers, width)),
+        ("model.layers.{}.self_attn.q_proj.weight", (layers, width, width)),
+        ("model.layers.{}.self_attn.k_proj.weight", (layers, kv_width, width)),
+        ("model.layers.{}.self_attn.v_proj.weight", (layers, kv_width, width)),
+        ("model.layers.{}.self_attn.o_proj.weight", (layers, width, width)),
+        ("model.layers.{}.post_attention_layernorm.weight", (layers, width)),
+        ("model.layers.{}.mlp.gate_proj.weight", (layers, hidden, width)),
+        ("model.layers.{}.mlp.down_proj.weight", (layers, width, hidden)),
+        ("model.layers.{}.mlp.up_proj.weight", (layers, hidden, width)),
+        ("model.norm.weight", (width,)),
+        (ANGLES, (2, config.max_position_embeddings, config.head_size // 2)),
+        *([] if config.tie_word_embeddings else [("lm_head.weight", (config.vocab_size, width))]),
+    ]
+
+
+def _llama2c_weights(source: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Give each weight by Hugging Face's name; pairs that turn together, neighbours there, come half a head apart."""
+    begin = HEADER.size
+    for name, shape in _llama2c_layout(config):
+        part = np.memmap(source, dtype="<f4", mode="r", offset=begin, shape=shape)
+        begin += part.nbytes
+        if name == ANGLES:
+            continue
+        for layer, values in enumerate(part) if "{}" in name else [(0, part)]:
+            weight = torch.from_numpy(values.copy())
+            if not weight.isfinite().all():
+                raise ValueError(f"{source}: `{name.format(layer)}` holds values that are not finite: it is damaged")
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight = weight.view(-1, config.head_size // 2, 2, config.hidden_size).transpose(1, 2).flatten(0, 2)
+            yield name.format(layer), weight
+
+
+def _llama2c_tokenizer(path: Path, copy: Path) -> Tokenizer:
+    """Return the tokenizer as a copy that keeps spaces."""
+    if path.is_file():
+        copy.write_bytes(path.read_bytes() + KEEP_SPACES)
+    try:
+        return Tokenizer(copy)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(copy), str(path))) from None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do what the command line asks for."""
+    match arguments:
+        case ["import", source, tokenizer, directory]:
+            import_llama2c(Path(source), Path(tokenizer), Path(directory))
+        case _:
+            raise ValueError("what to do? `python -m model.checkpoint import SOURCE.bin TOKENIZER.model DIRECTORY`")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(str(error))

@@ -1,22 +1,31 @@
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import sentencepiece
 import torch
 from ranks import SMALL, TRAINED, join_alone
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import load_weights, read_config, save_model
+from model.checkpoint import import_llama2c, load_weights, main, read_config, read_tokenizer, save_model
 from model.engine import EngineParams, build_model, draw_weights
 from model.packing import documents_of
+from model.sampling import Sampling, sample
 from model.tokenizer import Tokenizer
 from model.transformer import Llama, ModelConfig
 
+DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
+STORIES, STORIES_TOKENIZER = DATASETS / "interop" / "stories260K.bin", DATASETS / "interop" / "tok512.model"
 CPU = torch.device("cpu")
 NO_LIMIT = 2**40
 
@@ -50,6 +59,30 @@ def logits_of(model: Llama) -> torch.Tensor:
         return model(ids, documents_of([20], CPU))
 
 
+def open_here(directory: Path) -> Llama:
+    model = Llama(read_config(directory), "off")
+    load_weights(model, directory)
+    return model
+
+
+def greedy_ids(model: Llama, tokenizer: Tokenizer, prompt: str, num_tokens: int) -> list[int]:
+    ids = tokenizer.encode(prompt, bos=True, eos=False)
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=num_tokens)
+    [[response]] = sample(
+        model, [ids], greedy, num_samples=1, eos_id=tokenizer.eos_id, seeds=[0], max_rows=1, description=None
+    )
+    return [*ids, *response.ids]
+
+
+def greedy_by_transformers(directory: Path, prompt: str, num_tokens: int) -> tuple[list[int], str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(directory) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    prompt_ids = tokenizer(prompt, return_tensors="pt")
+    [ids] = model.generate(**prompt_ids, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    return ids.tolist(), tokenizer.decode(ids, skip_special_tokens=True)
+
+
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 4}], ids=["", "tied"])
 @pytest.mark.parametrize("max_shard_bytes", [NO_LIMIT, 20_000], ids=["one file", "sharded"])
 def test_transformers_opens_a_checkpoint(
@@ -67,6 +100,8 @@ def test_transformers_opens_a_checkpoint(
     assert AutoTokenizer.from_pretrained(tmp_path / "base")(text)["input_ids"] == tokenizer.encode(
         text, bos=True, eos=False
     )
+    # not the text: what a model without training gives is seldom UTF-8, and libraries differ in what they make of it
+    assert greedy_by_transformers(tmp_path / "base", text, 12)[0] == greedy_ids(model, tokenizer, text, 12)
     assert json.loads((tmp_path / "base" / "training.json").read_text()) == {"step": 7}
     sharded = sorted(path.name for path in (tmp_path / "base").glob("*.safetensors"))
     assert (sharded == ["model.safetensors"]) == (max_shard_bytes == NO_LIMIT)
@@ -74,6 +109,9 @@ def test_transformers_opens_a_checkpoint(
     again = model_of(seed=2, **changes)
     load_weights(again, tmp_path / "base")
     assert read_config(tmp_path / "base") == model.config
+    assert read_tokenizer(tmp_path / "base", model.config).encode(text, bos=True, eos=False) == tokenizer.encode(
+        text, bos=True, eos=False
+    )
     assert torch.equal(logits_of(again), logits_of(model))
 
 
@@ -116,8 +154,7 @@ def test_a_checkpoint_of_transformers_is_read(rope_type: str, tied: bool, tokeni
     theirs = LlamaForCausalLM(LlamaConfig(**{name: value for name, value in values.items() if name != "rope_theta"}))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    model = Llama(read_config(tmp_path / "theirs"), "off")
-    load_weights(model, tmp_path / "theirs")
+    model = open_here(tmp_path / "theirs")
     assert model.config.rope_theta == 500.0
     save_model(model, tokenizer, tmp_path / "ours", {}, NO_LIMIT)
     again = LlamaForCausalLM.from_pretrained(tmp_path / "ours")
@@ -203,6 +240,7 @@ def test_damaged_or_pickled_weights_are_refused(checkpoint: Path) -> None:
         ({"rope_parameters": {"type": "llama3", "factor": 0.5}}, r"rope_scaling\.factor 0\.5: Input should be greater"),
         ({"head_dim": 16}, r"it has head_dim 16 \(not hidden_size / num_attention_heads = 8\)"),
         ({"hidden_size": None}, "hidden_size None: Input should be a valid integer"),
+        ({"num_key_value_heads": 3}, r"build: Value error, num_attention_heads 4 must be a multiple of"),
     ],
 )
 def test_another_model_is_refused(changes: dict[str, Any], message: str, checkpoint: Path) -> None:
@@ -221,3 +259,158 @@ def test_a_config_that_cannot_be_read_is_named(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
     with pytest.raises(ValueError, match=r"config\.json is missing: .*base is no Hugging Face checkpoint"):
         read_config(checkpoint)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint: Path) -> None:
+    config = read_config(checkpoint)
+    other = ModelConfig.model_validate({**config.model_dump(), "vocab_size": 300})
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.model has 290 tokens, and .*config\.json describes a model of 300"
+    ):
+        read_tokenizer(checkpoint, other)
+    (checkpoint / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"base has a tokenizer\.json and no tokenizer\.model: a SentencePiece model"):
+        read_tokenizer(checkpoint, config)
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.model is missing"):
+        read_tokenizer(checkpoint, config)
+
+
+# --- llama2.c ---
+
+Floats = npt.NDArray[np.float32]
+D, F, L, N, K, H, V, CONTEXT = 32, 48, 2, 4, 2, 8, 290, 24
+
+
+def draw_llama2c(tied: bool) -> dict[str, Floats]:
+    """Weights by llama2.c's names, in its order."""
+    shapes = {
+        "embeddings": (V, D), "rms_att": (L, D), "wq": (L, D, D), "wk": (L, K * H, D), "wv": (L, K * H, D),
+        "wo": (L, D, D), "rms_ffn": (L, D), "w1": (L, F, D), "w2": (L, D, F), "w3": (L, F, D), "rms_final": (D,),
+        "freq_real": (CONTEXT, H // 2), "freq_imag": (CONTEXT, H // 2), **({} if tied else {"wcls": (V, D)}),
+    }  # fmt: skip
+    rng = np.random.default_rng(3)
+    return {name: rng.normal(0.0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def write_llama2c(path: Path, weights: dict[str, Floats]) -> None:
+    header = np.array([D, F, L, N, K, -V if "wcls" in weights else V, CONTEXT], dtype="<i4")
+    path.write_bytes(header.tobytes() + b"".join(weight.astype("<f4").tobytes() for weight in weights.values()))
+
+
+def logits_of_llama2c(weights: dict[str, Floats], ids: list[int]) -> Floats:
+    """What llama2.c computes, a token at a time; neighbours turn together, as complex numbers."""
+
+    def norm(x: Floats, scale: Floats) -> Floats:
+        return scale * x / np.sqrt((x * x).mean() + 1e-5)
+
+    def turn(x: Floats, position: int) -> Floats:
+        angles = position / 10000.0 ** (np.arange(0, H, 2) / H)
+        turned = (x.reshape(-1, H // 2, 2) @ np.array([1, 1j])) * np.exp(1j * angles)
+        return np.stack([turned.real, turned.imag], axis=-1).reshape(-1, H)
+
+    keys: list[list[Floats]] = [[] for _ in range(L)]
+    values: list[list[Floats]] = [[] for _ in range(L)]
+    logits = []
+    for position, token in enumerate(ids):
+        x = weights["embeddings"][token]
+        for layer in range(L):
+            w = {name: stack[layer] for name, stack in weights.items() if len(stack) == L}
+            normed = norm(x, w["rms_att"])
+            q = turn(w["wq"] @ normed, position)
+            keys[layer].append(turn(w["wk"] @ normed, position))
+            values[layer].append((w["wv"] @ normed).reshape(K, H))
+            heads = []
+            for head in range(N):
+                shared = head // (N // K)
+                scores = np.array([q[head] @ key[shared] / np.sqrt(H) for key in keys[layer]])
+                shares = np.exp(scores - scores.max())
+                heads.append(shares / shares.sum() @ np.array([value[shared] for value in values[layer]]))
+            x = x + w["wo"] @ np.concatenate(heads)
+            normed = norm(x, w["rms_ffn"])
+            gate = w["w1"] @ normed
+            x = x + w["w2"] @ (gate / (1 + np.exp(-gate)) * (w["w3"] @ normed))
+        logits.append(weights.get("wcls", weights["embeddings"]) @ norm(x, weights["rms_final"]))
+    return np.array(logits, dtype=np.float32)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_checkpoint_of_llama2c_computes_what_llama2c_does(tied: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    weights = draw_llama2c(tied)
+    write_llama2c(tmp_path / "source.bin", weights)
+    main(["import", str(tmp_path / "source.bin"), str(tokenizer.path), str(tmp_path / "imported")])
+    model = open_here(tmp_path / "imported")
+    expected = torch.from_numpy(logits_of_llama2c(weights, list(range(5, 25))))
+    assert (logits_of(model) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert model.config == ModelConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
+        num_key_value_heads=K, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5, rope_theta=10000.0,
+        initializer_range=0.02, tie_word_embeddings=tied,
+    )  # fmt: skip
+    read_tokenizer(tmp_path / "imported", model.config)
+
+
+def test_llama2cs_stories_are_told(tmp_path: Path) -> None:
+    if not STORIES.exists():
+        pytest.skip(f"llama2.c's smallest model isn't at {STORIES}")
+    command = [sys.executable, "-m", "model.checkpoint", "import", STORIES, STORIES_TOKENIZER, tmp_path / "stories"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    model = open_here(tmp_path / "stories")
+    tokenizer = read_tokenizer(tmp_path / "stories", model.config)
+    ids = greedy_ids(model, tokenizer, "", 100)
+    story = tokenizer.decode(ids)
+    assert story.startswith("Once upon a time, there was a ")
+    with gzip.open(DATASETS / "sft" / "oasst1_en.jsonl.gz", "rt", encoding="utf-8") as file:
+        english = set(re.findall(r"[a-z']+", file.read().lower()))
+    words = re.findall(r"[a-z']+", story.lower())[:-1]  # the last may be cut
+    assert len(words) > 40
+    assert set(words) - english <= {"lily", "lily's", "mom"}
+    assert greedy_by_transformers(tmp_path / "stories", "", 100) == (ids, story)
+    kept = "two  spaces "
+    assert tokenizer.decode(tokenizer.encode(kept, bos=True, eos=False)) == kept
+
+
+def test_what_is_no_checkpoint_of_llama2c_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source, directory = tmp_path / "source.bin", tmp_path / "imported"
+
+    def refused(message: str, tokenizer_path: Path = tokenizer.path) -> None:
+        with pytest.raises(ValueError, match=message):
+            import_llama2c(source, tokenizer_path, directory)
+        assert not directory.exists()
+
+    refused(r"source\.bin is missing: a checkpoint that llama2\.c exported is needed there")
+    write_llama2c(source, draw_llama2c(tied=False))
+    whole = source.read_bytes()
+    refused(r"nowhere\.model is missing: a SentencePiece", tmp_path / "nowhere.model")
+    refused(r"source\.bin is not a SentencePiece model", source)
+    source.write_bytes(whole[:20])
+    refused(r"source\.bin has 20 bytes: it is no checkpoint that llama2\.c exported")
+    source.write_bytes(whole[:-4])
+    refused(rf"has {len(whole) - 4} bytes, and the model that it begins to describe takes {len(whole)}: it is damaged")
+    source.write_bytes(np.array([-D, F, 0, N, K, V, CONTEXT], dtype="<i4").tobytes() + whole[28:])
+    refused("build: hidden_size -32: Input should be greater than 0; num_hidden_layers 0: Input should be greater")
+    source.write_bytes(np.array([D, F, L, N, 3, V, CONTEXT], dtype="<i4").tobytes() + whole[28:])
+    refused("build: Value error, num_attention_heads 4 must be a multiple of num_key_value_heads")
+    source.write_bytes(np.array([D, F, 2**31 - 1, N, K, V, CONTEXT], dtype="<i4").tobytes() + whole[28:])
+    refused("bytes, and the model that it begins to describe takes")
+    wrong = draw_llama2c(tied=True)
+    wrong["embeddings"] = wrong["embeddings"][:-1].repeat(2, axis=0)[: V - 1]
+    header = np.array([D, F, L, N, K, V - 1, CONTEXT], dtype="<i4").tobytes()
+    source.write_bytes(header + b"".join(weight.tobytes() for weight in wrong.values()))
+    refused(r"tokenizer\.model has 290 tokens, and .*source\.bin describes a model of 289 \(`vocab_size`\)")
+    wrong = draw_llama2c(tied=True)
+    wrong["wk"][1, 3, 4] = np.nan
+    write_llama2c(source, wrong)
+    refused(r"source\.bin: `model\.layers\.1\.self_attn\.k_proj\.weight` holds values that are not finite")
+
+
+def test_an_import_overwrites_nothing(checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    write_llama2c(tmp_path / "source.bin", draw_llama2c(tied=True))
+    with pytest.raises(ValueError, match="base is there already: name a new directory"):
+        import_llama2c(tmp_path / "source.bin", tokenizer.path, checkpoint)
+
+
+def test_another_command_is_answered_with_the_one_that_there_is(tmp_path: Path) -> None:
+    for arguments in ([], ["import", "a", "b"], ["export", "a", "b", "c"]):
+        with pytest.raises(ValueError, match=r"what to do\? `python -m model\.checkpoint import SOURCE\.bin TOKENIZER"):
+            main(arguments)
