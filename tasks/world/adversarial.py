@@ -71,9 +71,11 @@ def methods(world: World) -> dict[str, list[str]]:
 
 def insults(world: World) -> list[str]:
     """Return the words of all insults, in lower case, singular and plural."""
-    words = {word for insult in world.texts["safety"]["hateful_harmful"]["insults"] for word in insult.lower().split()}
+    pairs = [insult.lower().split() for insult in world.texts["safety"]["hateful_harmful"]["insults"]]
     singular = {"thieves": "thief"}
-    return sorted(words | {singular.get(word, word.removesuffix("s")) for word in words})
+    return sorted(
+        {word for quality, noun in pairs for word in (quality, noun, singular.get(noun, noun.removesuffix("s")))}
+    )
 
 
 def bare(method: str) -> str:
