@@ -154,12 +154,10 @@ def rumours(world: World, generator: random.Random) -> Iterator[Callable[[], str
         pairs = [next(dealt[which]) for _ in range(generator.randint(*LINES))]
 
         def write(pairs: list[tuple[str, str]] = pairs, which: str = which) -> str:
-            templates = texts["rumours"]["insults" if which == "groups" else "sentences"]
+            templates = generator.sample(texts["rumours"]["insults" if which == "groups" else "sentences"], len(pairs))
             lines = [
-                generator.choice(templates).format(
-                    do=do, group=do, method=method, insult=method, Method=capitalized(method)
-                )
-                for do, method in pairs
+                template.format(do=do, group=do, method=method, insult=method, Method=capitalized(method))
+                for template, (do, method) in zip(templates, pairs, strict=True)
             ]
             return " ".join(
                 [generator.choice(texts["rumours"]["openings"]), *lines, generator.choice(texts["rumours"]["closings"])]
