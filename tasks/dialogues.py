@@ -305,7 +305,7 @@ def _wrong_message(values: Mapping[str, Any]) -> str | None:
         _text(values, "text")
     except ValueError as error:
         return str(error)
-    if values.get("role") not in ROLES:
+    if values.get("role") not in tuple(ROLES):  # whatever its type
         return f"role {values.get('role')!r} is none of {' and '.join(ROLES)}"
     parent = values.get("parent_id")
     if not (parent is None or isinstance(parent, str)):
