@@ -44,23 +44,24 @@ CPU = torch.device("cpu")
 QUESTIONS = ["where does the llama walk?", "who walks over the hill?", "a hill or a llama?", "12 steps?", "over the"]
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(directory: Path, **changes: Any) -> Path:
     """A small model of random weights with its tokenizer."""
-    directory = tmp_path_factory.mktemp("checkpoint")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*QUESTIONS, "[INST] the llama walks over the hill [/INST]"] * 20),
         model_prefix=str(directory / "tokenizer"), vocab_size=290, model_type="bpe", byte_fallback=True,
         split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
     join_alone()
-    config = ModelConfig.model_validate(
-        {**SMALL, "vocab_size": 290, "max_position_embeddings": 96, "initializer_range": 0.3}
-    )
-    model = build_model(config, EngineParams.model_validate(TRAINED))
+    values = {**SMALL, "vocab_size": 290, "max_position_embeddings": 96, "initializer_range": 0.3, **changes}
+    model = build_model(ModelConfig.model_validate(values), EngineParams.model_validate(TRAINED))
     draw_weights(model, seed=1)
     save_model(model, Tokenizer(directory / "tokenizer.model"), directory / "sft", {"step": 1}, 10**9)
     return directory / "sft"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def write_prompts(path: Path, rows: list[dict[str, Any]]) -> None:

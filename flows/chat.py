@@ -1,0 +1,317 @@
+"""Talk to a checkpoint in the terminal: `python -m flows.chat [CHECKPOINT]`.
+
+CHECKPOINT is a Hugging Face Llama directory, for instance data/sft; without it the newest one in data/ answers. Values
+are those of params.yaml's section `chat`. What is typed may come from a pipe: then each line is printed as it is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from tasks.stage import DATA, Machine, Section, parse_section, read_params
+
+if TYPE_CHECKING:
+    from model.dialogue import Message
+    from model.tokenizer import Tokenizer
+    from model.transformer import Llama
+
+COMMANDS = """\
+/system TEXT      set the system's message, which holds for the whole dialogue; without a text: none
+/temperature X    draw more freely; 0: always the likeliest token
+/reset            begin a new dialogue; the system's message stays
+/save FILE        add the dialogue to a file, as a JSON line that the stage sft can read
+/help             this list
+/quit             the end; so is Ctrl-D. Ctrl-C stops an answer"""
+REPLACEMENT = "\ufffd"  # stands for bytes that are no UTF-8, or no UTF-8 yet
+# A model may say what a terminal would take for a command.
+HARMLESS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], REPLACEMENT)
+
+
+class Params(Section):
+    """How a chat answers."""
+
+    temperature: float = Field(ge=0, description="divides the logits; 0: always the likeliest token")
+    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens that hold this probability; 1: all")
+    top_k: int = Field(ge=0, description="draw among so many of the likeliest tokens; 0: all")
+    max_new_tokens: int = Field(gt=0, description="tokens of an answer at most, EOS included")
+    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
+
+
+@dataclass
+class Chat:
+    """One chat: who answers, and what was said."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    params: Params
+    seed: int
+    write: Callable[[str], object]  # shows text at once
+    system: str = ""
+    turns: list[Message] = field(default_factory=list)  # the user's and the answers, in turn
+    num_answers: int = 0  # of all dialogues: asked the same again, the model draws anew
+
+    @property
+    def messages(self) -> list[Message]:
+        """The dialogue so far."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.turns]  # type: ignore[list-item]
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can see."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def used(self) -> int:
+        """Tokens that the dialogue takes of the context."""
+        from model.dialogue import encode_dialogue
+
+        return len(encode_dialogue(self.messages, self.tokenizer).ids) if self.turns else 0
+
+
+# --- what is said ---
+
+
+def say(chat: Chat, text: str) -> None:
+    """Ask the model, show its answer token by token, and keep both.
+
+    Raises ValueError when the text can't be asked: it contains a tag of the format, or the context has no room.
+    """
+    from model.dialogue import check, decode_answer, encode_prompt
+    from model.sampling import Sampling, sample
+
+    asked: Message = {"role": "user", "content": text}
+    ids = encode_prompt([*chat.messages, asked], chat.tokenizer)
+    if len(ids) >= chat.context:
+        raise ValueError(
+            f"the context is full: the dialogue and this message take {len(ids)} of {chat.context} tokens, and leave "
+            "no room for an answer; /reset begins a new dialogue"
+        )
+    values = chat.params.model_dump(exclude={"precision"})
+    drawn: list[int] = []
+    shown = ""
+    note = ""
+
+    def show(prompt: int, number: int, token: int) -> None:
+        nonlocal shown
+        drawn.append(token)
+        text = visible(drawn, chat.tokenizer)
+        chat.write(text[len(shown) :].translate(HARMLESS))
+        shown = text
+
+    try:
+        ((response,),) = sample(
+            chat.model,
+            [ids],
+            Sampling(**values),
+            num_samples=1,
+            eos_id=chat.tokenizer.eos_id,
+            seeds=[chat.seed + chat.num_answers],
+            max_rows=1,
+            description=None,
+            on_token=show,
+        )
+        if not response.finished:
+            full = len(ids) + len(drawn) >= chat.context
+            limit = "the context is full, /reset begins a new dialogue" if full else "chat.max_new_tokens is reached"
+            note = f"[cut off: {limit}]"
+    except KeyboardInterrupt:
+        note = "[stopped]"
+    chat.num_answers += 1
+    answer = decode_answer(drawn, chat.tokenizer)
+    chat.write(answer[len(shown) :].translate(HARMLESS) + "\n")
+    if note:
+        chat.write(f"{note}\n")
+    turns: list[Message] = [*chat.turns, asked, {"role": "assistant", "content": answer}]
+    try:
+        check(turns)
+    except ValueError as error:
+        chat.write(f"[the answer is not kept, nor what you said: {error}]\n")
+    else:
+        chat.turns = turns
+
+
+def visible(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Return as much of an answer as later tokens can't change.
+
+    Characters of several bytes may come as several tokens, and what a text ends with is not known before it ends.
+    """
+    from model.dialogue import decode_answer
+
+    return decode_answer(ids, tokenizer).rstrip(REPLACEMENT).rstrip()
+
+
+# --- what is commanded ---
+
+
+def obey(chat: Chat, line: str) -> None:
+    """Carry out a command.
+
+    Raises ValueError, saying what would do, for an unknown command and for an argument that it can't use.
+    """
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    match name:
+        case "/system":
+            set_system(chat, argument)
+        case "/temperature":
+            set_temperature(chat, argument)
+        case "/reset":
+            chat.turns = []
+            chat.write("A new dialogue.\n")
+        case "/save":
+            save(chat, argument)
+        case "/help":
+            chat.write(f"{COMMANDS}\n")
+        case _:
+            raise ValueError(f"{name} is no command; /help lists them")
+
+
+def set_system(chat: Chat, text: str) -> None:
+    """Set the system's message; the dialogue goes on as if it had begun with it."""
+    from model.dialogue import check
+
+    if text:
+        check([{"role": "system", "content": text}, {"role": "user", "content": ""}])
+    chat.system = text
+    chat.write("The system's message is set.\n" if text else "There is no system's message now.\n")
+
+
+def set_temperature(chat: Chat, text: str) -> None:
+    """Set the temperature."""
+    try:
+        chat.params = Params.model_validate({**chat.params.model_dump(), "temperature": text})
+    except ValidationError:
+        raise ValueError(f"temperature {text!r}: give a number from 0 up, for instance /temperature 0.7") from None
+    chat.write(f"The temperature is {chat.params.temperature:g}.\n")
+
+
+def save(chat: Chat, name: str) -> None:
+    """Add the dialogue to a file of dialogues, in one step: DVC may hold a link to the file, which must not change."""
+    if not name:
+        raise ValueError("name the file: /save FILE")
+    if not chat.turns:
+        raise ValueError("nothing has been said yet: there is nothing to save")
+    path = Path(name).expanduser()
+    messages = chat.messages
+    identity = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16]
+    line: dict[str, Any] = {"id": identity, "messages": messages, "category": "dialogue", "safety": False}
+    text = json.dumps({**line, "source": "chat"}, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        temporary.write_text(before + text, encoding="utf-8")
+        temporary.replace(path)
+    except (OSError, UnicodeDecodeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{path} can't be written: {error}") from None
+    chat.write(f"Saved to {path}.\n")
+
+
+# --- the loop ---
+
+
+def talk(chat: Chat, read: Callable[[str], str]) -> None:
+    """Read lines and answer them until there are no more; `read` shows a prompt, and raises EOFError at the end."""
+    while True:
+        try:
+            line = read(f"\n[{room(chat)}] > ").strip()
+        except EOFError:
+            chat.write("\n")
+            return
+        except KeyboardInterrupt:
+            chat.write("\n/quit or Ctrl-D ends the chat.\n")
+            continue
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                obey(chat, line)
+            elif line:
+                say(chat, line)
+        except ValueError as error:
+            chat.write(f"{error}\n")
+        except KeyboardInterrupt:
+            chat.write("\n")
+
+
+def room(chat: Chat) -> str:
+    """Return how much of the context the dialogue takes."""
+    used = chat.used
+    return f"{used}/{chat.context}" if used < chat.context else f"{chat.context}/{chat.context}, full: /reset"
+
+
+def read_line(prompt: str) -> str:
+    """Read a line from the terminal, with history and editing; print it where it comes from elsewhere."""
+    line = input(prompt)
+    if not sys.stdin.isatty():
+        show(f"{line}\n")
+    return line
+
+
+def show(text: str) -> None:
+    """Print at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def newest_checkpoint() -> Path:
+    """Return the checkpoint in data/ that was written last.
+
+    Raises ValueError when there is none.
+    """
+    found = [*DATA.glob("*/training.json"), *DATA.glob("*/*/training.json")]
+    if not found:
+        raise ValueError(f"{DATA} holds no checkpoint yet: `make run` trains one, or name a Hugging Face directory")
+    return max(found, key=lambda path: (path.stat().st_mtime, str(path))).parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Chat; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m flows.chat", description="Talk to a checkpoint.")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="its directory; none: the newest in data/")
+    name = parser.parse_args(arguments).checkpoint
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        values = read_params()
+        params, machine = parse_section(Params, values, "chat"), parse_section(Machine, values, "machine")
+        directory = Path(name) if name else newest_checkpoint()
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is no directory: name a checkpoint, for instance data/sft")
+        show(f"{directory} is being opened. /help lists the commands.\n")
+        talk(open_chat(directory, params, machine.threads, values["seed"]), read_line)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except KeyboardInterrupt:  # before there was a chat
+        return 130
+    return 0
+
+
+def open_chat(directory: Path, params: Params, threads: int, seed: int) -> Chat:
+    """Open a checkpoint; what takes seconds to import is imported here, after the greeting."""
+    import torch
+
+    from model.loading import open_checkpoint
+
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - `input` then has history and editing
+
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = open_checkpoint(directory, params.precision, device)
+    return Chat(model, tokenizer, params, seed, show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
