@@ -46,25 +46,22 @@ def stage_figures(pipeline: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     The order is dvc.yaml's; a stage that has not run is left out.
     """
-    needed = pipeline["stages"]["report"]["deps"]
+    needed = [Path(dependency) for dependency in pipeline["stages"]["report"]["deps"]]
     stages = []
     for name, definition in pipeline["stages"].items():
-        group = definition.get("do", definition)
-        chosen = group.get("meta", {}).get("figures", [])
-        for item in definition.get("foreach", {None: None}):
-            place = DATA / name / str(item) if item else DATA / name
-            path = place / "metrics.json"
-            if not path.exists() or not any(path.is_relative_to(dependency) for dependency in needed):
+        chosen = definition.get("do", definition).get("meta", {}).get("figures", [])
+        for path in sorted((DATA / name).glob("*/metrics.json" if "foreach" in definition else "metrics.json")):
+            if not any(path.is_relative_to(dependency) for dependency in needed):
                 continue
             metrics = json.loads(path.read_text(encoding="utf-8"))
             main = {key: metrics[key] for key in chosen if key in metrics}
-            title = f"{name}@{item}" if item else name
-            stages.append({"name": title, "group": name, "main": main, "all": dict(sorted(metrics.items()))})
+            title = "@".join(path.parent.relative_to(DATA).parts)
+            stages.append({"name": title, "main": main, "all": dict(sorted(metrics.items()))})
     return stages
 
 
 def draw(definition: Mapping[str, Any], params: Params) -> str:
-    """Return one of dvc.yaml's plots as SVG: bars for the bar templates, else curves, one a source.
+    """Return one of dvc.yaml's plots as SVG: bars for the bar templates, else curves.
 
     Raises ValueError when a column that the plot names is not in its file.
     """
@@ -108,8 +105,9 @@ def draw_bars(axes: Axes, table: pd.DataFrame, length: str, label: str) -> None:
 
 
 def draw_curves(axes: Axes, table: pd.DataFrame, x: str, names: list[str]) -> None:
-    """Draw one curve a column, and one a source where the file has a column `source`."""
-    groups = list(table.groupby("source", sort=False)) if "source" in table.columns else [("", table)]
+    """Draw one curve a column, and one for each value of a column of words, such as `source`."""
+    words = [name for name in table.columns if name != x and isinstance(table[name].iloc[0], str)]
+    groups = list(table.groupby(words[0], sort=False)) if words else [("", table)]
     for group, rows in groups:
         for name in names:
             label = " ".join(part for part in (str(group), name if len(names) > 1 else "") if part)
@@ -126,14 +124,17 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
     pipeline = read_pipeline()
     stages = stage_figures(pipeline)
-    plots: dict[str, list[dict[str, str]]] = {entry["group"]: [] for entry in stages}
+    names = [entry["name"] for entry in stages]
+    plots: dict[str, list[dict[str, str]]] = {}
     num_plots = 0
     for item in pipeline.get("plots", []):
         ((name, definition),) = item.items()
         file = Path(next(iter(definition["y"])))
         if file.exists():
-            owner = file.relative_to(DATA).parts[0]
-            plots[owner].append({"title": definition.get("title", name), "svg": draw(definition, stage.params)})
+            owner = next(name for name in names if file.is_relative_to(DATA / name.replace("@", "/")))
+            plots.setdefault(owner, []).append(
+                {"title": definition.get("title", name), "svg": draw(definition, stage.params)}
+            )
             num_plots += 1
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = lambda value: f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"

@@ -14,13 +14,14 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import values
-from tasks.stage import Machine, Tracking, parse_section
+from tasks.stage import Machine, Tracking, flatten, parse_section
 
 ROOT = Path(__file__).parent.parent
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
 PARAMS = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
 STAGES = sorted(DVC["stages"])
-TRAINING = {"pretrain"}
+TRAINING = {"pretrain", "sft"}
+LAUNCHED = TRAINING | {"evaluate"}  # by DeepSpeed's launcher, on the accelerators
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
 
 
@@ -77,6 +78,27 @@ def stage_definition(name: str) -> dict[str, Any]:
     return definition.get("do", definition)
 
 
+def entries(name: str) -> list[str]:
+    """A stage's name, or those of its entries where dvc.yaml has it for several: `evaluate@sft`."""
+    items = DVC["stages"][name].get("foreach")
+    if isinstance(items, str):  # ${section.key}
+        section, key = items.strip("${}").split(".")
+        items = PARAMS[section][key]
+    return [name] if items is None else [f"{name}@{item}" for item in items]
+
+
+def values_of(text: str) -> str:
+    """A text of dvc.yaml with the value of params.yaml that it names."""
+    if not text.startswith("${"):
+        return text
+    section, key = text.strip("${}").split(".", 1)
+    return str(flatten(PARAMS[section])[key])
+
+
+def place(entry: str) -> str:
+    return f"data/{entry.replace('@', '/')}"
+
+
 def start_file(name: str) -> Path:
     package = ROOT / "tasks" / name / "__main__.py"
     return package if package.exists() else ROOT / "tasks" / f"{name}.py"
@@ -92,7 +114,7 @@ def test_a_stage_depends_on_the_code_it_imports_and_on_no_other(name: str) -> No
         elif path.is_dir() and dependency.split("/")[0] in ("tasks", "model"):
             listed.update(path.glob("*.py"))
     needed = {path for path in imported_files(start_file(name)) if path.read_text().count("\n") > 1}
-    if name in TRAINING:
+    if name in LAUNCHED:
         needed.add(ROOT / "tasks" / "launch.py")
     listed = {path for path in listed if path.read_text().count("\n") > 1}
     assert {str(path.relative_to(ROOT)) for path in needed} == {str(path.relative_to(ROOT)) for path in listed}
@@ -102,29 +124,45 @@ def test_a_stage_depends_on_the_code_it_imports_and_on_no_other(name: str) -> No
 def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> None:
     definition = stage_definition(name)
     # A persisted output is the one that DVC's run cache leaves alone: MLflow must be told, not publish's file restored.
-    assert definition["outs"] == ([{"data/publish": {"persist": True}}] if name == "publish" else [f"data/{name}"])
-    allowed = {"seed", "machine.threads", "machine.num_ranks", name}
-    assert name in definition["params"]
-    assert set(definition["params"]) <= allowed
+    assert definition["outs"] == (
+        [{"data/publish": {"persist": True}}]
+        if name == "publish"
+        else [place(f"{name}@${{key}}" if "do" in DVC["stages"][name] else name)]
+    )
+    assert {param.split(".")[0] for param in definition["params"]} <= {"seed", "machine", name}
+    if "do" in DVC["stages"][name]:  # all of the section but what the entries are made from
+        (items,) = set(PARAMS[name]) - {param.partition(".")[2] for param in definition["params"]}
+        assert DVC["stages"][name]["foreach"] == f"${{{name}.{items}}}"
+    else:
+        assert name in definition["params"]
+
+
+@pytest.mark.parametrize("name", sorted(TRAINING))
+def test_training_sees_neither_the_judges_truth_nor_the_evaluations_prompts(name: str) -> None:
+    secret = [Path("data/world/truth"), *(Path("data/world/prompts", file) for file in PARAMS["evaluate"]["prompts"])]
+    for dependency in stage_definition(name)["deps"]:
+        path = Path(values_of(dependency))
+        assert not any(file.is_relative_to(path) for file in secret), f"{name} could read {path}"
 
 
 def test_the_report_waits_for_all_that_it_shows_and_publish_for_every_output() -> None:
     report, publish = (set(stage_definition(name)["deps"]) for name in ("report", "publish"))
-    others = set(STAGES) - {"report", "publish"}
-    assert {f"data/{name}/metrics.json" for name in others} <= report
+    others = {entry for name in STAGES for entry in entries(name)} - {"report", "publish"}
+    assert {f"{place(entry)}/metrics.json" for entry in others} <= report
     assert {str(Path(file).parent) for plot in DVC["plots"] for entry in plot.values() for file in entry["y"]} <= report
-    assert {f"data/{name}" for name in others | {"report"}} <= publish
+    assert {place(entry) for entry in others | {"report"}} <= publish
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_command_holds_no_value_and_no_double_space(name: str) -> None:
     command = stage_definition(name)["cmd"]
-    module = f"tasks.launch {name}" if name in TRAINING else f"tasks.{name}"
+    module = f"tasks.launch {name}" if name in LAUNCHED else f"tasks.{name}"
+    module += " ${key}" if "do" in DVC["stages"][name] else ""
     # `exec`: without it some shells stay between DVC and the stage, which then neither dies with DVC nor knows it
     assert command == f"exec python -m {module}"
 
 
-@pytest.mark.parametrize("name", sorted(set(STAGES) - TRAINING))
+@pytest.mark.parametrize("name", sorted(set(STAGES) - LAUNCHED))
 def test_a_stage_that_does_not_train_starts_without_heavy_imports(name: str) -> None:
     module = ".".join(start_file(name).relative_to(ROOT).with_suffix("").parts)
     heavy = {"torch", "deepspeed", "mlflow", "prefect", "dask", "sklearn", "trafilatura", "transformers", "dvc"}
@@ -145,7 +183,7 @@ def test_every_profile_gives_valid_parameters(profile: str | None, monkeypatch: 
 
 
 def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
-    shared = {"seed", "machine", "tracking", "plan"}
+    shared = {"seed", "machine", "tracking", "plan", "chat"}
     assert set(PARAMS) == shared | set(STAGES)
 
 

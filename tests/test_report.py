@@ -16,7 +16,7 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
-def test_curves_are_drawn_one_a_source_and_the_same_every_time(table: Path) -> None:
+def test_curves_are_drawn_one_for_each_word_of_a_column_and_the_same_every_time(table: Path) -> None:
     definition = {"template": "linear", "x": "tokens", "y": {str(table): "loss"}, "x_label": "tokens seen"}
     svg = draw(definition, PARAMS)
     assert svg.startswith("<svg")
@@ -52,11 +52,9 @@ def test_figures_named_in_dvc_yaml_come_first_and_missing_stages_are_left_out(
     pipeline = {
         "stages": {
             "sft": stage,
-            "ppo": {"foreach": {"v4": 1, "v5": 2}, "do": stage},
+            "ppo": {"foreach": "${rounds}", "do": stage},
             "report": report,
             "publish": {"cmd": "x", "deps": ["data/report"]},
         }
     }
-    assert stage_figures(pipeline) == [
-        {"name": "ppo@v5", "group": "ppo", "main": {"reward": 1.5}, "all": {"kl": 0.25, "reward": 1.5}}
-    ]
+    assert stage_figures(pipeline) == [{"name": "ppo@v5", "main": {"reward": 1.5}, "all": {"kl": 0.25, "reward": 1.5}}]
