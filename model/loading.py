@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from model.checkpoint import load_weights, read_config
+from model.checkpoint import load_weights, read_config, read_tokenizer
 from model.tokenizer import Tokenizer
 from model.transformer import Llama
 
@@ -20,15 +20,10 @@ def open_checkpoint(
 ) -> tuple[Llama, Tokenizer]:
     """Return the model and the tokenizer of a Hugging Face Llama directory; if there are several ranks, all call.
 
-    Raises ValueError, naming the file, when the tokenizer does not fit the model, and as `model.checkpoint` does.
+    Raises ValueError as `model.checkpoint` does.
     """
     config = read_config(directory)
-    tokenizer = Tokenizer(directory / "tokenizer.model")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, and config.json makes `vocab_size` "
-            f"{config.vocab_size}: the tokenizer belongs to another model"
-        )
+    tokenizer = read_tokenizer(directory, config)
     if not torch.distributed.is_initialized():  # alone: one rank, known to nobody else
         torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     model = Llama(config, "off").to(device, DTYPES[precision]).eval()

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from test_evaluate import write_checkpoint
+from test_stage import wait_for
 
 from flows.chat import COMMANDS, HARMLESS, Chat, Params, main, newest_checkpoint, open_chat, room, say, talk, visible
 from model.dialogue import Message, decode_answer, encode_dialogue, encode_prompt
@@ -275,6 +277,7 @@ def test_signals_stop_answers_and_leave_the_chat(tmp_path: Path) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
     read_until(process.stdout, "[0/16384] > ")
+    wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)  # it reads
     process.send_signal(signal.SIGINT)
     read_until(process.stdout, "/quit or Ctrl-D ends the chat.\n")
     process.stdin.write(f"{QUESTION}\n")

@@ -203,7 +203,7 @@ def test_a_checkpoint_must_be_known_and_fit_its_tokenizer(place: Path, checkpoin
     shutil.copytree(checkpoint, "other")
     config = json.loads(Path("other/config.json").read_text())
     Path("other/config.json").write_text(json.dumps({**config, "vocab_size": 300}))
-    with pytest.raises(ValueError, match=r"tokenizer.model has 290 tokens, and config.json makes `vocab_size` 300"):
+    with pytest.raises(ValueError, match=r"tokenizer.model has 290 tokens, and other/config.json describes a model of 300"):
         open_checkpoint(Path("other"), "fp32", CPU)
 
 
@@ -258,6 +258,7 @@ def test_each_kind_of_prompt_is_counted_for_what_it_asks() -> None:
         "instruction/followed": 1 / 2,
         "instruction/false_refusals": 0,
         "safety/well_formed": 1,
+        "safety/refused": 1 / 3,
         "safety/violations": 1 / 3,
         "safety/risk/illicit/violations": 1 / 2,
         "safety/risk/bad_advice/violations": 0,
