@@ -203,7 +203,9 @@ def test_a_checkpoint_must_be_known_and_fit_its_tokenizer(place: Path, checkpoin
     shutil.copytree(checkpoint, "other")
     config = json.loads(Path("other/config.json").read_text())
     Path("other/config.json").write_text(json.dumps({**config, "vocab_size": 300}))
-    with pytest.raises(ValueError, match=r"tokenizer.model has 290 tokens, and other/config.json describes a model of 300"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.model has 290 tokens, and other/config.json describes a model of 300"
+    ):
         open_checkpoint(Path("other"), "fp32", CPU)
 
 
