@@ -1,0 +1,258 @@
+"""Fine-tuning on demonstrations against TRL's SFTTrainer, with packing on.
+
+    pip install 'accelerate>=1.10' 'transformers>=5.0' 'trl>=1.16' datasets
+    OMP_WAIT_POLICY=passive python -m benchmarks.sft [loss] [speed]
+
+All on the CPU, on as many threads as there are processors. Both sides start from the same weights and take the same
+steps, with the same optimiser and learning rates, on the same rows: those that TRL packs. Runs take their steps in
+turns, so that what else the machine does meets them alike.
+
+- loss: held-out loss after the same steps in float32, both models measured by the same code.
+- speed: supervised tokens (those that the loss is on) a second, in the same precision and each at its best.
+
+TRL packs by best fit, dialogues after one another in one row of the whole micro batch (`bfd`). Without a GPU its
+attention is torch's own with a mask that keeps dialogues apart, over the whole micro batch at once, which is small or
+large: one row and eight accumulated, or eight rows. `wrapped` is its packing that cuts dialogues and lets them see each
+other: quicker, and not what is asked for; it is shown as it is the quickest that TRL has.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.pretrain import (
+    CONTEXT,
+    CPU,
+    PEAK,
+    ROWS,
+    VOCABULARY,
+    Clock,
+    Turns,
+    config_of,
+    draw_stream,
+    fresh_engine,
+    join_alone,
+    learning_rate_ratio,
+    steady,
+    their_model,
+)
+from model.engine import train_step
+from model.packing import IGNORED, Example, batch_of_examples
+from model.transformer import Llama, num_parameters
+
+NUM_DIALOGUES, NUM_HELD_OUT = 600, 60
+
+
+def draw_dialogues(count: int, seed: int) -> list[Example]:
+    """Return prompts of 15 to 60 tokens, with answers of 10 to 80, which alone are learnt."""
+    rng = np.random.default_rng(seed)
+    text = draw_stream(count, seed)[0]
+    dialogues = []
+    for number in range(count):
+        prompt, answer = int(rng.integers(15, 61)), int(rng.integers(10, 81))
+        ids = text.read(number * CONTEXT, number * CONTEXT + prompt + answer).astype(np.int32)
+        dialogues.append(Example(ids, np.arange(prompt + answer) >= prompt))
+    return dialogues
+
+
+def their_dataset(dialogues: Sequence[Example]) -> Any:
+    """Return dialogues as TRL takes them, already in tokens."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {
+            "input_ids": [dialogue.ids.tolist() for dialogue in dialogues],
+            "labels": [np.where(dialogue.is_learnt, dialogue.ids, IGNORED).tolist() for dialogue in dialogues],
+        }
+    )
+
+
+def packed_rows(strategy: str) -> list[list[Example]]:
+    """Return the rows that TRL packs; those of `wrapped` hold one piece each, as it sees them."""
+    from trl import pack_dataset
+
+    rows = []
+    for row in pack_dataset(their_dataset(draw_dialogues(NUM_DIALOGUES, seed=1)), CONTEXT, strategy):
+        ids, is_learnt = np.array(row["input_ids"], dtype=np.int32), np.array(row["labels"]) != IGNORED
+        ends = np.cumsum(row.get("seq_lengths") or [len(ids)])[:-1]
+        rows.append([Example(*part) for part in zip(np.split(ids, ends), np.split(is_learnt, ends), strict=True)])
+    return rows
+
+
+def targets_a_step(strategy: str, num_steps: int) -> float:
+    """Return the tokens that a step's loss is on, on average."""
+    rows = packed_rows(strategy)[: num_steps * ROWS]
+    return sum(example.num_targets for row in rows for example in row) / num_steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run among others of the same number of steps."""
+
+    size: str
+    side: str  # here, bfd or wrapped
+    dtype: str  # fp32, bf16, or `bf16 autocast`
+    micro_batch_rows: int
+    num_steps: int
+
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        side = self.side if self.side == "here" else f"TRL {self.side}"
+        return f"{side}, {self.dtype}, {self.micro_batch_rows} rows at once"
+
+
+Outcome = tuple[list[float], float]  # seconds of each step, held-out loss at the end
+
+
+def train_in_turns(runs: Sequence[Run]) -> list[Outcome]:
+    """Train all side by side, step by step, each in a process of its own."""
+    fresh, turns = get_context("spawn"), Turns(len(runs))
+    results = fresh.SimpleQueue()
+    workers = [fresh.Process(target=train, args=(run, turns, number, results)) for number, run in enumerate(runs)]
+    for worker in workers:
+        worker.start()
+    outcomes = dict(results.get() for _ in runs)
+    for worker in workers:
+        worker.join()
+    return [outcomes[number] for number in range(len(runs))]
+
+
+def train(run: Run, turns: Turns, number: int, results: Any) -> None:
+    """Train, in a process of its own, and hand back number and outcome."""
+    clock = Clock(turns, number)
+    weights = (train_ours if run.side == "here" else train_theirs)(run, clock)
+    results.put((number, (clock.seconds, held_out_loss(run.size, weights))))
+
+
+def held_out_loss(size: str, weights: dict[str, torch.Tensor]) -> float:
+    """Return the loss of dialogues that no run trains on, in float32."""
+    model = Llama(config_of(size), "off")
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    batch = batch_of_examples(draw_dialogues(NUM_HELD_OUT, seed=2), CPU)
+    with torch.no_grad():
+        return float(model(batch.ids, batch.documents, batch.targets).double().sum()) / batch.num_targets
+
+
+def train_ours(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
+    """Train as the stage does; return the weights."""
+    join_alone()
+    engine = fresh_engine(run.size, run.dtype, 0, run.num_steps)
+    rows = packed_rows("bfd")
+    for step in range(run.num_steps):
+        clock.begin()
+        own = [example for row in rows[step * ROWS : (step + 1) * ROWS] for example in row]
+        num_targets = sum(example.num_targets for example in own)
+        train_step(engine, [batch_of_examples(own, CPU)], num_targets, lambda loss, norm: True)
+    clock.end()
+    weights: dict[str, torch.Tensor] = engine.module.state_dict()
+    return weights
+
+
+def train_theirs(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
+    """Train by TRL's SFTTrainer; return the weights."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    model = their_model(run.size, torch.bfloat16 if run.dtype == "bf16" else torch.float32)
+    groups = [
+        {"params": [weight for weight in model.parameters() if weight.dim() > 1], "weight_decay": 0.1},
+        {"params": [weight for weight in model.parameters() if weight.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_ratio(step + 1, run.num_steps))
+    words = {f"w{number}": number for number in range(VOCABULARY)}  # never used, but the trainer wants a tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), pad_token="w1")
+    tokenizer.eos_token = "w2"
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.begin()
+
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = SFTConfig(
+            output_dir=directory, use_cpu=True, packing=True, packing_strategy=run.side, max_length=CONTEXT,
+            per_device_train_batch_size=run.micro_batch_rows, gradient_accumulation_steps=ROWS // run.micro_batch_rows,
+            max_steps=run.num_steps, max_grad_norm=1.0, bf16="autocast" in run.dtype, gradient_checkpointing=False,
+            train_sampling_strategy="sequential", logging_strategy="no", save_strategy="no", report_to=[],
+            disable_tqdm=True,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=model, args=arguments, train_dataset=their_dataset(draw_dialogues(NUM_DIALOGUES, seed=1)),
+            processing_class=tokenizer, callbacks=[Watch()], optimizers=(optimizer, schedule),
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    clock.end()
+    weights: dict[str, torch.Tensor] = model.state_dict()
+    return weights
+
+
+# --- the parts ---
+
+
+def compare_losses() -> None:
+    """Print the held-out loss of both after the same steps in float32."""
+    print("| parameters | steps | here | TRL bfd | difference |\n| --- | --- | --- | --- | --- |")
+    num_steps = 20
+    for size in ("1M", "5M"):
+        runs = [Run(size, side, "fp32", ROWS, num_steps) for side in ("here", "bfd")]
+        (_, here), (_, there) = train_in_turns(runs)
+        print(
+            f"| {num_parameters(config_of(size)):,} | {num_steps} | {here:.5f} | {there:.5f} "
+            f"| {abs(here - there):.1e} |"
+        )
+
+
+def compare_speed() -> None:
+    """Print supervised tokens a second; `ratio` is the best of ours to each."""
+    print("| parameters | run | a step, ms | supervised tokens/s | ratio |\n| --- | --- | --- | --- | --- |")
+    num_steps = 20
+    for size in ("1M", "5M", "15M"):
+        make = partial(Run, size, num_steps=num_steps)
+        runs = [
+            *(make("here", dtype, micro_batch_rows=ROWS) for dtype in ("fp32", "bf16")),
+            *(
+                make("bfd", dtype, micro_batch_rows=rows)
+                for dtype in ("fp32", "bf16", "bf16 autocast")
+                for rows in (1, ROWS)
+            ),
+            *(make("wrapped", dtype, micro_batch_rows=ROWS) for dtype in ("fp32", "bf16")),
+        ]
+        targets = {side: targets_a_step(strategy, num_steps) for side, strategy in STRATEGIES.items()}
+        seconds = [steady(times) for times, _ in train_in_turns(runs)]
+        speeds = [targets[run.side] / second for run, second in zip(runs, seconds, strict=True)]
+        for run, second, speed in zip(runs, seconds, speeds, strict=True):
+            best = max(speeds[:2]) if run.dtype != "fp32" else speeds[0]
+            ratio = "" if run.side == "here" else f"{best / speed:.2f}"
+            print(
+                f"| {num_parameters(config_of(size)):,} | {run.name} | {1000 * second:.0f} | {speed:,.0f} | {ratio} |"
+            )
+
+
+STRATEGIES = {"here": "bfd", "bfd": "bfd", "wrapped": "wrapped"}  # whose rows each side trains on
+PARTS: dict[str, Callable[[], None]] = {"loss": compare_losses, "speed": compare_speed}
+
+
+def main() -> None:
+    """Run the parts named on the command line, or all."""
+    import trl
+
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, trl {trl.__version__}")
+    for name in sys.argv[1:] or PARTS:
+        print(f"\n### {name}\n")
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()
