@@ -171,9 +171,9 @@ def train_theirs(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), eps=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_ratio(step + 1, run.num_steps))
-    words = {f"w{number}": number for number in range(VOCABULARY)}  # never used, but the trainer wants a tokenizer
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), pad_token="w1")
-    tokenizer.eos_token = "w2"
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}  # never used, but the trainer wants a tokenizer
+    ends = {"eos_token": "w2", "pad_token": "w1"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0")), **ends)
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
