@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test test-fast check ui deploy worker setup clean
+.PHONY: run test test-fast check chat ui deploy worker setup clean
 
 run: setup
 	python -m flows.recipe
@@ -20,6 +20,9 @@ check: setup
 	ruff format --check .
 	mypy
 	lint-imports
+
+chat: setup
+	python -m flows.chat
 
 ui: setup
 	python -m flows.servers

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from model.checkpoint import load_weights, read_config, save_model
+from model.checkpoint import load_weights, read_config, read_tokenizer, save_model
 from model.dialogue import Message, decode_answer, encode_dialogue, encode_prompt
 from model.engine import (
     EngineParams,
@@ -156,12 +156,8 @@ def read_base(base: Path, context: int) -> tuple[ModelConfig, Tokenizer]:
 
     Raises ValueError when they don't belong together, or the model has fewer positions than a row.
     """
-    config, tokenizer = read_config(base), Tokenizer(base / "tokenizer.model")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"{base}: tokenizer.model has {tokenizer.vocab_size} tokens, and config.json's `vocab_size` is "
-            f"{config.vocab_size}: bring the tokenizer that the model was trained with"
-        )
+    config = read_config(base)
+    tokenizer = read_tokenizer(base, config)
     if context > config.max_position_embeddings:
         raise ValueError(
             f"params.yaml: `sft.context` is {context} tokens, and {base} was trained with "
