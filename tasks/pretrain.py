@@ -136,9 +136,10 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def config_of(params: Params, vocab_size: int) -> ModelConfig:
-    """Return the model that params.yaml and the tokenizer describe."""
+    """Return the model that params.yaml and the tokenizer describe, its waves stretched as in the one to go on from."""
     values = {name: getattr(params, name) for name in Architecture.model_fields}
-    return ModelConfig.model_validate({**values, "vocab_size": vocab_size})
+    rope_scaling = read_config(Path(params.init_from)).rope_scaling if params.init_from else None
+    return ModelConfig(**values, vocab_size=vocab_size, rope_scaling=rope_scaling)
 
 
 def count_steps(train: Text, params: Params) -> int:
@@ -165,7 +166,7 @@ def set_weights(model: Llama, init_from: str | None, seed: int) -> None:
         draw_weights(model, seed)
         return
     found, free = read_config(Path(init_from)), ("initializer_range", "max_position_embeddings")
-    for name, wanted in model.config.model_dump().items():
+    for name, wanted in model.config:
         value = getattr(found, name)
         if name not in free and value != wanted:
             raise ValueError(

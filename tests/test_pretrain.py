@@ -228,6 +228,18 @@ def test_a_model_can_go_on_from_another(place: Path) -> None:
         run(stage_of(init_from="base", hidden_size=64))
 
 
+def test_a_model_of_llama_3s_kind_goes_on_as_one(place: Path) -> None:
+    write_stream(Path("data/tokenize"), 8 * 32 * 20)
+    run(stage_of())
+    shutil.move("out", "base")
+    config = json.loads(Path("base/config.json").read_text())
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config["rope_scaling"] = {**rope, "original_max_position_embeddings": 16}
+    Path("base/config.json").write_text(json.dumps(config))
+    run(stage_of(init_from="base", warmup_steps=2))
+    assert json.loads(Path("out/config.json").read_text())["rope_scaling"] == config["rope_scaling"]
+
+
 def test_too_little_text_is_refused(place: Path) -> None:
     write_stream(Path("data/tokenize"), 200)
     with pytest.raises(
