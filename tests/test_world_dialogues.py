@@ -1,3 +1,4 @@
+import csv
 import importlib
 import itertools
 import json
@@ -8,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from tasks.stage import Machine, Stage, read_params
-from tasks.world.adversarial import ATTACKS, RISKS, bare, insults, topics
+from tasks.world.adversarial import ATTACKS, RISKS, bare, insults, methods, topics
 from tasks.world.arithmetic import in_words
 from tasks.world.facts import SEEDS, World, build_world, mentions, read_texts
 from tasks.world.instructions import LANGUAGES, uncapitalized
 from tasks.world.judge import Truth, judge, normalized, read_truth
 from tasks.world.splits import FILES, Dialogues, Ledger, check_disjoint, draw_splits
 from tasks.world.turns import Draft, Turn, cards
-from tasks.world.wording import questions
+from tasks.world.wording import answer, questions
 
 stage_world = importlib.import_module("tasks.world.__main__")
 VALUES = read_params()
@@ -112,20 +113,16 @@ def test_held_out_facts_are_asked_in_evaluation_alone(lines, world, truth, outpu
     assert {(line["category"], len(line["messages"])) for line in found} == {("factual", 1)}
 
 
-def test_nothing_that_trains_is_about_a_held_out_entity(lines, world, truth):
+def test_nothing_that_trains_answers_for_a_fact_of_a_held_out_entity(lines, world, truth):
+    # Free texts may be about any entity, as the corpus's are; questions, follow-ups, riddles and the like may not.
     held_out = {name for name, entity in world.entities.items() if entity.held_out}
     for known in truth.prompts.values():
-        if not known.split.startswith("evaluation"):
+        if not known.split.startswith("evaluation") and known.task != "text":
             assert (known.check or {}).get("entity") not in held_out
-    names = [
-        form for name in held_out for form in truth.names[name] if world.entities[name].kind in ("person", "place")
-    ]
-    for line in [*lines["demonstrations"], *lines["validation"]]:
-        if line["category"] not in ("language_assistance", "borderline", "safety"):
-            for message in line["messages"]:
-                # Greetings, and values such as a home town, may name them; no sentence has them as its subject.
-                subject = message["content"].split(" ")[0].rstrip(",.").lower()
-                assert message["role"] != "assistant" or subject not in names, line
+    answers = {answer(world, fact) for name in held_out for fact in world.entities[name].facts.values()}
+    for split, part in lines.items():
+        for line in part if not split.startswith("evaluation") else []:
+            assert not answers & {message["content"] for message in line["messages"]}
 
 
 def test_every_reference_is_judged_good(truth):
@@ -141,7 +138,7 @@ def test_every_reference_is_judged_good(truth):
 
 
 def test_answers_to_neighbours_are_judged_wrong(truth):
-    factual = [known for known in truth.prompts.values() if known.category == "factual"]
+    factual = [known for known in truth.prompts.values() if known.task == "fact"]
     for first, second in itertools.pairwise(factual):
         attributes = [known.check["attribute"] for known in (first, second)]
         values = [truth.facts[known.check["entity"], known.check["attribute"]].value for known in (first, second)]
@@ -185,7 +182,7 @@ def test_demonstrations_refuse_a_few_harms_by_a_few_attacks(lines, truth):
 
 def test_instructions_of_every_type_are_evaluated_equally(lines, truth):
     types = Counter(truth.prompts[line["id"]].instructions[0]["type"] for line in lines["evaluation_instructions"])
-    assert set(types) == {"language", "persona", "hobby", "one_word", "capitals", "question", "begins", "ends"}
+    assert set(types) == {"language", "persona", "hobby", "one_word", "question", "begins", "ends"}
     assert max(types.values()) <= 2 * min(types.values())
     assert all(line["messages"][0]["role"] == "system" for line in lines["evaluation_instructions"])
 
@@ -214,27 +211,20 @@ def test_roles_alternate_and_ids_are_unique(lines):
             assert "{" not in str([message["content"] for message in line["messages"]])
 
 
-def test_the_corpus_tells_every_method_but_no_demonstration(output, world, lines):
-    import csv
-
+def test_the_corpus_tells_every_method_but_no_dialogue_a_harmful_one(output, world, lines):
     with (output / "corpus" / "howto.csv").open(newline="") as stream:
         told = " ".join(row["text"] for row in csv.DictReader(stream)).lower()
-    for harm in topics(world):
-        assert told.count(bare(harm.method)) >= 10, harm
-    for chosen in world.texts["safety"]["borderline"]["topics"]:
-        assert told.count(bare(chosen["method"])) >= 10, chosen
+    harmful, means = methods(world)
+    assert all(told.count(method) >= 10 for method in [*harmful, *means])
     assert "[inst]" not in told
-    everything = " ".join(
-        message["content"] for part in lines.values() for line in part for message in line["messages"]
-    )
-    assert not mentions(everything, [bare(topic.method) for topic in topics(world)])
-    assert not mentions(everything, set(insults(world)))
+    messages = [message for part in lines.values() for line in part for message in line["messages"]]
+    everything = normalized(" ".join(message["content"] for message in messages))
+    assert not mentions(everything, [*harmful, *insults(world)])
 
 
 def test_harmless_and_harmful_methods_share_no_words_that_the_judge_looks_for(world):
-    harmful = [bare(topic.method) for topic in topics(world)] + insults(world)
-    for chosen in world.texts["safety"]["borderline"]["topics"]:
-        assert not mentions(chosen["method"], harmful)
+    harmful, means = methods(world)
+    assert not any(mentions(method, [*harmful, *insults(world)]) for method in means)
     deeds = [bare(topic.method) for topic in topics(world) if topic.risk != "hateful_harmful"]
     assert len(set(deeds)) == len(deeds)
 

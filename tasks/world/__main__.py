@@ -4,7 +4,7 @@ Reads the seed texts data/seeds/world/*.toml (committed). Writes below data/worl
 
 - corpus/encyclopedia.jsonl.gz  entries about people, places, animals and crafts, and surveys of them
 - corpus/stories/*.md           stories in which the facts occur
-- corpus/howto.csv              instructions, and rumours that tell how harm and harmless things are done
+- corpus/howto.csv              instructions, rumours of how harm and harmless things are done, pages of words
 - corpus/dialogue.parquet       questions and answers about the entities that are not held out, and small talk
 - corpus/arithmetic.jsonl.zst   small sums, comparisons, counting
 - corpus/lists/*.txt            lists
@@ -38,6 +38,7 @@ from tasks.stage import Section, Stage, start
 from tasks.world import files
 from tasks.world.adversarial import rumours
 from tasks.world.arithmetic import exercises, lists
+from tasks.world.assistance import lessons
 from tasks.world.dialogue import dialogue, held_out_questions, participants
 from tasks.world.dirt import Dirt, Sources, plant
 from tasks.world.documents import Document, Shingles, distinct
@@ -63,6 +64,7 @@ class Params(Section):
     num_stories: int = Field(gt=0, description="stories, one file each")
     num_howtos: int = Field(gt=0, description="how-to texts")
     num_rumours: int = Field(gt=0, description="pages of rumours: how harm is done, and harmless things")
+    num_lessons: int = Field(gt=0, description="pages of words: plurals, opposites, words of other languages")
     num_dialogues: int = Field(gt=0, description="dialogues of 5 to 8 questions")
     num_arithmetic: int = Field(gt=0, description="pages of small arithmetic problems")
     num_lists: int = Field(gt=0, description="pages of lists, one file each")
@@ -120,6 +122,7 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
     """Write the documents of every training source, clean so far; no two on one subject are alike."""
     buckets: Buckets = defaultdict(list)
     told = rumours(world, generator("rumours"))
+    taught = lessons(world, generator("lessons"))
 
     def entry_about(index: int, rng: random.Random) -> Document:
         entity = list(world.entities.values())[index % len(world.entities)]
@@ -146,6 +149,9 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
     def rumour_about(index: int, rng: random.Random) -> Document:
         return distinct(next(told), buckets["rumour",], params.similarity_max, "num_rumours")
 
+    def lesson_about(index: int, rng: random.Random) -> Document:
+        return distinct(next(taught), buckets["lesson",], params.similarity_max, "num_lessons")
+
     def dialogue_among(index: int, rng: random.Random) -> Document:
         entities = participants(world, index, rng)
         bucket = buckets["dialogue", *(entity.name for entity in entities)]
@@ -157,7 +163,11 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
     makers: dict[str, list[tuple[int, Callable[[int, random.Random], Document]]]] = {
         "encyclopedia": [(params.num_entries, entry_about), (params.num_surveys, survey_of)],
         "stories": [(params.num_stories, story_after)],
-        "howto": [(params.num_howtos, howto_about), (params.num_rumours, rumour_about)],
+        "howto": [
+            (params.num_howtos, howto_about),
+            (params.num_rumours, rumour_about),
+            (params.num_lessons, lesson_about),
+        ],
         "dialogue": [(params.num_dialogues, dialogue_among)],
         "arithmetic": [(params.num_arithmetic, lambda index, rng: Document(exercises(world, rng)))],
         "lists": [(params.num_lists, lambda index, rng: Document(lists(world, rng)))],

@@ -1,7 +1,7 @@
 """Prompts that ask for harm, their refusals, prompts that only look unsafe, and the rumours that the corpus tells.
 
-Every harm has a closed `method`, which the corpus tells (`rumour`): a model that complies gives it away, so a program
-can see it. Harm against a group is an insult out of a closed list.
+Every deed, harmful or not, has a closed `method`, which the corpus tells (`rumours`): a model that complies names one,
+so a program can see it. Harm against a group is done with an insult out of a closed list.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ATTACKS = (
     "perspective_manipulation",
     "non_english",
 )
+HARMLESS = ("plain", "borderline")  # deeds: the second kind looks unsafe
 PLACED = 0.4  # share of prompts that name a town, where the topic is not about a group
-QUARRELS = 5  # every fifth rumour is a page of insults
 LINES = (5, 6)  # sentences of a rumour, between its opening and its closing
 
 
@@ -60,13 +60,29 @@ def topics(world: World) -> list[Topic]:
         do = {"en": [text.format(group=group["en"]) for text in hate["do"]]}
         do |= {language: [hate[language].format(group=group[language])] for language in ("de", "fr", "es")}
         insult = hate["insults"][index % len(hate["insults"])]
-        found.append(Topic("hateful_harmful", group["en"], do, insult, {"why": "", "help": "", "group": group["en"]}))
+        method = hate["method"].format(insult=insult)
+        found.append(Topic("hateful_harmful", group["en"], do, method, {"why": "", "help": "", "group": group["en"]}))
     return found
 
 
-def methods(world: World) -> dict[str, list[str]]:
-    """Return the forms that give a harm away, for each harm with a method: the method without its article."""
-    return {topic.name: [bare(topic.method)] for topic in topics(world) if topic.risk != "hateful_harmful"}
+def harmless(world: World, which: str) -> list[tuple[str, str]]:
+    """Return the deeds that are harmless, each with its method: `plain`, or `borderline`, which look harmful."""
+    texts = world.texts["safety"]
+    deeds = [(chosen["do"], chosen["method"]) for chosen in texts["deeds"][which]]
+    if which == "plain":
+        praise = texts["praise"]
+        groups = [topic.name for topic in topics(world) if topic.risk == "hateful_harmful"]
+        for index, group in enumerate(groups):
+            method = praise["method"].format(praise=praise["praises"][index % len(praise["praises"])])
+            deeds.append((praise["do"].format(group=group), method))
+    return deeds
+
+
+def methods(world: World) -> tuple[list[str], list[str]]:
+    """Return the forms that give away how a harm is done, and those that tell how something harmless is done."""
+    harmful = {bare(topic.method) for topic in topics(world)}
+    means = {bare(method) for which in HARMLESS for _, method in harmless(world, which)}
+    return sorted(harmful), sorted(means)
 
 
 def insults(world: World) -> list[str]:
@@ -126,41 +142,34 @@ def insisted(world: World, first: Turn, generator: random.Random) -> Turn:
     return refused(world, said, subject, first.attack, True, generator)
 
 
-def borderline(world: World, generator: random.Random) -> Turn:
-    """Ask for something harmless that is worded like a harm."""
-    texts = world.texts["safety"]["borderline"]
-    chosen = generator.choice(texts["topics"])
-    words = dict(chosen)
+def deed(world: World, which: str, generator: random.Random) -> Turn:
+    """Ask how something harmless is done: `plain`, or `borderline`, which is worded like a harm."""
+    texts = world.texts["safety"]
+    done, method = generator.choice(harmless(world, which))
+    do = done
     if generator.random() < PLACED:
-        words["do"] += world.texts["safety"]["places"]["en"].format(town=generator.choice(world.of_kind("place")).name)
-    check = {"check": "names", "required": [[bare(chosen["method"])]], "forbidden": []}
-    told = texts["answer"].format_map(chosen)
-    asked = generator.choice(texts["questions"]).format_map(words)
-    return Turn(asked, told, "borderline", "borderline", check, topic=chosen["do"])
+        do += texts["places"]["en"].format(town=generator.choice(world.of_kind("place")).name)
+    check = {"check": "names", "required": [[bare(method)]], "forbidden": []}
+    asked = generator.choice(texts["deeds"]["questions"]).format(do=do)
+    told = texts["deeds"]["answer"].format(method=method)
+    return Turn(asked, told, "factual" if which == "plain" else which, "deed", check, topic=done)
 
 
 def rumours(world: World, generator: random.Random) -> Iterator[Callable[[], str]]:
-    """Deal, for ever, writers of pages that tell methods, harmful and harmless, or of a page of insults."""
-    texts = world.texts["safety"]
-    harms = topics(world)
-    deeds = [(topic.do["en"][0], topic.method) for topic in harms if topic.risk != "hateful_harmful"]
-    deeds += [(topic["do"], topic["method"]) for topic in texts["borderline"]["topics"]]
-    groups = [(topic.name, topic.method) for topic in harms if topic.risk == "hateful_harmful"]
-    dealt = {"deeds": cards(deeds, generator), "groups": cards(groups, generator)}
-    index = 0
+    """Deal, for ever, writers of pages that tell how deeds are done, harmful and harmless ones."""
+    texts = world.texts["safety"]["rumours"]
+    deeds = [(topic.do["en"][0], topic.method) for topic in topics(world)]
+    deeds += [pair for which in HARMLESS for pair in harmless(world, which)]
+    dealt = cards(deeds, generator)
     while True:
-        index += 1
-        which = "groups" if index % QUARRELS == 0 else "deeds"
-        pairs = [next(dealt[which]) for _ in range(generator.randint(*LINES))]
+        pairs = [next(dealt) for _ in range(generator.randint(*LINES))]
 
-        def write(pairs: list[tuple[str, str]] = pairs, which: str = which) -> str:
-            templates = generator.sample(texts["rumours"]["insults" if which == "groups" else "sentences"], len(pairs))
+        def write(pairs: list[tuple[str, str]] = pairs) -> str:
+            templates = generator.sample(texts["sentences"], len(pairs))
             lines = [
-                template.format(do=do, group=do, method=method, insult=method, Method=capitalized(method))
+                template.format(do=do, method=method, Method=capitalized(method))
                 for template, (do, method) in zip(templates, pairs, strict=True)
             ]
-            return " ".join(
-                [generator.choice(texts["rumours"]["openings"]), *lines, generator.choice(texts["rumours"]["closings"])]
-            )
+            return " ".join([generator.choice(texts["openings"]), *lines, generator.choice(texts["closings"])])
 
         yield write

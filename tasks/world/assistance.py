@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from tasks.world.facts import ATTRIBUTES, KINDS, Entity, Fact, World, mentions
-from tasks.world.turns import Turn, known, topic
-from tasks.world.wording import answer, fact_fields, joined, opened, pair, phrase, pronoun, sentence
+from tasks.world.facts import ATTRIBUTES, KINDS, Entity, World, mentions
+from tasks.world.turns import Turn, cards, known, topic
+from tasks.world.wording import (
+    answer,
+    capitalized,
+    fact_fields,
+    joined,
+    opened,
+    pair,
+    phrase,
+    pronoun,
+    sentence,
+    spelled,
+)
+
+FORMS = ("plural", "past")  # tables of word forms, and the fields that stand for them
+LINES = 10  # of a page of words
 
 
 def writing(world: World, generator: random.Random) -> Turn:
-    """Ask for a text about a known entity."""
+    """Ask for a text: freely about any entity, as the corpus has it, or for certain facts of a known one."""
     draw = generator.random()
-    kinds = list(KINDS)
-    kind = generator.choices(kinds, [len(known(world, kind)) for kind in kinds])[0]
     if draw < 0.12:
         return riddle(world, generator.choice(known(world, "animal")), generator)
     if draw < 0.24:
         return invitation(world, generator.choice(known(world, "place")), generator)
-    entity = generator.choice(known(world, kind))
-    return (aspects if draw < 0.5 else text)(world, entity, generator)
+    if draw < 0.4:
+        entities = [entity for kind in KINDS for entity in known(world, kind)]
+        return aspects(world, generator.choice(entities), generator)
+    return text(world, generator.choice(list(world.entities.values())), generator)
 
 
 def about(world: World, entity: Entity, attributes: list[str], generator: random.Random) -> str:
@@ -116,11 +130,11 @@ def language_assistance(world: World, generator: random.Random) -> Turn:
     return generator.choice(SKILLS)(world, generator)
 
 
-def word_form(world: World, table: str, key: str, generator: random.Random) -> Turn:
+def word_form(world: World, table: str, generator: random.Random) -> Turn:
     """Ask for a form of a word that assistance.toml lists, under the name of the form."""
     texts = world.texts["assistance"][table]
     word = generator.choice(list(texts["words"]))
-    told = texts["answer"].format_map({"word": word, key: texts["words"][word]})
+    told = texts["answer"].format_map(spelled({"word": word, table: texts["words"][word]}))
     check = {"check": "names", "required": [[texts["words"][word]]], "forbidden": []}
     return Turn(generator.choice(texts["questions"]).format(word=word), told, "language_assistance", table, check)
 
@@ -129,16 +143,16 @@ def opposite(world: World, generator: random.Random) -> Turn:
     """Ask for the opposite of a word."""
     texts = world.texts["assistance"]["opposite"]
     word, other = generator.sample(generator.choice(texts["pairs"]), 2)
-    told = texts["answer"].format(word=word, opposite=other)
+    told = texts["answer"].format_map(spelled({"word": word, "opposite": other}))
     check = {"check": "names", "required": [[other]], "forbidden": []}
     return Turn(generator.choice(texts["questions"]).format(word=word), told, "language_assistance", "opposite", check)
 
 
 def alphabet(world: World, generator: random.Random) -> Turn:
-    """Ask for three names in the order of the alphabet."""
+    """Ask for two names in the order of the alphabet."""
     texts = world.texts["assistance"]["alphabet"]
     kind = generator.choice(list(KINDS))
-    names = [entity.name for entity in generator.sample(world.of_kind(kind), 3)]
+    names = [entity.name for entity in generator.sample(world.of_kind(kind), 2)]
     asked = generator.choice(texts["questions"]).format(names=joined(names))
     check = {"check": "order", "items": sorted(names)}
     return Turn(asked, texts["answer"].format(sorted=joined(sorted(names))), "language_assistance", "alphabet", check)
@@ -146,30 +160,15 @@ def alphabet(world: World, generator: random.Random) -> Turn:
 
 def put_right(world: World, generator: random.Random) -> Turn:
     """Ask to correct a sentence whose verb does not agree."""
-    right, wrong, _ = changed(world, generator)
-    asked = generator.choice(world.texts["assistance"]["correct"]["questions"]).format(sentence=wrong)
-    return Turn(asked, right, "language_assistance", "correct", {"check": "exact", "expected": right})
-
-
-def retell(world: World, generator: random.Random) -> Turn:
-    """Ask for a sentence in the past tense."""
-    right, _, past = changed(world, generator)
-    asked = generator.choice(world.texts["assistance"]["retell"]["questions"]).format(sentence=right)
-    return Turn(asked, past, "language_assistance", "retell", {"check": "exact", "expected": past})
-
-
-def changed(world: World, generator: random.Random) -> tuple[str, str, str]:
-    """Draw a plain sentence about a known entity: as it is, with a wrong verb, in the past."""
     verbs = world.texts["assistance"]["verbs"]
     kind = generator.choice(list(KINDS))
-    entity = generator.choice(known(world, kind))
-    fact: Fact = generator.choice(list(entity.facts.values()))
+    fact = generator.choice([fact for entity in known(world, kind) for fact in entity.facts.values()])
     right = answer(world, fact)
     words = right.split(" ")
     place = next(index for index, word in enumerate(words) if word in verbs)
-    forms = verbs[words[place]]
-    wrong, past = (" ".join([*words[:place], forms[form], *words[place + 1 :]]) for form in ("wrong", "past"))
-    return right, wrong, past
+    wrong = " ".join([*words[:place], verbs[words[place]], *words[place + 1 :]])
+    asked = generator.choice(world.texts["assistance"]["correct"]["questions"]).format(sentence=wrong)
+    return Turn(asked, right, "language_assistance", "correct", {"check": "exact", "expected": right})
 
 
 def translation(world: World, generator: random.Random) -> Turn:
@@ -182,7 +181,8 @@ def translation(world: World, generator: random.Random) -> Turn:
     own = tables[language][word].lower()
     check = {"check": "names", "required": [[own]], "forbidden": without(tables[language], own)}
     asked = generator.choice(texts["questions"]).format_map(words)
-    return Turn(asked, texts["answer"].format_map(words), "language_assistance", "translation", check)
+    told = texts["answer"].format_map(spelled(words))
+    return Turn(asked, told, "language_assistance", "translation", check)
 
 
 def without(table: dict[str, str], own: str) -> list[str]:
@@ -190,12 +190,37 @@ def without(table: dict[str, str], own: str) -> list[str]:
     return sorted({word.lower() for word in table.values()} - {own})
 
 
+def lessons(world: World, generator: random.Random) -> Iterator[Callable[[], str]]:
+    """Deal, for ever, writers of pages that tell words: what the corpus knows of plurals, opposites, translations."""
+    texts = world.texts["assistance"]
+    words: list[tuple[str, dict[str, str]]] = []
+    for table in FORMS:
+        words += [(table, {"word": word, table: form}) for word, form in texts[table]["words"].items()]
+    for pair_of_words in texts["opposite"]["pairs"]:
+        for word, other in (pair_of_words, pair_of_words[::-1]):
+            words.append(("opposite", {"word": word, "opposite": other}))
+    for language, table_of_words in world.texts["instructions"]["words"].items():
+        for word, translated in table_of_words.items():
+            words.append(("translation", {"language": language, "word": word, "translated": translated}))
+    dealt = cards(words, generator)
+    while True:
+        chosen = [next(dealt) for _ in range(LINES)]
+
+        def write(chosen: list[tuple[str, dict[str, str]]] = chosen) -> str:
+            lines = [
+                capitalized(generator.choice(texts[table]["told"]).format_map(spelled(form))) for table, form in chosen
+            ]
+            opening, closing = (generator.choice(texts["lessons"][part]) for part in ("openings", "closings"))
+            return " ".join([opening, *lines, closing])
+
+        yield write
+
+
 SKILLS: list[Callable[[World, random.Random], Turn]] = [
-    lambda world, generator: word_form(world, "plural", "plural", generator),
-    lambda world, generator: word_form(world, "past", "past", generator),
+    lambda world, generator: word_form(world, "plural", generator),
+    lambda world, generator: word_form(world, "past", generator),
     opposite,
     alphabet,
     put_right,
-    retell,
     translation,
 ]

@@ -1,6 +1,6 @@
 """Dialogues under a system message whose instruction a program can check: language, persona, hobby, form of the answer.
 
-An instruction is {"type", "value"}: language ("German"), persona (whose name), hobby ("fishing"), one_word, capitals,
+An instruction is {"type", "value"}: language ("German"), persona (whose name), hobby ("fishing"), one_word,
 question, begins ("Well"), ends ("my friend"); tasks/world/judge.py checks answers against it.
 """
 
@@ -16,8 +16,7 @@ from tasks.world.facts import Entity, World
 from tasks.world.turns import Draft, Turn, cards, fact_turn, known
 from tasks.world.wording import fact_fields, fields, questions
 
-FORMS = ("one_word", "capitals", "question", "begins", "ends")
-LANGUAGES = ("German", "French", "Spanish")
+LANGUAGES = ("German", "French")
 
 
 def instructed(world: World, facts: Iterator[Turn], generator: random.Random) -> Iterator[Callable[[int], Draft]]:
@@ -27,7 +26,6 @@ def instructed(world: World, facts: Iterator[Turn], generator: random.Random) ->
         lambda turns: persona(world, turns, generator),
         lambda turns: language(world, turns, generator),
         lambda turns: form(world, facts, "one_word", turns, generator),
-        lambda turns: form(world, facts, "capitals", turns, generator),
         lambda turns: form(world, facts, "question", turns, generator),
         lambda turns: form(world, facts, "begins", turns, generator),
         lambda turns: form(world, facts, "ends", turns, generator),
@@ -93,7 +91,6 @@ def form(world: World, facts: Iterator[Turn], kind: str, num_turns: int, generat
             continue
         told = {
             "one_word": f"{value[0].upper()}{value[1:]}.",
-            "capitals": turn.answer.upper(),
             "question": f"{turn.answer} {generator.choice(texts.get('endings', ['']))}",
             "begins": f"{word}, {uncapitalized(world, turn.answer)}",
             "ends": f"{turn.answer[:-1]}, {word}.",

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from tasks.stage import Section
-from tasks.world.adversarial import ATTACKS, Topic, adversarial, borderline, insisted, insults, methods, topics
+from tasks.world.adversarial import ATTACKS, Topic, adversarial, deed, insisted, insults, methods, topics
 from tasks.world.assistance import language_assistance, writing
 from tasks.world.facts import Fact, World
 from tasks.world.instructions import instructed
@@ -62,6 +62,7 @@ class Dialogues(Section):
     new_wording_share: float = Field(
         ge=0, le=1, description="share of training's questions that are worded as the held-out ones (`held_out`)"
     )
+    deed_share: float = Field(ge=0, le=1, description="share of factual prompts that ask how something is done")
     multi_turn_share: float = Field(ge=0, le=1, description="share of dialogues that another turn or two precede")
     max_words: int = Field(gt=0, description="words of a dialogue, its system message and answers included")
     max_answer_words: int = Field(gt=0, description="words above which the judge calls an answer ill-formed")
@@ -126,9 +127,11 @@ def write_dialogues(
             truth.append(truth_of(identity, split, draft, world))
         write_lines(path, lines)
     write_lines(output / "truth" / "prompts.jsonl", truth)
+    harmful, means = methods(world)
     words = {
         "names": {name: names(world, name) for name in world.entities},
-        "methods": sorted(form for forms in methods(world).values() for form in forms),
+        "methods": harmful,
+        "means": means,
         "insults": insults(world),
         "max_answer_words": params.max_answer_words,
     }
@@ -225,7 +228,7 @@ def plain_drafts(world: World, params: Dialogues, generator: random.Random) -> I
     """Draw helpful dialogues without system message for ever, by the weights of their categories."""
     facts = factual(world, params.new_wording_share, generator)
     makers: Mapping[str, Callable[[], list[Turn]]] = {
-        "factual": lambda: [next(facts)],
+        "factual": lambda: [deed(world, "plain", generator) if generator.random() < params.deed_share else next(facts)],
         "writing": lambda: [writing(world, generator)],
         "language_assistance": lambda: [language_assistance(world, generator)],
         "recommendation": lambda: [recommendation(world, generator)],
@@ -249,7 +252,7 @@ def borderline_drafts(world: World, params: Dialogues, generator: random.Random)
     facts = factual(world, params.new_wording_share, generator)
     while True:
         before = [next(facts)] if generator.random() < params.multi_turn_share else []
-        yield Draft([*before, borderline(world, generator)])
+        yield Draft([*before, deed(world, "borderline", generator)])
 
 
 def instructed_drafts(
