@@ -1,19 +1,22 @@
 """Sampling against transformers' `generate`.
 
     pip install 'transformers>=5.0'
-    OMP_WAIT_POLICY=passive python -m benchmarks.sampling [batch] [large] [prefix]
+    OMP_WAIT_POLICY=passive python -m benchmarks.sampling [batch] [ends] [large] [prefix]
 
 All on the CPU, on as many threads as there are processors; same weights, prompts, lengths, threads on both sides, which
 take turns, and the ratio is the median over the turns. No response ends before its length on either side; prompts are
 padded on the left for `generate`, whose attention is torch's sdpa. Each part prints a table in a few minutes.
 
-- batch: the default model of params.yaml, 32 rows, same dtype.
+- batch: the default model of params.yaml, 32 rows, same dtype; responses of one length.
+- ends: the same with 128 prompts, of 64 to 224 tokens in a random order, each answered up to the end of a context of
+  256, as responses end in practice: `generate` waits for the longest of 32, here the next prompt takes the row.
 - large: 50M parameters, 32 rows, each side in the dtype that it is fastest in.
-- prefix: 8 samples of one prompt of 256 tokens in a context of 512, same dtype.
+- prefix: 8 samples of one prompt of 256 tokens in a context of 512, both models, same dtype.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -25,7 +28,7 @@ import torch
 from model.sampling import Sampling, sample
 from model.transformer import Llama, ModelConfig, first_weights, num_parameters
 
-TURNS = 7
+TURNS = 5
 SIZES: dict[str, dict[str, int]] = {
     "default": {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -39,7 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
 SETTINGS: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0, "top_p": 1.0, "top_k": 0},
     "temperature 1": {"temperature": 1.0, "top_p": 1.0, "top_k": 0},
-    "temperature 1, top-p 0.9": {"temperature": 1.0, "top_p": 0.9, "top_k": 0},
+    "temperature 0.6, top-p 0.9": {"temperature": 0.6, "top_p": 0.9, "top_k": 0},  # Llama 2-Chat's own
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -69,91 +72,112 @@ def prompts_of(config: ModelConfig, lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(3, config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
-def run_ours(model: Llama, prompts: list[list[int]], count: int, num_new: int, setting: str) -> list[list[int]]:
-    """Return responses of `num_new` tokens, `count` a prompt."""
+def run_ours(model: Llama, prompts: list[list[int]], count: int, num_new: int, setting: str, rows: int) -> list[int]:
+    """Return the lengths of the responses, `count` a prompt, up to `num_new` tokens or the context's end."""
     sampling = Sampling.model_validate({**SETTINGS[setting], "max_new_tokens": num_new})
     responses = sample(
-        model, prompts, sampling, num_samples=count, eos_id=-1, seeds=range(len(prompts)),
-        max_rows=len(prompts) * count, description=None,
+        model, prompts, sampling, num_samples=count, eos_id=-1, seeds=range(len(prompts)), max_rows=rows,
+        description=None,
     )  # fmt: skip
-    return [response.ids for group in responses for response in group]
+    return [len(response.ids) for group in responses for response in group]
 
 
-def run_theirs(model: Any, prompts: list[list[int]], count: int, num_new: int, setting: str) -> list[list[int]]:
-    """Return the same by `generate`."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+def run_theirs(model: Any, prompts: list[list[int]], count: int, num_new: int, setting: str, rows: int) -> list[int]:
+    """Return the same by `generate`, batch after batch; it stops when the longest response is written."""
+    context, lengths = model.config.max_position_embeddings, []
     drawn = {"do_sample": True, **SETTINGS[setting]} if SETTINGS[setting]["temperature"] else {"do_sample": False}
-    out = model.generate(
-        ids, attention_mask=seen, min_new_tokens=num_new, max_new_tokens=num_new, num_return_sequences=count,
-        eos_token_id=None, pad_token_id=0, **drawn,
-    )  # fmt: skip
-    return [[int(token) for token in row] for row in out[:, longest:]]
+    for first in range(0, len(prompts), rows // count):
+        batch = prompts[first : first + rows // count]
+        rooms = [min(num_new, context - len(prompt)) for prompt in batch]
+        longest = max(len(prompt) for prompt in batch)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch])
+        seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
+        out = model.generate(
+            ids, attention_mask=seen, min_new_tokens=max(rooms), max_new_tokens=max(rooms),
+            num_return_sequences=count, eos_token_id=None, pad_token_id=0, **drawn,
+        )  # fmt: skip
+        assert out.shape == (len(batch) * count, longest + max(rooms))
+        lengths += [room for room in rooms for _ in range(count)]
+    return lengths
 
 
-def compare(size: str, ours: str, theirs: str, lengths: Sequence[int], count: int, num_new: int, setting: str,
-            **changes: int) -> str:  # fmt: skip
+def compare(
+    size: str, ours: str, theirs: str, lengths: Sequence[int], count: int, num_new: int, setting: str, **changes: int
+) -> str:
     """Return a row of a table: tokens a second of both, and the median ratio of their turns."""
+    rows = min(32, len(lengths) * count)
     model, _ = both_models(size, DTYPES[ours], **changes)
     _, their_model = both_models(size, DTYPES[theirs], **changes)
     prompts = prompts_of(model.config, lengths)
-    sides: tuple[Callable[[], list[list[int]]], ...] = (
-        lambda: run_ours(model, prompts, count, num_new, setting),
-        lambda: run_theirs(their_model, prompts, count, num_new, setting),
+    sides = (
+        lambda: run_ours(model, prompts, count, num_new, setting, rows),
+        lambda: run_theirs(their_model, prompts, count, num_new, setting, rows),
     )
+    expected = [min(num_new, model.config.max_position_embeddings - length) for length in lengths for _ in range(count)]
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(TURNS + 1):
         for side, times in zip(sides, seconds, strict=True):
             started = time.perf_counter()
-            ids = side()
+            found = side()
             if turn:  # the first one warms up
                 times.append(time.perf_counter() - started)
-            assert [len(response) for response in ids] == [num_new] * (len(prompts) * count)
-    written = len(prompts) * count * num_new
+            assert found == expected
+    written = sum(expected)
     here, there = (written / statistics.median(times) for times in seconds)
     ratio = statistics.median(slow / fast for fast, slow in zip(*seconds, strict=True))
     return (
         f"| {num_parameters(model.config):,} | {ours} | {theirs} | {setting} | {min(lengths)} to {max(lengths)} "
-        f"| {len(lengths)} x {count} x {num_new} | {here:,.0f} | {there:,.0f} | {ratio:.2f} |"
+        f"| {len(lengths)} x {count} | {min(expected)} to {max(expected)} | {here:,.0f} | {there:,.0f} | {ratio:.2f} |"
     )
 
 
 def print_head() -> None:
     """Print the head of a table."""
     print(
-        "| parameters | here | generate | setting | tokens of a prompt | prompts x samples x new tokens "
-        "| here, tokens/s | generate, tokens/s | ratio |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+        "| parameters | here | generate | setting | tokens of a prompt | prompts x samples "
+        "| new tokens | here, tokens/s | generate, tokens/s | ratio |\n" + "| --- " * 10 + "|"
     )
 
 
 def compare_batch() -> None:
-    """Print 32 rows of the default model, prompts of equal and of unequal lengths."""
+    """Print 32 rows of the default model."""
     print_head()
-    for dtype in DTYPES:
-        for setting in SETTINGS:
-            print(compare("default", dtype, dtype, [64] * 32, 1, 128, setting), flush=True)
-    for dtype in DTYPES:
-        print(compare("default", dtype, dtype, range(33, 97, 2), 1, 128, "temperature 1"), flush=True)
+    for dtype, setting in itertools.product(DTYPES, SETTINGS):
+        print(compare("default", dtype, dtype, [64] * 32, 1, 128, setting), flush=True)
+
+
+def compare_ends() -> None:
+    """Print 32 rows of the default model, responses of unequal lengths."""
+    print_head()
+    lengths = torch.randint(64, 225, (128,), generator=torch.Generator().manual_seed(3)).tolist()
+    for dtype, setting in itertools.product(DTYPES, SETTINGS):
+        print(compare("default", dtype, dtype, lengths, 1, 256, setting), flush=True)
 
 
 def compare_large() -> None:
-    """Print 32 rows of 50M parameters; both dtypes of each, to see the best."""
+    """Print 32 rows of 50M parameters, in both dtypes: which is the best is seen then."""
     print_head()
-    for ours, theirs in (("bf16", "bf16"), ("fp32", "fp32")):
-        print(compare("50M", ours, theirs, [64] * 32, 1, 64, "temperature 1"), flush=True)
+    for dtype in DTYPES:
+        print(compare("50M", dtype, dtype, [64] * 32, 1, 64, "temperature 0.6, top-p 0.9"), flush=True)
 
 
 def compare_prefix() -> None:
-    """Print 8 samples of one prompt."""
+    """Print 8 samples of one prompt, short ones and up to the context's end, of both models."""
     print_head()
-    for dtype in DTYPES:
-        for setting in ("temperature 1", "temperature 1, top-p 0.9"):
-            row = compare("default", dtype, dtype, [256], 8, 256, setting, max_position_embeddings=512)
+    for dtype, num_new in itertools.product(DTYPES, (64, 256)):
+        for setting in ("temperature 1", "temperature 0.6, top-p 0.9"):
+            row = compare("default", dtype, dtype, [256], 8, num_new, setting, max_position_embeddings=512)
             print(row, flush=True)
+    for dtype in DTYPES:
+        print(compare("50M", dtype, dtype, [256], 8, 64, "temperature 0.6, top-p 0.9"), flush=True)
 
 
-PARTS: dict[str, Callable[[], None]] = {"batch": compare_batch, "large": compare_large, "prefix": compare_prefix}
+PARTS: dict[str, Callable[[], None]] = {
+    "batch": compare_batch,
+    "ends": compare_ends,
+    "large": compare_large,
+    "prefix": compare_prefix,
+}
 
 
 def main() -> None:
