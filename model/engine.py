@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -51,7 +52,6 @@ with _quietly():
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
 NUM_STATES_KEPT = 2
@@ -127,17 +127,26 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
 
     def save(self, state_dict: object, path: str) -> None:
         """Write one file."""
-        torch.save(state_dict, path)
+        torch.save(_without_enums(state_dict), path)
         self.written.append(Path(path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file."""
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals([LossScaler, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
 
     def commit(self, info: object) -> bool:
         """End a checkpoint."""
         return True
+
+
+def _without_enums(value: Any) -> Any:
+    """Return a state with numbers in place of enumerations, which Python before 3.11.4 pickles as calls of getattr."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(part) for key, part in value.items()}
+    return value
 
 
 def join_ranks() -> torch.device:
