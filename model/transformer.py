@@ -7,7 +7,7 @@ F feed-forward size, V vocabulary, B blocks of L tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
 from typing import Literal, Self
@@ -194,14 +194,11 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], attends: Attend) -> Tensor:
         """Return what each token gathers from the tokens that `attends` lets it see."""
-        q_TNH, k_TKH, v_TKH = (x.view(len(x_TD), -1, self.head_size) for x in self.project(x_TD))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q_TNH, k_TKH, v_TKH = (project(x_TD).view(len(x_TD), -1, self.head_size) for project in projections)
         out_TNH = attends(rotate(q_TNH, angles), rotate(k_TKH, angles), v_TKH)
         out_TD: Tensor = self.o_proj(out_TNH.flatten(1).to(x_TD.dtype))
         return out_TD
-
-    def project(self, x_TD: Tensor) -> Sequence[Tensor]:
-        """Return queries, keys and values."""
-        return self.q_proj(x_TD), self.k_proj(x_TD), self.v_proj(x_TD)
 
 
 class FeedForward(nn.Module):
@@ -215,13 +212,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return down(silu(gate(x)) * up(x))."""
-        gate_TF, up_TF = self.project(x_TD)
-        out_TD: Tensor = self.down_proj(nn.functional.silu(gate_TF) * up_TF)
+        out_TD: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
         return out_TD
-
-    def project(self, x_TD: Tensor) -> Sequence[Tensor]:
-        """Return the gate and what it lets through."""
-        return self.gate_proj(x_TD), self.up_proj(x_TD)
 
 
 class Layer(nn.Module):
