@@ -47,6 +47,11 @@ PIPELINE_VARIABLE = "ARRIERO_PIPELINE"  # names the flow run that a stage belong
 PIPELINE_ARGUMENT = "--pipeline="  # names the pipeline run to ranks that a launcher starts, on whatever host
 LAUNCHER_VARIABLE = "ARRIERO_LAUNCHER"  # process id of the launcher on this host, for the ranks that it starts
 LOCKED_ARGUMENT = "--locked"  # tells such ranks that a flow holds the workspace for them
+WAITING = 75  # exit status of a stage that waits (EX_TEMPFAIL of sysexits.h)
+
+
+class Waiting(Exception):  # noqa: N818 - nothing is wrong
+    """Raised in `run` by a stage that people have to bring something: `waiting for <what>, put it at <where>`."""
 
 
 class Section(BaseModel):
@@ -314,7 +319,8 @@ def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Map
     """Run the stage whose module was started (`python -m tasks.<stage> [item]`), and exit with its status.
 
     Reads params.yaml and dvc.yaml in the working directory. A ValueError or a full disk ends it with one message and
-    exit status 1; any other exception with its traceback; SIGINT and SIGTERM with status 130.
+    exit status 1; any other exception with its traceback; SIGINT and SIGTERM with status 130. `Waiting` ends it with its
+    one line and exit status 75: the next run finds what it waited for, or waits again.
     """
     die_with_parent()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -327,6 +333,9 @@ def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Map
     except ValueError as error:
         sys.stderr.write(f"{name}: {error}\n")
         sys.exit(1)
+    except Waiting as waiting:
+        sys.stderr.write(f"{name}: {waiting}\n")
+        sys.exit(WAITING)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -394,6 +403,10 @@ def _run_stage(
             figures = run(stage)
             _publish_output(stage, figures)
             _close_record(record, "FINISHED")
+        except Waiting as waiting:
+            shutil.rmtree(scratch)  # what is brought gives the next run another fingerprint
+            _close_record(record, "KILLED", str(waiting))
+            raise
         except KeyboardInterrupt:
             failure = _failure_of_another_rank(scratch)
             _close_record(record, "FAILED" if failure else "KILLED", *failure)
