@@ -1,0 +1,282 @@
+"""Two answers to each prompt of a round, for annotators to choose from (Llama 2, section 3.2.1).
+
+The answers come from two variants, the newest model and an earlier one, at two temperatures, and are shown in random
+order. A prompt belongs to one round, by a hash of its id, so that rounds share none and a further round changes none.
+Where the variants say the same, the earlier one draws again. A prompt without room for an answer is left out.
+
+Run once for each round (`responses@v1`). Reads both checkpoints, the files of prompts, the guidelines.
+Writes helpfulness.jsonl and safety.jsonl, and label_studio/<kind>/, a project to label each in (tasks/label_studio.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+
+from model.checkpoint import read_config, read_tokenizer
+from model.dialogue import decode_answer, encode_prompt
+from model.engine import join_ranks
+from model.loading import open_checkpoint
+from model.sampling import Sampling, sample
+from model.tokenizer import Tokenizer
+from model.transformer import Llama
+from tasks.label_studio import batch_of, read_guidelines, write_project
+from tasks.prompts import KINDS, Answer, Kind, Prompt, ResponsePair, as_text, number_of, read_prompts, write_lines
+from tasks.rounds import Place, round_of
+from tasks.stage import Section, Stage, start
+
+
+class Files(Section):
+    """The file of prompts of each kind."""
+
+    helpfulness: str = Field(min_length=1, description="JSON lines of prompts")
+    safety: str = Field(min_length=1, description="JSON lines of adversarial prompts")
+
+
+class Numbers(Section):
+    """How many prompts of each kind."""
+
+    helpfulness: int = Field(ge=0, description="prompts at most; 0: none, and their file is not read")
+    safety: int = Field(ge=0, description="prompts at most; 0: none, and their file is not read")
+
+
+class Temperatures(Section):
+    """At what temperature each variant draws; they differ."""
+
+    newest: float = Field(gt=0, description="of the newest model")
+    earlier: float = Field(gt=0, description="of the earlier model")
+
+    @model_validator(mode="after")
+    def differ(self) -> Temperatures:
+        """Refuse two that are the same."""
+        if self.newest == self.earlier:
+            raise ValueError("the variants must differ: give them two temperatures")
+        return self
+
+
+class Params(Section):
+    """What is asked, and how the two variants answer."""
+
+    prompts: Files = Field(description="files of prompts, which all rounds share out")
+    max_prompts: Numbers = Field(description="prompts of one round")
+    num_rounds: int = Field(gt=0, description="rounds that share the prompts; more would change what each one gets")
+    temperatures: Temperatures = Field(description="divide the logits")
+    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens that hold this probability; 1: all")
+    top_k: int = Field(ge=0, description="draw among so many of the likeliest tokens; 0: all")
+    max_new_tokens: int = Field(gt=0, description="tokens of an answer at most, EOS included")
+    max_draws: int = Field(gt=0, description="times that the earlier variant draws where both have said the same")
+    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
+    max_rows: int = Field(gt=0, description="answers in the making at once; more need more memory")
+    guidelines: str = Field(min_length=1, description="directory of helpfulness.md and safety.md, for annotators")
+
+
+class Variant(NamedTuple):
+    """A checkpoint and its temperature."""
+
+    name: Literal["newest", "earlier"]
+    model: str
+    temperature: float
+
+
+class Asked(NamedTuple):
+    """A prompt and what its answers are wanted for."""
+
+    kind: Kind
+    prompt: Prompt
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Take the round's prompts, let both variants answer, write the pairs."""
+    params = stage.params
+    place = round_of(stage.name)
+    newest, earlier = variants_of(place, params)
+    guidelines = read_guidelines(Path(params.guidelines))
+    asked = prompts_of(place, params)
+    fitting = with_room(with_room(asked, newest), earlier)
+    started = time.monotonic()
+    pairs = answer_twice(stage, fitting, newest, earlier)
+    num_tokens = sum(answer["num_tokens"] for both in pairs for answer in both)
+    seconds = time.monotonic() - started
+    stage.log({"tokens_per_second": num_tokens / seconds, "seconds": seconds}, step=0)
+    figures: dict[str, float] = {}
+    for kind in KINDS:
+        own = [number for number, each in enumerate(fitting) if each.kind == kind]
+        lines = [
+            pair_of(fitting[number], pairs[number], place.name, stage.seed)
+            for number in own
+            if pairs[number][0]["text"] != pairs[number][1]["text"]
+        ]
+        batch = batch_of(place.name, kind, lines)
+        for line in lines:
+            line["batch"] = batch
+        if stage.rank == 0:
+            write_pairs(stage, kind, lines, guidelines[kind])
+        figures |= {
+            f"{kind}/prompts": sum(each.kind == kind for each in asked),
+            f"{kind}/too_long": sum(each.kind == kind for each in asked) - len(own),
+            f"{kind}/identical": len(own) - len(lines),
+            f"{kind}/pairs": len(lines),
+        }
+    for number, variant in enumerate((newest, earlier)):
+        answers = [both[number] for both in pairs]
+        if answers:
+            figures[f"{variant.name}/answer_tokens"] = sum(answer["num_tokens"] for answer in answers) / len(answers)
+            figures[f"{variant.name}/finished"] = sum(answer["finished"] for answer in answers) / len(answers)
+    return figures
+
+
+def variants_of(place: Place, params: Params) -> tuple[Variant, Variant]:
+    """Return the two variants of a round. Raises ValueError when they are one model."""
+    newest, earlier = place.round.newest, place.round.earlier
+    if Path(newest) == Path(earlier):
+        raise ValueError(
+            f"params.yaml: `rounds.{place.name}.newest` and `.earlier` are both {newest}: name an earlier checkpoint, "
+            "or each pair shows one model beside itself"
+        )
+    return (
+        Variant("newest", newest, params.temperatures.newest),
+        Variant("earlier", earlier, params.temperatures.earlier),
+    )
+
+
+def prompts_of(place: Place, params: Params) -> list[Asked]:
+    """Return the round's prompts of all kinds, in their files' order.
+
+    Raises ValueError for a round beyond those that share the prompts, and as `read_prompts`.
+    """
+    if place.number >= params.num_rounds:
+        raise ValueError(
+            f"params.yaml: {place.name} is number {place.number + 1} of `rounds`, and `responses.num_rounds` "
+            f"{params.num_rounds} share the prompts: raise it (every round then gets other prompts), or drop a round"
+        )
+    asked = []
+    for kind in KINDS:
+        limit = getattr(params.max_prompts, kind)
+        if limit:
+            path, parameter = Path(getattr(params.prompts, kind)), f"responses.prompts.{kind}"
+            own = slice_of(read_prompts(path, parameter), place.number, params.num_rounds, limit)
+            asked += [Asked(kind, prompt) for prompt in own]
+    return asked
+
+
+def slice_of(prompts: Sequence[Prompt], number: int, num_rounds: int, limit: int) -> list[Prompt]:
+    """Return the prompts of round `number`; of more than `limit` the first by another hash, in their order."""
+    own = [prompt for prompt in prompts if number_of(f"round {prompt.id}") % num_rounds == number]
+    drawn = sorted(own, key=lambda prompt: number_of(f"use {prompt.id}"))[:limit]
+    ids = {prompt.id for prompt in drawn}
+    return [prompt for prompt in own if prompt.id in ids]
+
+
+def with_room(asked: Sequence[Asked], variant: Variant) -> list[Asked]:
+    """Return those whose prompt leaves room for an answer in a variant's context."""
+    if not asked:
+        return []
+    config = read_config(Path(variant.model))
+    tokenizer = read_tokenizer(Path(variant.model), config)
+    context = config.max_position_embeddings
+    return [each for each in asked if len(encode_prompt(each.prompt.messages, tokenizer)) < context]
+
+
+def answer_twice(
+    stage: Stage[Params], asked: Sequence[Asked], newest: Variant, earlier: Variant
+) -> list[tuple[Answer, Answer]]:
+    """Return both variants' answers to each prompt; one model at a time is in memory."""
+    if not asked:
+        return []
+    prompts = [each.prompt for each in asked]
+    device = join_ranks()
+    precision = stage.params.precision
+    first = answers_of(stage, newest, *open_checkpoint(Path(newest.model), precision, device), prompts, draw=0)
+    model, tokenizer = open_checkpoint(Path(earlier.model), precision, device)
+    second = answers_of(stage, earlier, model, tokenizer, prompts, draw=0)
+    for draw in range(1, stage.params.max_draws):
+        same = [number for number in range(len(prompts)) if first[number]["text"] == second[number]["text"]]
+        if not same:
+            break
+        again = answers_of(stage, earlier, model, tokenizer, [prompts[number] for number in same], draw)
+        for number, answer in zip(same, again, strict=True):
+            second[number] = answer
+    return list(zip(first, second, strict=True))
+
+
+def answers_of(
+    stage: Stage[Params], variant: Variant, model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt], draw: int
+) -> list[Answer]:
+    """Return a variant's answer to each prompt; the ranks share the prompts, and each gets all answers."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    params = stage.params
+    own = range(rank, len(prompts), world)
+    responses = sample(
+        model,
+        [encode_prompt(prompts[number].messages, tokenizer) for number in own],
+        Sampling(
+            temperature=variant.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_new_tokens=params.max_new_tokens,
+        ),
+        num_samples=1,
+        eos_id=tokenizer.eos_id,
+        seeds=[number_of(f"{stage.seed} {variant.name} {draw} {prompts[number].id}") for number in own],
+        max_rows=params.max_rows,
+        description=f"{stage.name} {variant.name}" if rank == 0 else None,
+    )
+    answers = {
+        number: Answer(
+            text=decode_answer(response.ids, tokenizer),
+            finished=response.finished,
+            num_tokens=len(response.ids),
+            responder={"model": variant.model, "temperature": variant.temperature},
+        )
+        for number, (response,) in zip(own, responses, strict=True)
+    }
+    parts: list[dict[int, Answer]] = [{} for _ in range(world)]
+    torch.distributed.all_gather_object(parts, answers)
+    together = {number: answer for part in parts for number, answer in part.items()}
+    return [together[number] for number in range(len(prompts))]
+
+
+def pair_of(asked: Asked, answers: Sequence[Answer], round_name: str, seed: int) -> ResponsePair:
+    """Return a prompt with its answers in the order in which they are shown; a hash of seed and prompt draws it."""
+    prompt = asked.prompt
+    swap = number_of(f"{seed} order {prompt.id}") % 2
+    return {
+        "id": prompt.id,
+        "kind": asked.kind,
+        "messages": prompt.messages,
+        "category": prompt.category,
+        "risk": prompt.risk,
+        "attack": prompt.attack,
+        "responses": list(reversed(answers) if swap else answers),
+        "round": round_name,
+        "batch": "",
+    }
+
+
+def write_pairs(stage: Stage[Params], kind: Kind, pairs: Sequence[ResponsePair], guideline: str) -> None:
+    """Write a batch, the project to label it in, and a table to look at."""
+    import pandas
+
+    write_lines(stage.output / f"{kind}.jsonl", pairs)
+    if not pairs:
+        return
+    write_project(stage.output / "label_studio" / kind, kind, guideline, pairs)
+    rows = [
+        {
+            "id": pair["id"],
+            "category": pair["category"],
+            "prompt": as_text(pair["messages"]),
+            **{response["responder"]["model"]: response["text"] for response in pair["responses"]},
+        }
+        for pair in pairs
+    ]
+    pandas.DataFrame(rows).to_csv(stage.tables / f"{kind}.csv", index=False)
+
+
+if __name__ == "__main__":
+    start(Params, run)

@@ -1,0 +1,40 @@
+"""The rounds of RLHF, `rounds` in params.yaml: what each one starts from (Llama 2, section 3.2.3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pydantic import Field
+
+from tasks.stage import Section, parse_section, read_params
+
+
+class Round(Section):
+    """What one round of preferences is made with."""
+
+    newest: str = Field(min_length=1, description="checkpoint of the newest chat model")
+    earlier: str = Field(min_length=1, description="checkpoint of an earlier one, whose answers stand beside its")
+    batches: str = Field(min_length=1, description="preferences of the round before, or a directory of public pairs")
+
+
+class Place(NamedTuple):
+    """One round, and where it stands among all; the first is number 0."""
+
+    name: str
+    number: int
+    round: Round
+
+
+def round_of(stage_name: str) -> Place:
+    """Return the round that an entry of a stage is about: `responses@v1` is about v1.
+
+    Raises ValueError when params.yaml has no such round, or one that is no round.
+    """
+    name = stage_name.partition("@")[2]
+    rounds = read_params().get("rounds")
+    if not isinstance(rounds, dict) or not rounds:
+        raise ValueError(
+            "params.yaml: `rounds` names no round: it needs one at least, as `v1: {newest, earlier, batches}`"
+        )
+    own = parse_section(Round, {f"rounds.{key}": value for key, value in rounds.items()}, f"rounds.{name}")
+    return Place(name, list(rounds).index(name), own)
