@@ -34,7 +34,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.engine import EngineParams, build_model, draw_weights, evaluating, join_ranks, start_engine, train_step
+from model.engine import (
+    EngineParams,
+    build_model,
+    draw_weights,
+    evaluating,
+    join_ranks,
+    start_engine,
+    token_loss,
+    train_step,
+)
 from model.packing import Batch, Shards, Starts, batch_of_rows
 from model.transformer import Llama, ModelConfig, first_weights, num_parameters
 
@@ -89,7 +98,7 @@ def engine_params(precision: str, zero_stage: int) -> EngineParams:
         {
             "zero_stage": zero_stage, "precision": precision, "offload": "none", "activation_checkpointing": "off",
             "batch_rows": ROWS, "micro_batch_rows": ROWS, "learning_rate": PEAK, "warmup_steps": WARMUP,
-            "final_learning_rate_ratio": FINAL_RATIO, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-5,
+            "warmup_ratio": 0.0, "final_learning_rate_ratio": FINAL_RATIO, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-5,
             "weight_decay": 0.1, "gradient_clipping": 1.0,
         }
     )  # fmt: skip
@@ -98,7 +107,7 @@ def engine_params(precision: str, zero_stage: int) -> EngineParams:
 def fresh_engine(size: str, precision: str, zero_stage: int, num_steps: int) -> Any:
     """Return a DeepSpeed engine; its first weights are the same every time."""
     params = engine_params(precision, zero_stage)
-    model = build_model(config_of(size), params)
+    model = build_model(Llama, config_of(size), params)
     draw_weights(model, seed=1)
     return start_engine(model, params, num_steps)
 
@@ -218,7 +227,7 @@ def train_ours(run: Run, clock: Clock) -> list[float]:
     for step in range(1, run.num_steps + 1):
         clock.begin()
         batch = batch_of(stream, (step - 1) * ROWS, ROWS)
-        train_step(engine, [batch], batch.num_targets, lambda loss, norm: True)
+        train_step(engine, [batch], token_loss, batch.num_targets, lambda loss, norm: True)
         if step % run.evaluate_every == 0:
             with clock.stopped(), evaluating(engine):
                 batch = batch_of(held_out, 0, HELD_OUT_ROWS)
@@ -386,7 +395,7 @@ def measure_overhead() -> None:
             started = time.perf_counter()
             plain(batch)
             between = time.perf_counter()
-            train_step(engine, [batch], ROWS * CONTEXT, lambda loss, norm: True)
+            train_step(engine, [batch], token_loss, ROWS * CONTEXT, lambda loss, norm: True)
             seconds["plain"].append(between - started)
             seconds["deepspeed"].append(time.perf_counter() - between)
         alone, together = steady(seconds["plain"]), steady(seconds["deepspeed"])

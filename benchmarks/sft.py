@@ -46,7 +46,7 @@ from benchmarks.pretrain import (
     steady,
     their_model,
 )
-from model.engine import train_step
+from model.engine import token_loss, train_step
 from model.packing import IGNORED, Example, batch_of_examples
 from model.transformer import Llama, num_parameters
 
@@ -153,7 +153,7 @@ def train_ours(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
         clock.begin()
         own = [example for row in rows[step * ROWS : (step + 1) * ROWS] for example in row]
         num_targets = sum(example.num_targets for example in own)
-        train_step(engine, [batch_of_examples(own, CPU)], num_targets, lambda loss, norm: True)
+        train_step(engine, [batch_of_examples(own, CPU)], token_loss, num_targets, lambda loss, norm: True)
     clock.end()
     weights: dict[str, torch.Tensor] = engine.module.state_dict()
     return weights

@@ -2,6 +2,9 @@
 
 config.json, generation_config.json, model.safetensors (or shards with model.safetensors.index.json), the tokenizer's
 files and training.json. transformers, vLLM and llama.cpp open them as they are. Pickled weights are never read.
+
+A reward model is a LlamaForSequenceClassification with one label; its head for safety, which that has no place for, is
+in a file of its own, safety_head.safetensors.
 """
 
 from __future__ import annotations
@@ -25,16 +28,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.engine import fill_weights, shape_of, whole
+from model.reward import RewardModel
 from model.tokenizer import Tokenizer
 from model.transformer import Llama, ModelConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAFETY_HEAD = "safety_head.safetensors"
+CHAT_FIELDS = {"architectures": ["LlamaForCausalLM"]}
+REWARD_ARCHITECTURE = "LlamaForSequenceClassification"
 BUILT_IN = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
 def save_model(
-    model: Llama, tokenizer: Tokenizer, directory: Path, training: Mapping[str, Any], max_shard_bytes: int
+    model: Llama | RewardModel,
+    tokenizer: Tokenizer,
+    directory: Path,
+    training: Mapping[str, Any],
+    max_shard_bytes: int,
 ) -> None:
     """Write a model's checkpoint into `directory`, which is new or empty; all ranks call, rank 0 writes.
 
@@ -43,14 +54,26 @@ def save_model(
     weights = _gathered(model)
     if torch.distributed.get_rank() == 0:
         sizes = {name: shape_of(weight).numel() * weight.element_size() for name, weight in model.named_parameters()}
-        _write(model.config, weights, _plan_shards(sizes, max_shard_bytes), tokenizer, directory, training)
+        apart = {name: SAFETY_HEAD for name in sizes if name.startswith("safety.")}
+        kept = {name: size for name, size in sizes.items() if name not in apart}
+        files = {**_plan_shards(kept, max_shard_bytes), **apart}
+        fields = _fields_of(model, tokenizer)
+        _write(model.config, weights, files, tokenizer, directory, training, fields)
     else:
         for _ in weights:
             pass
     torch.distributed.barrier()
 
 
-def _gathered(model: Llama) -> Iterator[tuple[str, Tensor]]:
+def _fields_of(model: Llama | RewardModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what config.json says of the kind of model."""
+    if isinstance(model, Llama):
+        return CHAT_FIELDS
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {"architectures": [REWARD_ARCHITECTURE], "pad_token_id": tokenizer.unk_id, **labels}
+
+
+def _gathered(model: Llama | RewardModel) -> Iterator[tuple[str, Tensor]]:
     """Give each weight by its name, whole only until the next is asked for."""
     for name, parameter in model.named_parameters():
         with whole(parameter, changed=False):
@@ -64,8 +87,9 @@ def _write(
     tokenizer: Tokenizer,
     directory: Path,
     training: Mapping[str, Any],
+    fields: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint from its weights, one at a time, and the name of each one's file."""
+    """Write a checkpoint from its weights, one at a time, the name of each one's file, and its kind's fields."""
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -74,16 +98,17 @@ def _write(
     num_bytes, dtype = 0, ""
     for name, weight in weights:
         shard[name] = weight.to("cpu", copy=True)
-        num_bytes += weight.nbytes
+        num_bytes += weight.nbytes if files[name] != SAFETY_HEAD else 0
         dtype = str(weight.dtype).removeprefix("torch.")
         left[files[name]] -= 1
         if not left[files[name]]:
             save_file(shard, temporary / files[name], metadata={"format": "pt"})
             shard.clear()
-    if len(left) > 1:
-        _write_json(temporary / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": files})
+    if WEIGHTS not in left:
+        weight_map = {name: file for name, file in files.items() if file != SAFETY_HEAD}
+        _write_json(temporary / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    fixed = {"architectures": ["LlamaForCausalLM"], "torch_dtype": dtype, **BUILT_IN, **ids}
+    fixed = {**fields, "torch_dtype": dtype, **BUILT_IN, **ids}
     _write_json(temporary / "config.json", {**fixed, **config.model_dump()})
     _write_json(temporary / "generation_config.json", ids)
     _write_json(temporary / "training.json", dict(training))
@@ -171,21 +196,31 @@ def _check_fit(tokenizer: Tokenizer, config: ModelConfig, model: Path) -> None:
         )
 
 
-def load_weights(model: Llama, directory: Path) -> None:
-    """Set a model's weights from a Hugging Face Llama directory; all ranks call, rank 0 reads.
+def is_reward_model(directory: Path) -> bool:
+    """Tell whether a Hugging Face Llama directory holds a reward model."""
+    return REWARD_ARCHITECTURE in (_read_json(directory / "config.json").get("architectures") or [])
 
+
+def load_weights(model: Llama | RewardModel, directory: Path, part: str = "") -> None:
+    """Set a model's weights, or those of a `part` of it, from a Hugging Face Llama directory; all call, rank 0 reads.
+
+    `part` is the beginning of the weights' names up to a point: `model` is all but the heads. The directory's weights
+    of other parts are not looked at.
     Raises ValueError, naming the file and the weights, when weights are missing, unknown, misshapen or not finite,
     and when there are no safetensors.
     """
     files = _weight_files(directory)
-    expected = {name for name, _ in model.named_parameters()}
+    begin = f"{part}." if part else ""
+    files = {name: path for name, path in files.items() if name.startswith(begin)}
+    expected = {f"{begin}{name}" for name, _ in model.get_submodule(part).named_parameters()}
     ignored = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     unknown = {name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq")} - ignored
     for problem, names in (("lacks", expected - files.keys()), ("has unknown", unknown)):
         if names:
             raise ValueError(f"{directory} {problem} weights: {_some(names)}; config.json belongs to other weights")
 
-    def value_of(name: str, shape: torch.Size) -> Tensor:
+    def value_of(name_in_part: str, shape: torch.Size) -> Tensor:
+        name = f"{begin}{name_in_part}"
         path = files[name]
         with safe_open(path, framework="pt") as file:
             found = torch.Size(file.get_slice(name).get_shape())
@@ -198,7 +233,7 @@ def load_weights(model: Llama, directory: Path) -> None:
             )
         return value
 
-    fill_weights(model, value_of)
+    fill_weights(model.get_submodule(part), value_of)
 
 
 def _some(names: set[str]) -> str:
@@ -272,7 +307,15 @@ def import_llama2c(source: Path, tokenizer_path: Path, directory: Path) -> None:
         _check_fit(tokenizer, config, source)
         names = (name for name, _ in _llama2c_layout(config) if name != ANGLES)
         files = {name.format(layer): WEIGHTS for name in names for layer in range(config.num_hidden_layers)}
-        _write(config, _llama2c_weights(source, config), files, tokenizer, directory, {"imported": source.name})
+        _write(
+            config,
+            _llama2c_weights(source, config),
+            files,
+            tokenizer,
+            directory,
+            {"imported": source.name},
+            CHAT_FIELDS,
+        )
 
 
 def _llama2c_config(source: Path) -> ModelConfig:

@@ -1,8 +1,8 @@
 """Training by DeepSpeed: a model and its parameters -> an engine, its steps, and the state it resumes from.
 
 The only place that calls `deepspeed.initialize`. What is DeepSpeed's: ranks, ZeRO, precision, accumulation, clipping,
-the schedule. What is ours: losses averaged over tokens whatever their number in a micro batch or on a rank, an update
-that can be refused once its loss and gradient norm are known, and a state on disk that is whole or not there.
+the schedule. What is ours: losses averaged over tokens or pairs whatever their number in a micro batch or on a rank, an
+update that can be refused once its loss and gradient norm are known, and a state on disk that is whole or not there.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.packing import Batch
 from model.transformer import Checkpointing, Llama, ModelConfig, first_weights
@@ -56,6 +56,9 @@ with _quietly():
 
 NUM_STATES_KEPT = 2
 
+ModelType = TypeVar("ModelType", bound=nn.Module)
+BatchType = TypeVar("BatchType")
+
 
 class EngineParams(BaseModel):
     """How a model is trained, whatever the task."""
@@ -70,11 +73,12 @@ class EngineParams(BaseModel):
     activation_checkpointing: Checkpointing = Field(
         description="off keeps all activations, selective only matrix products', full only each layer's input"
     )
-    batch_rows: int = Field(gt=0, description="rows of one optimiser step, over all ranks")
+    batch_rows: int = Field(gt=0, description="rows of one optimiser step, over all ranks; a row is a sequence")
     micro_batch_rows: int = Field(gt=0, description="rows that one rank holds at once")
     learning_rate: float = Field(gt=0, description="peak of the schedule")
     final_learning_rate_ratio: float = Field(ge=0, le=1, description="share of the peak that the cosine ends at")
-    warmup_steps: int = Field(gt=1, description="steps of linear warm-up")
+    warmup_steps: int = Field(gt=1, description="steps of linear warm-up at least")
+    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of all steps that warm up, if that is more")
     beta1: float = Field(ge=0, lt=1, description="AdamW: decay of the gradient's mean")
     beta2: float = Field(ge=0, lt=1, description="AdamW: decay of the gradient's mean square")
     epsilon: float = Field(gt=0, description="AdamW: added to the root of the mean square")
@@ -90,7 +94,7 @@ class EngineParams(BaseModel):
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step found: mean loss in nats per token, the gradient's norm before clipping, its rate."""
+    """What one optimiser step found: its mean loss, the gradient's norm before clipping, its rate."""
 
     loss: float
     gradient_norm: float
@@ -180,10 +184,11 @@ def num_micro_batches(params: EngineParams, num_ranks: int) -> int:
 def deepspeed_config(params: EngineParams, num_ranks: int, num_steps: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration."""
     num_micro = num_micro_batches(params, num_ranks)
-    if params.warmup_steps >= num_steps:
+    warmup_steps = max(params.warmup_steps, math.ceil(params.warmup_ratio * num_steps))
+    if warmup_steps >= num_steps:
         raise ValueError(
-            f"params.yaml: `warmup_steps` {params.warmup_steps} leaves none of {num_steps} steps to train: "
-            "lower it, or give more tokens or a smaller `batch_rows`"
+            f"params.yaml: a warm-up of {warmup_steps} (`warmup_steps`, `warmup_ratio`) leaves none of {num_steps} "
+            "steps to train: lower it, or give more data or a smaller `batch_rows`"
         )
     config: dict[str, Any] = {
         "train_batch_size": params.batch_rows,
@@ -199,7 +204,7 @@ def deepspeed_config(params: EngineParams, num_ranks: int, num_steps: int) -> di
             "type": "WarmupCosineLR",
             "params": {
                 "total_num_steps": num_steps + 1,  # the cosine then ends at the last step, not before it
-                "warmup_num_steps": params.warmup_steps,
+                "warmup_num_steps": warmup_steps,
                 "warmup_type": "linear",
                 "cos_min_ratio": params.final_learning_rate_ratio,
             },
@@ -212,8 +217,10 @@ def deepspeed_config(params: EngineParams, num_ranks: int, num_steps: int) -> di
     return config
 
 
-def build_model(config: ModelConfig, params: EngineParams) -> Llama:
-    """Return a model without weights yet; under ZeRO 3 no rank ever holds all of it."""
+def build_model(
+    kind: Callable[[ModelConfig, Checkpointing], ModelType], config: ModelConfig, params: EngineParams
+) -> ModelType:
+    """Return a model of a kind without weights yet; under ZeRO 3 no rank ever holds all of it."""
     num_ranks = torch.distributed.get_world_size()
     shards = {
         "train_batch_size": num_ranks,
@@ -221,7 +228,7 @@ def build_model(config: ModelConfig, params: EngineParams) -> Llama:
         "zero_optimization": {"stage": params.zero_stage},
     }
     with deepspeed.zero.Init(config_dict_or_path=shards, enabled=params.zero_stage == 3):
-        return Llama(config, params.activation_checkpointing)
+        return kind(config, params.activation_checkpointing)
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
@@ -237,7 +244,7 @@ def whole(parameter: Tensor, changed: bool) -> AbstractContextManager[None]:
     return gathered
 
 
-def fill_weights(model: Llama, value_of: Callable[[str, torch.Size], Tensor]) -> None:
+def fill_weights(model: nn.Module, value_of: Callable[[str, torch.Size], Tensor]) -> None:
     """Set each weight to what `value_of` returns for its name and shape; all ranks call, rank 0's values count.
 
     Weights come one at a time, in the model's order: one that the ranks share out is whole only for a moment. Others
@@ -256,7 +263,7 @@ def draw_weights(model: Llama, seed: int) -> None:
     fill_weights(model, lambda name, shape: first_weights(name, shape, model.config, generator))
 
 
-def start_engine(model: Llama, params: EngineParams, num_steps: int) -> Any:
+def start_engine(model: nn.Module, params: EngineParams, num_steps: int) -> Any:
     """Return DeepSpeed's engine around a model whose weights are set.
 
     Raises ValueError when the batch doesn't divide, or the warm-up is longer than the training.
@@ -278,18 +285,29 @@ def start_engine(model: Llama, params: EngineParams, num_steps: int) -> Any:
     return engine
 
 
+def token_loss(engine: Any, batch: Batch) -> Tensor:
+    """Return the sum of the losses of a batch's tokens, in nats."""
+    losses_T: Tensor = engine(batch.ids, batch.documents, batch.targets)
+    return losses_T.sum()
+
+
 def train_step(
-    engine: Any, batches: Sequence[Batch], num_targets: int, accepts: Callable[[float, float], bool]
+    engine: Any,
+    batches: Sequence[BatchType],
+    loss_of: Callable[[Any, BatchType], Tensor],
+    count: int,
+    accepts: Callable[[float, float], bool],
 ) -> Step:
     """Take one optimiser step over this rank's micro batches.
 
-    `num_targets` counts the predicted tokens of all micro batches on all ranks: the loss is their mean.
+    `loss_of` returns a micro batch's summed loss, given the engine; `count` says over how many, predicted tokens for
+    instance, the micro batches of all ranks sum it: the loss is their mean.
     `accepts` is asked, with the loss and the gradient's norm, whether to update; every rank asks with the same values.
     """
     num_ranks = torch.distributed.get_world_size()
     total = torch.zeros((), device=engine.device)
     for number, batch in enumerate(batches, start=1):
-        loss = engine(batch.ids, batch.documents, batch.targets).sum() / num_targets
+        loss = loss_of(engine, batch) / count
         engine.backward(loss * num_ranks, scale_wrt_gas=False)  # the ranks' gradients are averaged
         total += loss.detach()
         if number < len(batches):

@@ -35,6 +35,7 @@ from model.engine import (
     num_micro_batches,
     save_state,
     start_engine,
+    token_loss,
     train_step,
 )
 from model.packing import batch_of_rows, num_rows, num_targets
@@ -100,7 +101,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     config = config_of(params, tokenizer.vocab_size)
     train, validation = read_stream(STREAM)
     num_steps = count_steps(train, params)
-    model = build_model(config, params)
+    model = build_model(Llama, config, params)
     set_weights(model, params.init_from, stage.seed)
     engine = start_engine(model, params, num_steps)
     states = stage.scratch / "resume"
@@ -199,7 +200,7 @@ def take_step(training: Training) -> None:
         batch_of_rows(train.tokens, train.starts, row, params.micro_batch_rows, context, training.engine.device)
         for row in own_rows(params, first_row)
     ]
-    step = train_step(training.engine, micro_batches, num_targets(train.starts, begin, end), accepts)
+    step = train_step(training.engine, micro_batches, token_loss, num_targets(train.starts, begin, end), accepts)
     progress.step += 1
     if not (math.isfinite(step.loss) and math.isfinite(step.gradient_norm)):
         names = [f"{document['source']} {document['id']}" for document in train.documents_in(begin, end)]

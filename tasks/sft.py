@@ -40,12 +40,13 @@ from model.engine import (
     num_micro_batches,
     save_state,
     start_engine,
+    token_loss,
     train_step,
 )
 from model.packing import IGNORED, Batch, Example, batch_of_examples, fill_rows
 from model.sampling import Sampling, sample
 from model.tokenizer import Tokenizer
-from model.transformer import ModelConfig, flops_per_token, num_parameters
+from model.transformer import Llama, ModelConfig, flops_per_token, num_parameters
 from tasks.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
 from tasks.stage import Section, Stage, start
 from tasks.training import peak_flops, progress_bar, write_curves
@@ -112,7 +113,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     config, tokenizer = read_base(base, params.context)
     data = read_data(params, tokenizer, stage.seed)
     steps = plan_steps(data.train, params, stage.seed)
-    model = build_model(config, params)
+    model = build_model(Llama, config, params)
     load_weights(model, base)
     engine = start_engine(model, params, len(steps))
     states = stage.scratch / "resume"
@@ -254,6 +255,7 @@ def take_step(training: Training) -> None:
     step = train_step(
         training.engine,
         micro_batches(training, rows),
+        token_loss,
         num_targets,
         lambda loss, gradient_norm: math.isfinite(loss) and math.isfinite(gradient_norm),
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from model.engine import EngineParams, build_model, draw_weights, join_ranks, start_engine
-from model.transformer import ModelConfig
+from model.transformer import Llama, ModelConfig
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -19,8 +19,8 @@ SMALL: dict[str, Any] = {
 
 TRAINED: dict[str, Any] = {
     "zero_stage": 0, "precision": "fp32", "offload": "none", "activation_checkpointing": "off", "batch_rows": 8,
-    "micro_batch_rows": 4, "learning_rate": 1e-2, "final_learning_rate_ratio": 0.1, "warmup_steps": 4, "beta1": 0.9,
-    "beta2": 0.95, "epsilon": 1e-5, "weight_decay": 0.1, "gradient_clipping": 1.0,
+    "micro_batch_rows": 4, "learning_rate": 1e-2, "final_learning_rate_ratio": 0.1, "warmup_steps": 4,
+    "warmup_ratio": 0.0, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-5, "weight_decay": 0.1, "gradient_clipping": 1.0,
 }  # fmt: skip
 
 
@@ -41,6 +41,6 @@ def join_alone() -> torch.device:
 def small_engine(num_steps: int, seed: int = 1, vocab_size: int = 64, **changes: Any) -> Any:
     params = EngineParams.model_validate({**TRAINED, **changes})
     config = ModelConfig.model_validate({**SMALL, "vocab_size": vocab_size})
-    model = build_model(config, params)
+    model = build_model(Llama, config, params)
     draw_weights(model, seed)
     return start_engine(model, params, num_steps)

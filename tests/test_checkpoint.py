@@ -48,7 +48,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def model_of(zero_stage: int = 0, precision: str = "fp32", seed: int = 1, **changes: Any) -> Llama:
     params = EngineParams.model_validate({**TRAINED, "zero_stage": zero_stage, "precision": precision})
-    model = build_model(ModelConfig.model_validate({**SMALL, "vocab_size": 290, **changes}), params)
+    model = build_model(Llama, ModelConfig.model_validate({**SMALL, "vocab_size": 290, **changes}), params)
     draw_weights(model, seed)
     return model
 

@@ -24,6 +24,7 @@ from model.engine import (
     load_state,
     num_micro_batches,
     save_state,
+    token_loss,
     train_step,
 )
 from model.packing import Batch, Shards, batch_of_rows
@@ -48,7 +49,11 @@ def batches(step: int, rows: int, micro_rows: int) -> tuple[list[Batch], int]:
 
 
 def train(engine: Any, steps: range, micro_rows: int = 4, accepts: Any = lambda loss, norm: True) -> list[Step]:
-    return [train_step(engine, *batches(step, 8, micro_rows), accepts) for step in steps]
+    found = []
+    for step in steps:
+        parts, num_targets = batches(step, 8, micro_rows)
+        found.append(train_step(engine, parts, token_loss, num_targets, accepts))
+    return found
 
 
 def weights_of(engine: Any) -> list[torch.Tensor]:
@@ -156,7 +161,8 @@ def test_what_is_not_finite_is_reported_and_changes_nothing(zero_stage: int) -> 
     train(engine, range(1))
     before = weights_of(engine)
     parts, _ = batches(1, 8, 4)
-    step = train_step(engine, parts, 0, lambda loss, norm: math.isfinite(loss + norm))  # over no targets: infinite
+    over_none = 0  # targets: an infinite loss
+    step = train_step(engine, parts, token_loss, over_none, lambda loss, norm: math.isfinite(loss + norm))
     assert not math.isfinite(step.loss) and not step.updated
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(engine), strict=True))
 
@@ -259,8 +265,16 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 
 
 def test_a_warm_up_longer_than_the_training_is_refused() -> None:
-    with pytest.raises(ValueError, match="`warmup_steps` 4 leaves none of 4 steps to train"):
+    with pytest.raises(ValueError, match=r"a warm-up of 4 \(`warmup_steps`, `warmup_ratio`\) leaves none of 4 steps"):
         deepspeed_config(params_of(), num_ranks=1, num_steps=4)
+    with pytest.raises(ValueError, match="a warm-up of 9 .* leaves none of 9 steps"):
+        deepspeed_config(params_of(warmup_ratio=0.9), num_ranks=1, num_steps=9)
+
+
+@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(100, 5), (180, 6), (1000, 30)])
+def test_the_warm_up_is_a_share_of_the_steps_but_at_least_so_many(num_steps: int, warmup_steps: int) -> None:
+    config = deepspeed_config(params_of(warmup_steps=5, warmup_ratio=0.03), num_ranks=1, num_steps=num_steps)
+    assert config["scheduler"]["params"]["warmup_num_steps"] == warmup_steps
 
 
 def test_offload_without_zero_is_refused() -> None:
@@ -287,7 +301,7 @@ def sample_on_a_rank(rank: int, port: int, path: Path) -> None:
     begun = samples_of(engine)
     held = sum(weight.numel() for weight in engine.module.parameters())
     (part,), num_targets = batches(0, 4, 4)
-    step = train_step(engine, [part], 2 * num_targets, lambda loss, norm: True)
+    step = train_step(engine, [part], token_loss, 2 * num_targets, lambda loss, norm: True)
     found = {"begun": begun, "held": held, "loss": step.loss, "trained": samples_of(engine)}
     path.with_suffix(f".{rank}").write_text(json.dumps(found))
 
@@ -300,7 +314,7 @@ def test_sampling_gathers_shared_weights_once_and_gives_them_back(tmp_path: Path
     engine = small_engine(20, batch_rows=4)
     expected = samples_of(engine)
     (part,), num_targets = batches(0, 4, 4)
-    loss = train_step(engine, [part], num_targets, lambda loss, norm: True).loss
+    loss = train_step(engine, [part], token_loss, num_targets, lambda loss, norm: True).loss
     for process in ranks:
         process.join(timeout=120)
     found = [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1)]

@@ -53,7 +53,7 @@ def write_checkpoint(directory: Path, **changes: Any) -> Path:
     )  # fmt: skip
     join_alone()
     values = {**SMALL, "vocab_size": 290, "max_position_embeddings": 96, "initializer_range": 0.3, **changes}
-    model = build_model(ModelConfig.model_validate(values), EngineParams.model_validate(TRAINED))
+    model = build_model(Llama, ModelConfig.model_validate(values), EngineParams.model_validate(TRAINED))
     draw_weights(model, seed=1)
     save_model(model, Tokenizer(directory / "tokenizer.model"), directory / "sft", {"step": 1}, 10**9)
     return directory / "sft"

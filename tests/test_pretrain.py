@@ -188,9 +188,9 @@ def test_training_that_failed_stops_with_step_and_documents(place: Path, monkeyp
     real = pretrain.train_step
     calls = []
 
-    def fails_at_third(engine: Any, batches: Any, num_targets: int, accepts: Any) -> Step:
-        calls.append(num_targets)
-        return real(engine, batches, 0 if len(calls) == 3 else num_targets, accepts)
+    def fails_at_third(engine: Any, batches: Any, loss_of: Any, count: int, accepts: Any) -> Step:
+        calls.append(count)
+        return real(engine, batches, loss_of, 0 if len(calls) == 3 else count, accepts)
 
     monkeypatch.setattr(pretrain, "train_step", fails_at_third)
     text, _ = read_stream(Path("data/tokenize"))
@@ -246,7 +246,7 @@ def test_too_little_text_is_refused(place: Path) -> None:
         ValueError, match=r"data/tokenize holds 2\d\d tokens, less than one batch of `pretrain.batch_rows` 8"
     ):
         run(stage_of())
-    with pytest.raises(ValueError, match="`warmup_steps` 4 leaves none of 1 steps to train"):
+    with pytest.raises(ValueError, match=r"a warm-up of 4 \(`warmup_steps`, `warmup_ratio`\) leaves none of 1 steps"):
         run(stage_of(batch_rows=4))
 
 

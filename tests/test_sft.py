@@ -84,7 +84,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     join_alone()
     tokenizer = Tokenizer(directory / "tokenizer.model")
     config = {**SMALL, "max_position_embeddings": 64, "vocab_size": tokenizer.vocab_size}
-    model = build_model(ModelConfig.model_validate(config), EngineParams.model_validate(TRAINED))
+    model = build_model(Llama, ModelConfig.model_validate(config), EngineParams.model_validate(TRAINED))
     draw_weights(model, seed=1)
     save_model(model, tokenizer, directory / "base", {}, 10**9)
     return directory / "base"
@@ -261,9 +261,9 @@ def test_a_last_step_of_few_rows_learns_from_each_once(place: Path) -> None:
 def test_training_that_failed_stops_with_step_and_dialogues(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = sft.train_step, []
 
-    def fails_at_third(engine: Any, batches: Any, num_targets: int, accepts: Any) -> Step:
-        calls.append(num_targets)
-        return real(engine, batches, 0 if len(calls) == 3 else num_targets, accepts)
+    def fails_at_third(engine: Any, batches: Any, loss_of: Any, count: int, accepts: Any) -> Step:
+        calls.append(count)
+        return real(engine, batches, loss_of, 0 if len(calls) == 3 else count, accepts)
 
     monkeypatch.setattr(sft, "train_step", fails_at_third)
     with pytest.raises(ValueError, match=r"step 3: loss (inf|nan).*Lower `sft\.learning_rate`, or look at") as caught:
