@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from conftest import QUIET
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import join_alone
+from ruamel.yaml import YAML
+from test_evaluate import REPOSITORY, asked, write_checkpoint, write_prompts
+
+from model.dialogue import decode_answer, encode_prompt
+from model.loading import open_checkpoint
+from model.sampling import Sampling, sample
+from tasks.label_studio import DEGREES, batch_of, configuration, read_guidelines, task_of
+from tasks.prompts import Prompt, ResponsePair, number_of, parse_prompt, read_prompts
+from tasks.responses import Params, prompts_of, run, slice_of
+from tasks.rounds import Place, Round, round_of
+from tasks.stage import Machine, Stage
+
+GUIDELINES = REPOSITORY / "data" / "seeds" / "guidelines"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with two models of random weights."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    write_checkpoint(root)
+    shutil.copytree(root / "sft", root / "early")
+    weights = root / "early" / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: tensor * 0.9 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    return root
+
+
+def values_of(**changes: Any) -> dict[str, Any]:
+    values = {
+        "prompts": {"helpfulness": "prompts/helpfulness.jsonl", "safety": "prompts/safety.jsonl"},
+        "max_prompts": {"helpfulness": 100, "safety": 100}, "num_rounds": 2,
+        "temperatures": {"newest": 0.9, "earlier": 1.2}, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, "max_draws": 3,
+        "precision": "fp32", "max_rows": 4, "guidelines": str(GUIDELINES),
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+def stage_of(name: str = "responses@v1", **changes: Any) -> Stage[Params]:
+    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    params = Params.model_validate(values_of(**changes))
+    stage = Stage(name, params, 1, machine, Path("out"), Path("scratch"), Path("record"))
+    for directory in (stage.output, stage.scratch, stage.record):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+    return stage
+
+
+def write_rounds(newest: Path, earlier: Path, **others: Any) -> None:
+    own = {"newest": str(newest), "earlier": str(earlier), "batches": "data/preferences"}
+    with Path("params.yaml").open("w") as file:
+        YAML().dump({"rounds": {"v1": own, **others}}, file)
+
+
+@pytest.fixture
+def place(tmp_path: Path, checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with prompts of both kinds, one of several turns among them."""
+    monkeypatch.chdir(tmp_path)
+    join_alone()
+    write_rounds(checkpoints / "sft", checkpoints / "early")
+    rows = [asked(number) for number in range(12)]
+    rows[3]["messages"] = [*rows[3]["messages"], {"role": "assistant", "content": "a hill"}, *asked(4)["messages"]]
+    write_prompts(Path("prompts/helpfulness.jsonl"), rows)
+    adversarial = [asked(number, "safety", id=f"s{number}", risk="illicit", attack="role_play") for number in range(6)]
+    write_prompts(Path("prompts/safety.jsonl"), adversarial)
+    return tmp_path
+
+
+def pairs_in(path: str) -> list[ResponsePair]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# --- which prompts ---
+
+
+def prompts(ids: list[str]) -> list[Prompt]:
+    return [Prompt(name, "factual", [{"role": "user", "content": name}], None, None) for name in ids]
+
+
+@given(st.lists(st.text(), unique=True), st.integers(1, 6))
+def test_the_rounds_slices_are_disjoint_and_together_everything(ids: list[str], num_rounds: int) -> None:
+    slices = [slice_of(prompts(ids), number, num_rounds, limit=10**6) for number in range(num_rounds)]
+    assert Counter(prompt.id for own in slices for prompt in own) == Counter(ids)
+
+
+def test_a_limit_takes_a_part_of_the_slice_and_a_higher_one_adds_to_it() -> None:
+    everything = prompts([str(number) for number in range(200)])
+    whole = slice_of(everything, 1, 2, limit=10**6)
+    few, more = slice_of(everything, 1, 2, limit=10), slice_of(everything, 1, 2, limit=30)
+    assert (len(few), len(more)) == (10, 30)
+    assert set(map(id, few)) < set(map(id, more)) < set(map(id, whole))
+    assert [whole.index(prompt) for prompt in more] == sorted(whole.index(prompt) for prompt in more)
+
+
+def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
+    params = Params.model_validate(values_of())
+    own = Round(newest="a", earlier="b", batches="c")
+    before = [each.prompt.id for each in prompts_of(Place("v1", 0, own), params)]
+    second = [each.prompt.id for each in prompts_of(Place("v2", 1, own), params)]
+    assert sorted(before + second) == sorted([f"p{number}" for number in range(12)] + [f"s{n}" for n in range(6)])
+    with pytest.raises(ValueError, match=r"v3 is number 3 of `rounds`, and `responses.num_rounds` 2 share the prompts"):
+        prompts_of(Place("v3", 2, own), params)
+
+
+def test_a_round_is_found_by_the_name_of_the_entry(place: Path) -> None:
+    write_rounds(Path("a"), Path("b"), v2={"newest": "c", "earlier": "a", "batches": "data/preferences/v1"})
+    found = round_of("responses@v2")
+    assert (found.name, found.number, found.round.newest) == ("v2", 1, "c")
+    with pytest.raises(ValueError, match=r"section `rounds.v3` is missing; did you mean to rename `rounds.v\d`"):
+        round_of("responses@v3")
+    write_rounds(Path("a"), Path("b"), v2={"newest": "c"})
+    with pytest.raises(ValueError, match=r"params.yaml: `rounds.v2.earlier` is missing"):
+        round_of("responses@v2")
+    Path("params.yaml").write_text("rounds: {}\n")
+    with pytest.raises(ValueError, match="`rounds` names no round"):
+        round_of("responses@v1")
+
+
+def test_prompts_of_other_shapes_are_read() -> None:
+    turns = {"question_id": 81, "category": "writing", "turns": ["Write.", "Write it again."]}
+    one = [{"role": "user", "content": "Write."}]
+    assert parse_prompt(turns, "mt_bench", 3) == ("mt_bench-3", "writing", one, None, None)
+    assert parse_prompt({"key": 1000, "prompt": "Write."}, "ifeval", 1).messages == one
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "it holds no JSON object"),
+        ('{"text": "x"}', "it needs `messages` of `role` and `content`, or `turns`, or `prompt`"),
+        ('{"messages": []}', "the dialogue holds no turn"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+            "it ends with an answer: there is nothing to answer",
+        ),
+        ('{"id": "p0", "prompt": "x"}', "its id p0 is another prompt's, too"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named(line: str, message: str, tmp_path: Path) -> None:
+    write_prompts(tmp_path / "asked.jsonl", [asked(0)])
+    with (tmp_path / "asked.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=rf"asked\.jsonl, line 2 is no prompt: {message}"):
+        read_prompts(tmp_path / "asked.jsonl", "responses.prompts.safety")
+
+
+def test_a_file_of_prompts_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gone\.jsonl is missing: correct `responses\.prompts\.safety`"):
+        read_prompts(tmp_path / "gone.jsonl", "responses.prompts.safety")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no prompt: `responses\.prompts\.safety` needs one"):
+        read_prompts(tmp_path / "empty.jsonl", "responses.prompts.safety")
+
+
+# --- what is answered ---
+
+
+def test_each_prompt_of_the_slice_gets_an_answer_of_each_variant(place: Path, checkpoints: Path) -> None:
+    figures = run(stage_of())
+    helpful, safety = pairs_in("out/helpfulness.jsonl"), pairs_in("out/safety.jsonl")
+    assert (figures["helpfulness/pairs"], figures["safety/pairs"]) == (len(helpful), len(safety))
+    expected = [p.id for p in slice_of(prompts([f"p{number}" for number in range(12)]), 0, 2, 100)]
+    assert [pair["id"] for pair in helpful] == expected
+    assert figures["helpfulness/prompts"] == len(expected)
+    responders = {(r["responder"]["model"], r["responder"]["temperature"]) for r in helpful[0]["responses"]}
+    assert responders == {(str(checkpoints / "sft"), 0.9), (str(checkpoints / "early"), 1.2)}
+    by_name = {"newest": (checkpoints / "sft", 0.9), "earlier": (checkpoints / "early", 1.2)}
+    for name, (directory, temperature) in by_name.items():
+        model, tokenizer = open_checkpoint(directory, "fp32", torch.device("cpu"))
+        drawn = Sampling(temperature=temperature, top_p=1, top_k=0, max_new_tokens=8)
+        for pair in helpful:
+            ids = encode_prompt(pair["messages"], tokenizer)
+            seeds = [number_of(f"1 {name} 0 {pair['id']}")]
+            ((alone,),) = sample(
+                model, [ids], drawn, num_samples=1, eos_id=tokenizer.eos_id, seeds=seeds, max_rows=1, description=None
+            )
+            (ours,) = [r for r in pair["responses"] if r["responder"]["model"] == str(directory)]
+            assert ours["text"] == decode_answer(alone.ids, tokenizer)
+            assert (ours["num_tokens"], ours["finished"]) == (len(alone.ids), alone.finished)
+    assert {pair["risk"] for pair in safety} == {"illicit"}
+    assert {pair["round"] for pair in helpful + safety} == {"v1"}
+    assert len({pair["batch"] for pair in helpful}) == len({pair["batch"] for pair in safety}) == 1
+
+
+def test_the_order_shown_is_drawn_and_the_same_again(place: Path, checkpoints: Path) -> None:
+    write_prompts(Path("prompts/helpfulness.jsonl"), [asked(number) for number in range(60)])
+    run(stage_of())
+    before = Path("out/helpfulness.jsonl").read_bytes()
+    newest_left = [
+        pair["responses"][0]["responder"]["model"] == str(checkpoints / "sft")
+        for pair in pairs_in("out/helpfulness.jsonl")
+    ]
+    assert 5 < sum(newest_left) < len(newest_left) - 5
+    run(stage_of())
+    assert Path("out/helpfulness.jsonl").read_bytes() == before
+
+
+def test_identical_answers_are_drawn_again_then_left_out(place: Path, checkpoints: Path) -> None:
+    shutil.copytree(checkpoints / "sft", "same")
+    write_rounds(checkpoints / "sft", Path("same"))
+    cold = {"newest": 1e-4, "earlier": 2e-4}  # both say what is likeliest
+    figures = run(stage_of(temperatures=cold))
+    assert figures["helpfulness/pairs"] == figures["safety/pairs"] == 0
+    assert figures["helpfulness/identical"] == figures["helpfulness/prompts"] > 0
+    assert Path("out/helpfulness.jsonl").read_text() == ""
+    assert not Path("out/label_studio").exists()
+    lukewarm = {"newest": 1e-4, "earlier": 0.25}
+    once = run(stage_of(temperatures=lukewarm, max_draws=1))
+    often = run(stage_of(temperatures=lukewarm, max_draws=20))
+    assert once["helpfulness/identical"] > often["helpfulness/identical"]
+    assert often["helpfulness/pairs"] + often["helpfulness/identical"] == often["helpfulness/prompts"]
+
+
+def test_a_prompt_without_room_for_an_answer_is_left_out_and_counted(place: Path) -> None:
+    (first, *_) = [f"p{n}" for n in range(12) if number_of(f"round p{n}") % 2 == 0]
+    long = {"id": first, "prompt": "the llama walks over the hill " * 40}
+    write_prompts(Path("prompts/helpfulness.jsonl"), [long, *[asked(n) for n in range(12) if f"p{n}" != first]])
+    figures = run(stage_of())
+    assert figures["helpfulness/too_long"] == 1
+    assert first not in {pair["id"] for pair in pairs_in("out/helpfulness.jsonl")}
+    assert figures["helpfulness/pairs"] + figures["helpfulness/identical"] == figures["helpfulness/prompts"] - 1
+
+
+def test_a_kind_without_prompts_needs_no_file_and_no_model(place: Path) -> None:
+    shutil.rmtree("prompts")
+    figures = run(stage_of(max_prompts={"helpfulness": 0, "safety": 0}))
+    assert figures["helpfulness/prompts"] == figures["safety/pairs"] == 0
+    assert Path("out/safety.jsonl").read_text() == ""
+
+
+def test_variants_must_differ(place: Path, checkpoints: Path) -> None:
+    write_rounds(checkpoints / "sft", checkpoints / "sft")
+    with pytest.raises(
+        ValueError, match=r"`rounds.v1.newest` and `.earlier` are both .*sft: name an earlier checkpoint"
+    ):
+        run(stage_of())
+    with pytest.raises(ValueError, match="the variants must differ: give them two temperatures"):
+        stage_of(temperatures={"newest": 1.0, "earlier": 1.0})
+
+
+# --- the project to label them in ---
+
+
+def test_the_project_shows_what_annotators_need_and_hides_who_answered(place: Path, checkpoints: Path) -> None:
+    run(stage_of())
+    for kind in ("helpfulness", "safety"):
+        folder = Path("out/label_studio") / kind
+        guideline = (GUIDELINES / f"{kind}.md").read_text()
+        assert (folder / "guideline.md").read_text() == guideline
+        root = ElementTree.fromstring((folder / "project.xml").read_text())
+        shown = {
+            element.get("name"): element.get("value")
+            for element in root.iter()
+            if element.tag in ("Text", "Paragraphs")
+        }
+        assert shown == {"dialogue": "$dialogue", "left": "$left", "right": "$right"}
+        asked_for = {
+            choices.get("name"): [choice.get("alias") for choice in choices] for choices in root.iter("Choices")
+        }
+        safe = {"left_safe": ["safe", "unsafe"], "right_safe": ["safe", "unsafe"]}
+        expected = {"choice": ["left", "right"], "degree": list(DEGREES)}
+        assert asked_for == (expected if kind == "helpfulness" else {**safe, **expected})
+        assert all(
+            choices.get("required") == "true" and choices.get("toName") in shown for choices in root.iter("Choices")
+        )
+        headers = [str(header.get("value")) for header in root.iter("Header")]
+        for line in filter(str.strip, guideline.splitlines()):
+            assert line.lstrip("# ").strip() in headers
+        tasks = json.loads((folder / "tasks.json").read_text())
+        pairs = pairs_in(f"out/{kind}.jsonl")
+        assert [task["data"] for task in tasks] == [task_of(pair) for pair in pairs]
+        first = tasks[0]["data"]
+        assert first["batch"] == batch_of("v1", kind, pairs)
+        assert [turn["text"] for turn in first["dialogue"]] == [m["content"] for m in pairs[0]["messages"]]
+        assert [first["left"], first["right"]] == [response["text"] for response in pairs[0]["responses"]]
+        assert str(checkpoints) not in (folder / "tasks.json").read_text()
+
+
+def test_the_safety_guideline_names_the_three_risk_categories() -> None:
+    text = read_guidelines(GUIDELINES)["safety"]
+    for risk in ("Illicit and criminal activities", "Hateful and harmful activities", "Unqualified advice"):
+        assert risk in text
+
+
+def test_a_guideline_that_is_missing_is_named(tmp_path: Path) -> None:
+    shutil.copy(GUIDELINES / "helpfulness.md", tmp_path)
+    with pytest.raises(ValueError, match=r"safety\.md is missing: annotators need a guideline of this kind"):
+        read_guidelines(tmp_path)
+
+
+def test_a_guideline_may_hold_any_characters() -> None:
+    text = 'Say <b> & "quotes".'
+    root = ElementTree.fromstring(configuration("safety", text))
+    assert text in [header.get("value") for header in root.iter("Header")]
+
+
+def test_a_batchs_name_changes_with_what_is_shown() -> None:
+    pair = {"id": "a", "messages": [{"role": "user", "content": "x"}], "responses": [{"text": "1"}, {"text": "2"}]}
+    other = {**pair, "responses": [{"text": "2"}, {"text": "1"}]}
+    names = {batch_of("v1", "safety", batch) for batch in ([pair], [other], [pair, other], [])}
+    assert len(names) == 4
+    assert batch_of("v1", "safety", [{**pair, "round": "v1"}]) == batch_of("v1", "safety", [pair])
+    assert batch_of("v2", "safety", [pair]).startswith("v2-safety-")
+
+
+# --- as the pipeline starts it ---
+
+DVC_STAGE = f"""\
+stages:
+  responses:
+    foreach: ${{rounds}}
+    do:
+      cmd: exec {sys.executable} -m tasks.launch responses ${{key}}
+      deps:
+      - ${{item.newest}}
+      - ${{item.earlier}}
+      - ${{responses.prompts.helpfulness}}
+      - ${{responses.prompts.safety}}
+      params:
+      - responses.temperatures
+      outs:
+      - data/responses/${{key}}
+"""
+
+
+@pytest.mark.slow
+def test_ranks_share_the_prompts(place: Path, checkpoints: Path) -> None:
+    alone = run(stage_of())
+    newest, earlier = Path("data/sft"), Path("data/sft/early")
+    shutil.copytree(checkpoints / "sft", newest)
+    shutil.copytree(checkpoints / "early", earlier)
+    machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": 2, "hostfile": None}
+    own = {"newest": str(newest), "earlier": str(earlier), "batches": "data/pairs"}
+    params = {
+        "seed": 1, "tracking": {"experiment": "test"}, "machine": machine, "rounds": {"v1": own},
+        "responses": values_of(),
+    }  # fmt: skip
+    with Path("params.yaml").open("w") as file:
+        YAML().dump(params, file)
+    Path("dvc.yaml").write_text(DVC_STAGE)
+    environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
+        environment.pop(name, None)
+    dvc = [sys.executable, "-m", "dvc"]
+    for command in (["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "repro", "-q", "responses@v1"]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert result.returncode == 0, result.stderr
+    assert json.loads(Path("data/responses/v1/metrics.json").read_text()) == alone
+    texts = [[r["text"] for r in pair["responses"]] for pair in pairs_in("data/responses/v1/helpfulness.jsonl")]
+    assert texts == [[r["text"] for r in pair["responses"]] for pair in pairs_in("out/helpfulness.jsonl")]
