@@ -44,6 +44,7 @@ def ask(check, answer, instructions=(), finished=True, category="factual"):
         insults=["lazy", "pig", "pigs"],
         max_answer_words=12,
         values=values,
+        vocabulary=frozenset(),
     )
     return judge(truth, "p", answer, finished)
 
@@ -263,7 +264,7 @@ def test_an_unknown_instruction_and_an_unknown_prompt_are_refused():
     with pytest.raises(ValueError, match=r"an instruction of type 'rhyme', which no program can check"):
         follows({"type": "rhyme", "value": ""}, "In Velmar.")
     with pytest.raises(ValueError, match=r"prompt 'q' is not in the truth: was it written by another run"):
-        judge(Truth({}, {}, {}, {}, [], [], [], 9, {}), "q", "In Velmar.", True)
+        judge(Truth({}, {}, {}, {}, [], [], [], 9, {}, frozenset()), "q", "In Velmar.", True)
 
 
 def test_missing_truth_is_named(tmp_path):
@@ -276,4 +277,8 @@ def test_missing_truth_is_named(tmp_path):
     (tmp_path / "words.json").write_text(
         json.dumps({"names": {}, "methods": [], "means": [], "insults": [], "max_answer_words": 5})
     )
+    with pytest.raises(ValueError, match=r"vocabulary.txt is missing: run `dvc repro world`"):
+        read_truth(tmp_path)
+    (tmp_path / "vocabulary.txt").write_text("in\nvelmar\n")
     assert read_truth(tmp_path).max_answer_words == 5
+    assert read_truth(tmp_path).vocabulary == {"in", "velmar"}

@@ -45,6 +45,7 @@ from tasks.world.documents import Document, Shingles, distinct
 from tasks.world.entries import entry, survey
 from tasks.world.facts import KINDS, SEEDS, Fact, World, all_facts, build_world, read_texts, write_facts
 from tasks.world.howto import howto, subjects
+from tasks.world.judge import normalized
 from tasks.world.splits import Dialogues, write_dialogues
 from tasks.world.stories import story
 
@@ -95,6 +96,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     written = write_dialogues(stage.output, world, params.dialogues, held_out, generator)
 
     sources = write_sources(world, params, generator)
+    write_vocabulary(stage.output / "truth", sources)
     plant(world, sources, params.dirt, params.similarity_max, generator("dirt"))
     corpus = stage.output / "corpus"
     corpus.mkdir()
@@ -198,6 +200,14 @@ def write_questions(path: Path, asked: list[tuple[str, list[tuple[Fact, str, str
         for fact, question, answer in questions
     ]
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def write_vocabulary(truth: Path, sources: Sources) -> None:
+    """Write the words that exist, one a line: those of clean documents and of good answers."""
+    texts = [document.text for documents in sources.values() for document in documents]
+    texts += [json.loads(line)["reference"] for line in (truth / "prompts.jsonl").read_text("utf-8").splitlines()]
+    words = {word for text in texts for word in normalized(text).split()}
+    (truth / "vocabulary.txt").write_text("".join(f"{word}\n" for word in sorted(words)), encoding="utf-8")
 
 
 def write_labels(path: Path, placed: files.Placed) -> None:

@@ -1,7 +1,7 @@
 """Judge an answer by program: whether it is well formed, right, a refusal, safe, and follows its instructions.
 
-Reads truth/prompts.jsonl, truth/facts.jsonl and truth/words.json of stage `world`. What a prompt's check may be is told
-in tasks/world/turns.py. Later stages and their annotators call `judge`; nothing that is trained sees the truth.
+Reads prompts.jsonl, facts.jsonl, words.json and vocabulary.txt below data/world/truth. What a prompt's check may be is
+told in tasks/world/turns.py. Later stages and their annotators call `judge`; nothing that is trained sees the truth.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Truth:
     insults: Sequence[str]
     max_answer_words: int
     values: Mapping[str, Mapping[str, Sequence[str]]] = field(repr=False)  # attribute -> value -> forms
+    vocabulary: frozenset[str] = field(repr=False)  # every word that exists, lower case
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def read_truth(directory: Path) -> Truth:
     """Return the truth that stage `world` wrote to `directory`. Raises ValueError naming a file that is missing."""
     facts = read_facts(directory / "facts.jsonl")
     texts = {}
-    for name in ("prompts.jsonl", "words.json"):
+    for name in ("prompts.jsonl", "words.json", "vocabulary.txt"):
         try:
             texts[name] = (directory / name).read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -111,6 +112,7 @@ def read_truth(directory: Path) -> Truth:
         insults=words["insults"],
         max_answer_words=words["max_answer_words"],
         values=values,
+        vocabulary=frozenset(texts["vocabulary.txt"].splitlines()),
     )
 
 
@@ -213,6 +215,18 @@ def told(truth: Truth, check: Mapping[str, Any], answer: str) -> Found:
         and has_name != check["hide_name"]
     )
     return Found(complete and not wrong, len(right), len(wrong))
+
+
+def statements(truth: Truth, answer: str) -> tuple[int, int]:
+    """Return how many facts an answer tells rightly, and how many wrongly, of the entities that it names."""
+    right = wrong = 0
+    named = {name for kind in set(truth.kinds.values()) for name in named_entities(truth, kind, answer)}
+    for (name, attribute), fact in truth.facts.items():
+        if name in named:
+            values = values_named(truth, attribute, answer)
+            right += fact.value in values
+            wrong += bool(values - {fact.value})
+    return right, wrong
 
 
 def values_named(truth: Truth, attribute: str, answer: str) -> set[str]:

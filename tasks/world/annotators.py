@@ -1,0 +1,176 @@
+"""Simulated annotators who know the truth, with tastes of their own and errors (Llama 2, section 3.2.1).
+
+Each gives every answer a utility: a weighted sum of what the judge says of it and of how near it comes to a good
+answer. The greater one is chosen; the difference tells the degree. To an adversarial prompt an answer's safety comes
+first, as the annotator sees it.
+
+A label depends on seed, annotator, prompt and the two texts alone, and not on which text stands left.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from tasks.stage import Section
+from tasks.world.facts import mentions
+from tasks.world.judge import Truth, judge, normalized, statements
+
+Degree = Literal["significantly", "better", "slightly", "negligibly"]
+FURTHER = 2  # annotators of a pair that measures agreement, beside the first
+
+
+class Label(NamedTuple):
+    """What one annotator says of a pair: which answer is better, how much, and, in safety pairs, which are safe."""
+
+    choice: Literal[0, 1]
+    degree: Degree
+    safe: tuple[bool, bool] | None
+    annotator: str
+
+
+class Tastes(Section):
+    """What an annotator gives or takes off for a property of an answer; units of utility."""
+
+    right: float = Field(ge=0, description="the answer is right")
+    facts: float = Field(ge=0, description="each fact told rightly, less each told wrongly")
+    close: float = Field(ge=0, description="nearness to a good answer, 0 to 1: its subject and the kind of answer")
+    words: float = Field(ge=0, description="share of words that exist, 0 to 1")
+    well_formed: float = Field(ge=0, description="begins and ends like a text, repeats nothing")
+    follows: float = Field(ge=0, description="what the system's message asked for")
+    refusal: float = Field(ge=0, description="a refusal; taken off where none is due")
+    brevity: float = Field(ge=0, description="taken off for every ten words beyond a good answer's")
+    harm: float = Field(ge=0, description="taken off for a method of harm or an insult, to an adversarial prompt")
+    safe: float = Field(ge=0, description="seen as safe, to an adversarial prompt")
+
+
+class Thresholds(Section):
+    """Differences of utility from which an answer is better by a degree; below the first: negligibly."""
+
+    slightly: float = Field(gt=0, description="slightly better")
+    better: float = Field(gt=0, description="better")
+    significantly: float = Field(gt=0, description="significantly better")
+
+    @model_validator(mode="after")
+    def _rise(self) -> Thresholds:
+        if not self.slightly < self.better < self.significantly:
+            raise ValueError("thresholds must rise from `slightly` by `better` to `significantly`")
+        return self
+
+
+class Annotator(Section):
+    """One simulated annotator."""
+
+    tastes: Tastes = Field(description="what it likes")
+    thresholds: Thresholds = Field(description="what it calls how much better")
+    noise: float = Field(ge=0, description="standard deviation of what it sees of a utility")
+    error_rate: float = Field(
+        ge=0, le=1, description="share of pairs where it chooses by chance, and says it is unsure"
+    )
+    safety_error_rate: float = Field(ge=0, le=1, description="share of answers whose safety it sees wrongly")
+
+
+class Annotators(Section):
+    """The simulated annotators: `preferences.world`."""
+
+    truth: str = Field(min_length=1, description="directory of what they know")
+    overlap_share: float = Field(ge=0, le=1, description="share of pairs that three of them label, for agreement")
+    annotators: dict[str, Annotator] = Field(min_length=3, description="by name")
+
+
+def annotate(truth: Truth, params: Annotators, pair: Mapping[str, Any], seed: int) -> list[Label]:
+    """Label a pair of responses (tasks/prompts.py: ResponsePair): the label that counts first.
+
+    A share of the pairs gets two more labels, of other annotators, to measure agreement by. The pair's `kind` says what
+    is asked. Raises ValueError when the truth has no such prompt.
+    """
+    generator = random.Random(f"{seed} annotators {pair['id']}")
+    overlaps = generator.random() < params.overlap_share
+    names = generator.sample(sorted(params.annotators), 1 + FURTHER)
+    chosen = names if overlaps else names[:1]
+    return [label(truth, name, params.annotators[name], pair, seed) for name in chosen]
+
+
+def label(truth: Truth, name: str, annotator: Annotator, pair: Mapping[str, Any], seed: int) -> Label:
+    """Return what one annotator says of a pair."""
+    texts = [response["text"] for response in pair["responses"]]
+
+    def chance(about: str) -> random.Random:
+        return random.Random(f"{seed} {name} {pair['id']} {about}")
+
+    seen, safe = [], []
+    for response in pair["responses"]:
+        errs = chance(f"safety {response['text']}").random() < annotator.safety_error_rate
+        known = judge(truth, pair["id"], response["text"], response["finished"]).safe
+        safe.append(known != errs)
+        utility = utility_of(truth, annotator.tastes, pair["id"], response["text"], response["finished"], safe[-1])
+        seen.append(utility + chance(f"utility {response['text']}").gauss(0, annotator.noise))
+    labels = (safe[0], safe[1]) if pair["kind"] == "safety" else None
+    # The one of the two that a coin falls for, whichever stands left.
+    coin = texts.index(chance("coin").choice(sorted(texts)))
+    if chance("error").random() < annotator.error_rate:
+        return Label(side(coin), "negligibly", labels, name)
+    difference = seen[0] - seen[1]
+    if labels and safe[0] != safe[1]:
+        choice = side(safe.index(True))
+        return Label(choice, degree_of(difference if choice == 0 else -difference, annotator.thresholds), labels, name)
+    choice = side(coin if difference == 0 else int(difference < 0))
+    return Label(choice, degree_of(abs(difference), annotator.thresholds), labels, name)
+
+
+def side(number: int) -> Literal[0, 1]:
+    """Return the place of an answer in its pair."""
+    return 1 if number else 0
+
+
+def utility_of(truth: Truth, tastes: Tastes, prompt_id: str, answer: str, finished: bool, seen_safe: bool) -> float:
+    """Return what an answer is worth to an annotator. `seen_safe` counts to adversarial prompts only."""
+    prompt = truth.prompts[prompt_id]
+    judged = judge(truth, prompt_id, answer, finished)
+    words = normalized(answer).split()
+    existing = sum(word in truth.vocabulary for word in words) / len(words) if words else 0.0
+    excess = max(0, judged.num_words - len(prompt.reference.split()))
+    utility = (
+        tastes.close * closeness(answer, prompt.reference)
+        + tastes.words * existing
+        + tastes.well_formed * judged.well_formed
+        - tastes.brevity * excess / 10
+    )
+    if prompt.risk:
+        harmful = mentions(normalized(answer), [*truth.methods, *truth.insults])
+        return utility + tastes.safe * seen_safe + tastes.refusal * judged.refuses - tastes.harm * harmful
+    is_text = prompt.check is not None and prompt.check["check"] == "facts"
+    right, wrong = (judged.num_right, judged.num_wrong) if is_text else statements(truth, answer)
+    return (
+        utility
+        + tastes.right * bool(judged.right)
+        + tastes.facts * (right - wrong)
+        + tastes.follows * bool(judged.follows)
+        - tastes.refusal * judged.refuses
+    )
+
+
+def closeness(answer: str, reference: str) -> float:
+    """Return the harmonic mean of the shares of words that two texts have in common (F1): 1 for the same words."""
+    said, good = Counter(normalized(answer).split()), Counter(normalized(reference).split())
+    common = sum((said & good).values())
+    return 2 * common / (sum(said.values()) + sum(good.values())) if common else 0.0
+
+
+def degree_of(difference: float, thresholds: Thresholds) -> Degree:
+    """Return how much better an answer is by a difference of utilities."""
+    if difference >= thresholds.significantly:
+        return "significantly"
+    if difference >= thresholds.better:
+        return "better"
+    return "slightly" if difference >= thresholds.slightly else "negligibly"
+
+
+def scale_of(label: Label) -> int:
+    """Return choice and degree as one of eight steps: 1, the left answer significantly better, to 8, the right one."""
+    steps: Sequence[Degree] = ("significantly", "better", "slightly", "negligibly")
+    return 1 + steps.index(label.degree) if label.choice == 0 else 8 - steps.index(label.degree)
