@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -168,9 +168,3 @@ def degree_of(difference: float, thresholds: Thresholds) -> Degree:
     if difference >= thresholds.better:
         return "better"
     return "slightly" if difference >= thresholds.slightly else "negligibly"
-
-
-def scale_of(label: Label) -> int:
-    """Return choice and degree as one of eight steps: 1, the left answer significantly better, to 8, the right one."""
-    steps: Sequence[Degree] = ("significantly", "better", "slightly", "negligibly")
-    return 1 + steps.index(label.degree) if label.choice == 0 else 8 - steps.index(label.degree)
