@@ -265,14 +265,21 @@ def show(text: str) -> None:
 
 
 def newest_checkpoint() -> Path:
-    """Return the checkpoint in data/ that was written last.
+    """Return the checkpoint in data/ that was written last: of a model that answers, and no part of another one.
 
     Raises ValueError when there is none.
     """
-    found = [*DATA.glob("*/training.json"), *DATA.glob("*/*/training.json")]
+    checkpoints = [path.parent for path in (*DATA.glob("*/training.json"), *DATA.glob("*/*/training.json"))]
+    found = [path / "training.json" for path in checkpoints if answers(path) and path.parent not in checkpoints]
     if not found:
         raise ValueError(f"{DATA} holds no checkpoint yet: `make run` trains one, or name a Hugging Face directory")
     return max(found, key=lambda path: (path.stat().st_mtime, str(path))).parent
+
+
+def answers(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint's model answers; a reward model only scores."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return "LlamaForCausalLM" in config["architectures"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,16 +7,18 @@ weights of an undisturbed run.
 
 A dialogue longer than the context is left out and listed, as cutting it would teach answers that break off.
 
+A checkpoint from on the way is kept: the first preferences need an earlier variant of the model (section 3.2.1).
+
 Reads a Hugging Face Llama directory with its tokenizer (`init_from`), and dialogues below `root`.
 Writes a Hugging Face Llama directory with training.json, plots/train.csv, plots/validation.csv, samples.jsonl (the
-answers to fixed held-out prompts at the end), too_long.jsonl and refused.jsonl (what was left out, and why).
+answers to fixed held-out prompts at the end), too_long.jsonl and refused.jsonl (what was left out, and why); in early/
+the earlier variant, a directory of the same kind.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +30,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from model.checkpoint import load_weights, read_config, read_tokenizer, save_model
+from model.checkpoint import load_weights, save_model
 from model.dialogue import Message, decode_answer, encode_dialogue, encode_prompt
 from model.engine import (
     EngineParams,
@@ -46,10 +48,12 @@ from model.engine import (
 from model.packing import IGNORED, Batch, Example, batch_of_examples, fill_rows
 from model.sampling import Sampling, sample
 from model.tokenizer import Tokenizer
-from model.transformer import Llama, ModelConfig, flops_per_token, num_parameters
+from model.transformer import Llama, flops_per_token, num_parameters
 from tasks.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
 from tasks.stage import Section, Stage, start
-from tasks.training import peak_flops, progress_bar, write_curves
+from tasks.training import digest_of, peak_flops, progress_bar, read_base, write_curves, write_lines
+
+EARLY = "early"
 
 
 class Params(EngineParams, Section):
@@ -61,6 +65,7 @@ class Params(EngineParams, Section):
     max_malformed_share: float = Field(ge=0, lt=1, description="share of a source's dialogues; more stop the stage")
     context: int = Field(gt=1, description="tokens of one row; longer dialogues are left out")
     epochs: int = Field(gt=0, description="uses of each dialogue")
+    early_share: float = Field(default=0.5, gt=0, lt=1, description="share of the steps after which early/ is taken")
     log_every: int = Field(gt=0, description="steps between two logged points")
     validate_every: int = Field(gt=0, description="steps between two validations, each with its samples")
     samples_per_category: int = Field(ge=0, description="held-out prompts of each category that are answered each time")
@@ -110,7 +115,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     """Train, validate, sample, save."""
     params, base = stage.params, Path(stage.params.init_from)
     device = join_ranks()
-    config, tokenizer = read_base(base, params.context)
+    config, tokenizer = read_base(base, params.context, "sft")
     data = read_data(params, tokenizer, stage.seed)
     steps = plan_steps(data.train, params, stage.seed)
     model = build_model(Llama, config, params)
@@ -141,39 +146,18 @@ def run(stage: Stage[Params]) -> dict[str, float]:
                 seconds, tokens_before, answers_before = 0.0, progress.tokens, progress.answer_tokens
             if step % params.validate_every == 0 or step == len(steps):
                 evaluate(training)
+            if step == math.ceil(params.early_share * len(steps)):
+                save_early(training)
             if step % params.save_every == 0 or step == len(steps):
                 save_state(engine, states, step, asdict(progress))
             bar.update()
-    written = {"step": len(steps), "tokens": progress.tokens, "base_sha256": digest_of(base)}
-    save_model(model, tokenizer, stage.output, written, params.max_shard_bytes)
+    save_model(model, tokenizer, stage.output, written(training), params.max_shard_bytes)
+    if stage.rank == 0:
+        shutil.copytree(stage.scratch / EARLY, stage.output / EARLY)  # not moved: the run may still be killed
     return report(training, num_parameters(config))
 
 
 # --- what it starts from ---
-
-
-def read_base(base: Path, context: int) -> tuple[ModelConfig, Tokenizer]:
-    """Return the model to start from, and its tokenizer.
-
-    Raises ValueError when they don't belong together, or the model has fewer positions than a row.
-    """
-    config = read_config(base)
-    tokenizer = read_tokenizer(base, config)
-    if context > config.max_position_embeddings:
-        raise ValueError(
-            f"params.yaml: `sft.context` is {context} tokens, and {base} was trained with "
-            f"{config.max_position_embeddings}: set that or less"
-        )
-    return config, tokenizer
-
-
-def digest_of(base: Path) -> str:
-    """Return a digest of a checkpoint's weights."""
-    digest = hashlib.sha256()
-    for path in sorted(base.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def read_data(params: Params, tokenizer: Tokenizer, seed: int) -> Data:
@@ -386,6 +370,20 @@ def as_text(messages: Sequence[Message]) -> str:
 # --- the end ---
 
 
+def written(training: Training) -> dict[str, Any]:
+    """Return what training.json says of a checkpoint."""
+    progress, base = training.progress, Path(training.stage.params.init_from)
+    return {"step": progress.step, "tokens": progress.tokens, "base_sha256": digest_of(base)}
+
+
+def save_early(training: Training) -> None:
+    """Keep the model as it is now for the end: beside the states, as a run that stops begins its output anew."""
+    stage, directory = training.stage, training.stage.scratch / EARLY
+    if stage.rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)  # a run that was stopped between this and its next state
+    save_model(training.engine.module, training.tokenizer, directory, written(training), stage.params.max_shard_bytes)
+
+
 def report(training: Training, parameters: int) -> dict[str, float]:
     """Write the curves, the last answers, and what was left out; return the figures."""
     stage, data, progress = training.stage, training.data, training.progress
@@ -407,11 +405,6 @@ def report(training: Training, parameters: int) -> dict[str, float]:
         "train/loss": progress.train[-1]["loss"],
         **validation_figures(losses),
     }
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

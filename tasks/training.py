@@ -1,20 +1,54 @@
-"""What the stages that train share: how fast the device could be, a bar of steps, the curves of losses."""
+"""What the stages that train share: what they start from, how fast the device could be, a bar of steps, the curves."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from model.checkpoint import read_config, read_tokenizer
+from model.tokenizer import Tokenizer
+from model.transformer import ModelConfig
 from tasks.stage import Stage
 
 # Dense bf16 products a second; NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def read_base(base: Path, context: int, section: str) -> tuple[ModelConfig, Tokenizer]:
+    """Return the model to start from, and its tokenizer.
+
+    Raises ValueError when they don't belong together, or the model has fewer positions than `section`'s context.
+    """
+    config = read_config(base)
+    tokenizer = read_tokenizer(base, config)
+    if context > config.max_position_embeddings:
+        raise ValueError(
+            f"params.yaml: `{section}.context` is {context} tokens, and {base} was trained with "
+            f"{config.max_position_embeddings}: set that or less"
+        )
+    return config, tokenizer
+
+
+def digest_of(base: Path) -> str:
+    """Return a digest of a checkpoint's weights."""
+    digest = hashlib.sha256()
+    for path in sorted(base.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

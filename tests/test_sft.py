@@ -23,18 +23,20 @@ from ruamel.yaml import YAML
 from model.checkpoint import load_weights, read_config, save_model
 from model.dialogue import encode_dialogue, encode_prompt
 from model.engine import EngineParams, Step, build_model, draw_weights
+from model.loading import open_checkpoint
 from model.packing import Example, documents_of
 from model.tokenizer import Tokenizer
 from model.transformer import Llama, ModelConfig
 from tasks import sft
 from tasks.sft import Params, mean_context, plan_steps, run
 from tasks.stage import Machine, Stage
+from tasks.training import digest_of, read_base
 
 REPOSITORY = Path(__file__).parent.parent
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
 WATCHED: dict[str, Any] = {
-    "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6, "log_every": 5,
-    "validate_every": 10, "samples_per_category": 1, "max_new_tokens": 12, "save_every": 4, "max_shard_bytes": 10**9,
+    "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6, "early_share": 0.5,
+    "log_every": 5, "validate_every": 10, "samples_per_category": 1, "max_new_tokens": 12, "save_every": 4, "max_shard_bytes": 10**9,
     "sources": {
         "own": {"files": ["train.jsonl"], "format": "auto", "max_dialogues": None, "validation_share": 0},
         "held_out": {"files": ["validation.jsonl"], "format": "auto", "max_dialogues": None, "validation_share": 1},
@@ -144,7 +146,31 @@ def test_a_model_that_answers_comes_out(place: Path) -> None:
     assert float(rows[-3]["loss"]) == figures["validation/all/loss"]
     training = json.loads(Path("out/training.json").read_text())
     assert (training["step"], training["tokens"]) == (steps, figures["tokens"])
-    assert training["base_sha256"] == sft.digest_of(Path("base"))
+    assert training["base_sha256"] == digest_of(Path("base"))
+    early = json.loads(Path("out/early/training.json").read_text())
+    assert early["step"] == (steps + 1) // 2
+    assert early["tokens"] == next(tokens for step, tokens, _ in metrics_of("train/loss") if step == early["step"])
+    assert early["base_sha256"] == training["base_sha256"]
+    assert digest_of(Path("base")) != digest_of(Path("out/early")) != digest_of(Path("out"))
+
+
+def test_the_early_checkpoint_is_what_training_was_at_its_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = int(run(stage_of(precision="bf16", zero_stage=1))["steps"])
+    shutil.move("out/early", "early")
+    real = sft.take_step
+
+    def stops_in_the_middle(training: sft.Training) -> None:
+        if training.progress.step == (steps + 1) // 2:
+            save_model(training.engine.module, training.tokenizer, Path("then"), {}, 10**9)
+            raise KeyboardInterrupt
+        real(training)
+
+    monkeypatch.setattr(sft, "take_step", stops_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage_of(precision="bf16", zero_stage=1))
+    assert digest_of(Path("then")) == digest_of(Path("early"))
+    model, _ = open_checkpoint(Path("early"), "fp32", torch.device("cpu"))
+    assert isinstance(model, Llama)
 
 
 def test_each_dialogue_is_used_once_an_epoch_in_an_order_of_its_own(place: Path) -> None:
@@ -221,7 +247,7 @@ def test_what_was_left_out_is_counted_and_listed(place: Path) -> None:
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(stage_of())
+    run(stage_of(early_share=0.1))  # taken before the state that a resumed run goes on from
     undisturbed = {path.relative_to("out"): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     real, calls = sft.train_step, []
 
@@ -233,9 +259,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(place: Path, monkeypatch: pyt
 
     monkeypatch.setattr(sft, "train_step", stopped_at_11)
     with pytest.raises(KeyboardInterrupt):
-        run(stage_of())
+        run(stage_of(early_share=0.1))
     assert sorted(Path("scratch/resume").iterdir())[-1].name == "step-8"
-    figures = run(stage_of(fresh=False))
+    figures = run(stage_of(fresh=False, early_share=0.1))
+    assert json.loads(Path("out/early/training.json").read_text())["step"] < 8
     assert len(calls) == 10 + 1 + figures["steps"] - 8
     assert {p.relative_to("out"): p.read_bytes() for p in Path("out").rglob("*") if p.is_file()} == undisturbed
     samples = pandas.read_csv("record/tables/samples.csv")
@@ -244,7 +271,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(place: Path, monkeypatch: pyt
 
 def test_a_last_step_of_few_rows_learns_from_each_once(place: Path) -> None:
     stage = stage_of()
-    config, tokenizer = sft.read_base(Path("base"), 64)
+    config, tokenizer = read_base(Path("base"), 64, "sft")
     data = sft.read_data(stage.params, tokenizer, 1)
     model = Llama(config, "off")
     load_weights(model, Path("base"))
