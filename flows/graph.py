@@ -1,5 +1,7 @@
 """The pipeline as dvc.yaml states it: its stages in order, what each waits for, and which are out of date.
 
+Studies, stages off the main path, stand in a dvc.yaml of their own below the root, where a plain `dvc repro` does not
+look: they are run by name only, with all that they need.
 Nothing else in flows/ knows a stage by name, and nothing else there touches DVC's Python API.
 """
 
@@ -15,15 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Node:
-    """One stage: its name, the stages whose outputs it reads, and dvc.yaml's `meta` (retries, seat)."""
+    """One stage: its name, what DVC calls it, the stages whose outputs it reads, and dvc.yaml's `meta`."""
 
     name: str
+    address: str  # the name; of a study `studies/dvc.yaml:name`
     after: tuple[str, ...]
     meta: dict[str, Any]
 
 
 def read_graph(targets: Sequence[str] = ()) -> list[Node]:
-    """Return the stages that `targets` need (all stages without targets), each after those it waits for.
+    """Return the stages that `targets` need (without targets, all but the studies), each after those it waits for.
 
     A target is a stage's name, or that of a group (`ppo` stands for `ppo@v1`, `ppo@v2` ...).
     Raises ValueError for a target that dvc.yaml does not have, naming the near match, and for a dvc.yaml or
@@ -40,17 +43,23 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
     if not graph:
         raise ValueError("dvc.yaml has no stages, or is missing: run from the project's root, where it lies")
     waits_for = networkx.DiGraph()
-    meta = {}
     for stage in graph.nodes:
-        waits_for.add_node(stage.addressing)
-        meta[stage.addressing] = dict(stage.meta or {})
-    waits_for.add_edges_from((stage.addressing, needed.addressing) for stage, needed in graph.edges)
-    wanted = set(waits_for.nodes)
-    if targets:
-        chosen = [name for target in targets for name in _match(target, sorted(waits_for.nodes))]
-        wanted = set(chosen).union(*(networkx.descendants(waits_for, name) for name in chosen))
+        name = stage.addressing.rpartition(":")[2]
+        if name in waits_for:
+            raise ValueError(f"`{name}` is the name of two stages, in dvc.yaml and in a study: rename one")
+        waits_for.add_node(name, address=stage.addressing, meta=dict(stage.meta or {}))
+    for stage, needed in graph.edges:
+        waits_for.add_edge(stage.addressing.rpartition(":")[2], needed.addressing.rpartition(":")[2])
+    chosen = [name for target in targets for name in _match(target, sorted(waits_for))]
+    if not targets:
+        chosen = [name for name, address in waits_for.nodes(data="address") if address == name]
+    wanted = set(chosen).union(*(networkx.descendants(waits_for, name) for name in chosen))
     order = networkx.lexicographical_topological_sort(waits_for.reverse())
-    return [Node(name, tuple(sorted(waits_for.successors(name))), meta[name]) for name in order if name in wanted]
+    return [
+        Node(name=name, after=tuple(sorted(waits_for.successors(name))), **waits_for.nodes[name])
+        for name in order
+        if name in wanted
+    ]
 
 
 def _match(target: str, names: list[str]) -> list[str]:
@@ -73,11 +82,11 @@ def find_stale(nodes: Sequence[Node]) -> list[str]:
     from dvc.repo import Repo
 
     try:
-        changed = set(Repo().status(targets=[node.name for node in nodes])) if nodes else set()
+        changed = set(Repo().status(targets=[node.address for node in nodes])) if nodes else set()
     except DvcException as error:
         raise ValueError(f"DVC can't tell what is out of date: {error}") from None
     stale: list[str] = []
     for node in nodes:
-        if node.name in changed or any(name in stale for name in node.after):
+        if node.address in changed or any(name in stale for name in node.after):
             stale.append(node.name)
     return stale

@@ -13,16 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 os.environ.setdefault("DO_NOT_TRACK", "1")  # read by Prefect when it is imported
 
-from prefect import flow, get_run_logger
+from prefect import State, flow, get_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import graph, servers, summary, values
-from tasks.reproduce import allow_stages, reproduce, stop_all
+from tasks.reproduce import WAITING, allow_stages, reproduce, stop_all
 from tasks.stage import PARAMS_FILE, PIPELINE_VARIABLE, pipeline_lock
 
 if TYPE_CHECKING:
@@ -40,11 +41,14 @@ TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
 @flow(name="recipe", task_runner=TASK_RUNNER, validate_parameters=False)
 def recipe(
     targets: list[str] | None = None, profiles: list[str] | None = None, overrides: dict[str, Any] | None = None
-) -> dict[str, str]:
+) -> dict[str, str] | State[Any]:
     """Bring the pipeline up to date; return each stage's outcome: ran, restored, or up to date.
 
+    Where a stage waits for people, those that need it are not started and all others run: the flow is then Completed
+    under the name `Waiting`, and its message says what is waited for. The next run goes on from there.
+
     Args:
-        targets: stages to bring up to date, with all that they need; none means the whole pipeline.
+        targets: stages to bring up to date, with all that they need; none means dvc.yaml's, and no study.
         profiles: names of files in profiles/ whose values are written into params.yaml first.
         overrides: dotted names of params.yaml and their values, written in last.
 
@@ -71,26 +75,35 @@ def recipe(
             del os.environ[PIPELINE_VARIABLE]
 
 
-def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, str]:
+def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, str] | State[Any]:
     """Submit the stale stages, each waiting for those it reads; collect the outcomes."""
-    futures: dict[str, PrefectFuture[str]] = {}
+    futures: dict[str, PrefectFuture[Any]] = {}
     for node in nodes:
         if node.name not in stale:
             continue
         task = reproduce.with_options(retries=int(node.meta.get("retries", 0)))
         wait_for = [futures[name] for name in node.after if name in futures]
-        futures[node.name] = task.submit(node.name, node.meta.get("seat"), wait_for=wait_for, return_state=False)
+        futures[node.name] = task.submit(
+            node.name, node.address, node.meta.get("seat"), wait_for=wait_for, return_state=False
+        )
     outcomes = {node.name: "up to date" for node in nodes}
-    failures = []
+    failures, waiting = [], []
     for name, future in futures.items():
         future.wait()
         state = future.state
         if state.is_completed():
             outcomes[name] = future.result()
-        elif state.name != "NotReady":  # a stage that it waits for failed
+        elif state.name == WAITING:
+            outcomes[name] = "waiting"
+            waiting.append(str(state.message))
+        elif state.name == "NotReady":  # a stage that it reads waits, or failed
+            outcomes[name] = "not started"
+        else:
             failures.append(str(state.message or name).removeprefix(TASK_FAILED))
     if failures:
         raise RuntimeError("; ".join(failures))
+    if waiting:
+        return Completed(name=WAITING, message="\n".join(waiting), data=outcomes)
     return outcomes
 
 
@@ -146,7 +159,7 @@ def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], tex
         unchanged = text == PARAMS_FILE.read_text(encoding="utf-8")
         if unchanged and not graph.find_stale(nodes):
             outcomes = {node.name: "up to date" for node in nodes}
-            sys.stdout.write(summary.summarize(nodes, outcomes, time.monotonic() - started))
+            sys.stdout.write(summary.summarize(nodes, outcomes, time.monotonic() - started, waiting=None))
             return 0
     with servers.prefect_server() as url, temporary_settings({PREFECT_API_URL: url}):
         try:
@@ -155,7 +168,9 @@ def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], tex
             wait_for_records()
     nodes = graph.read_graph(targets)
     if state.is_completed():
-        sys.stdout.write(summary.summarize(nodes, state.result(), time.monotonic() - started))
+        outcomes = cast("dict[str, str]", state.result())
+        waiting = str(state.message) if state.name == WAITING else None
+        sys.stdout.write(summary.summarize(nodes, outcomes, time.monotonic() - started, waiting))
         return 0
     message = str(state.message)
     for prefix in FLOW_FAILED:

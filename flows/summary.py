@@ -1,4 +1,4 @@
-"""The few lines at the end of a run: what ran, the main figures, where to look next."""
+"""The few lines at the end of a run: what ran, the main figures, where to look next, what is waited for."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def format_number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
-def summarize(nodes: Sequence[Node], outcomes: Mapping[str, str], seconds: float) -> str:
-    """Return the summary of a run: a line a stage, then where to look next."""
+def summarize(nodes: Sequence[Node], outcomes: Mapping[str, str], seconds: float, waiting: str | None) -> str:
+    """Return the summary of a run: a line a stage, where to look next, and last the lines of stages that wait."""
     width = max((len(node.name) for node in nodes), default=0)
-    lines = ["", f"The pipeline is up to date ({seconds:.0f} s).", ""]
+    state = "waits" if waiting else "is up to date"
+    lines = ["", f"The pipeline {state} ({seconds:.0f} s).", ""]
     for node in nodes:
         lines.append(f"  {node.name:<{width}}  {outcomes.get(node.name, ''):<12}  {main_figures(node)}".rstrip())
     lines += ["", "Look next:"]
@@ -44,4 +45,6 @@ def summarize(nodes: Sequence[Node], outcomes: Mapping[str, str], seconds: float
         "  dvc metrics show        every figure; `dvc metrics diff` against the last commit",
         "",
     ]
+    if waiting:
+        lines += [waiting, ""]
     return "\n".join(lines)

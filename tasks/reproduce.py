@@ -14,11 +14,13 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from prefect import get_run_logger, task
+from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.states import Cancelled
 
-from tasks.stage import RUNS, die_with_parent
+from tasks.stage import RUNS, SCRATCH, die_with_parent
 
 DVC_ADVICE = (
     "To track the changes",
@@ -27,6 +29,7 @@ DVC_ADVICE = (
     "dvc config core.autostage",
     "Use `dvc push`",
 )
+WAITING = "Waiting"  # name of the state of a task, and of a flow, that waits for people
 
 _children: set[subprocess.Popen[str]] = set()
 _starting = threading.Lock()  # held while a child starts: none is overlooked by those who stop all
@@ -35,21 +38,25 @@ _accelerator = threading.Lock()  # one training stage at a time: two would share
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{stage_name}")
-def reproduce(stage_name: str, seat: str | None) -> str:
+def reproduce(stage_name: str, address: str, seat: str | None) -> str | State[Any]:
     """Bring one stage up to date; return "ran in N s", "restored" (from DVC's run cache) or "up to date".
 
-    `seat` "accelerator" lets one such stage run at a time. Raises RuntimeError with the stage's own message.
+    `address` is what DVC calls the stage; `seat` "accelerator" lets one such stage run at a time. A stage that waits
+    for people ends in a state of that name with the stage's line, which keeps those that need it from starting.
+    Raises RuntimeError with the stage's own message.
     """
     if seat == "accelerator":
         with _accelerator:
-            return _run_dvc(stage_name)
-    return _run_dvc(stage_name)
+            return _run_dvc(stage_name, address)
+    return _run_dvc(stage_name, address)
 
 
-def _run_dvc(stage_name: str) -> str:
+def _run_dvc(stage_name: str, address: str) -> str | State[Any]:
     started = time.time()
     logger = get_run_logger()
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage_name]
+    waiting = SCRATCH / Path(*stage_name.split("@")) / "waiting.txt"  # DVC does not pass on a stage's exit status
+    waiting.unlink(missing_ok=True)  # of a run before
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", address]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # dvc.yaml says `python`
     with _starting:
         if _stopping.is_set():
@@ -82,6 +89,8 @@ def _run_dvc(stage_name: str) -> str:
         status = process.wait()
     finally:
         _children.discard(process)
+    if status != 0 and waiting.exists():
+        return Cancelled(name=WAITING, message=waiting.read_text(encoding="utf-8").strip())
     if status != 0:
         raise RuntimeError(f"stage `{stage_name}` failed: {failure(stage_name, started) or ' / '.join(last_lines)}")
     return outcome or f"ran in {time.time() - started:.0f} s"

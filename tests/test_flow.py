@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,6 +54,60 @@ def test_a_group_of_stages_is_a_target(workspace: Path) -> None:
     assert [node.name for node in read_graph(["again"])] == ["again@v1", "again@v2"]
 
 
+def test_an_entry_of_a_group_may_hold_several_values(workspace: Path) -> None:
+    Path("params.yaml").write_text(
+        Path("params.yaml").read_text() + "rounds:\n  v1: {newest: data/shrink, again: data/grow}\n"
+    )
+    text = Path("dvc.yaml").read_text() + (
+        "  responses:\n    foreach: ${rounds}\n    do:\n      cmd: echo ${key}\n      deps: ['${item.newest}']\n"
+        "      outs: ['data/responses/${key}']\n"
+        "  reward:\n    foreach: ${rounds}\n    do:\n      cmd: echo ${key}\n"
+        "      deps: ['data/responses/${key}', '${item.again}']\n"
+    )
+    Path("dvc.yaml").write_text(text)
+    nodes = {node.name: node for node in read_graph(["reward"])}
+    assert list(nodes) == ["grow", "shrink", "responses@v1", "reward@v1"]
+    assert nodes["reward@v1"].after == ("grow", "responses@v1")
+    assert nodes["reward@v1"].address == "reward@v1"
+
+
+STUDY = """\
+stages:
+  scaling:
+    cmd: cp data/shrink/shrunk.txt study.txt
+    wdir: ..
+    deps:
+    - data/shrink
+    params:
+    - grow
+    outs:
+    - study.txt
+"""
+
+
+@pytest.mark.slow
+def test_a_study_runs_by_name_only(workspace: Path) -> None:
+    Path("studies").mkdir()
+    Path("studies/dvc.yaml").write_text(STUDY)
+    assert [node.name for node in read_graph()] == ["grow", "shrink", "publish"]
+    nodes = read_graph(["scaling"])
+    assert [node.name for node in nodes] == ["grow", "shrink", "scaling"]
+    assert (nodes[-1].address, nodes[-1].after) == ("studies/dvc.yaml:scaling", ("shrink",))
+    assert repro().returncode == 0
+    assert not Path("study.txt").exists()
+    assert find_stale(nodes) == ["scaling"]
+    assert repro("studies/dvc.yaml").returncode == 0
+    assert Path("study.txt").read_text() == "1.5\n"
+    assert find_stale(nodes) == []
+
+
+def test_a_study_that_is_named_as_a_stage_is_refused(workspace: Path) -> None:
+    Path("studies").mkdir()
+    Path("studies/dvc.yaml").write_text("stages:\n  grow:\n    cmd: echo\n")
+    with pytest.raises(ValueError, match=r"`grow` is the name of two stages, in dvc.yaml and in a study: rename one"):
+        read_graph()
+
+
 def test_a_dvc_file_that_cannot_be_read_is_explained(workspace: Path) -> None:
     Path("dvc.yaml").write_text("stages: [\n")
     with pytest.raises(ValueError, match=r"dvc.yaml can't be read"):
@@ -83,10 +138,15 @@ def test_the_summary_names_outcomes_and_main_figures(workspace: Path) -> None:
     Path("data/grow").mkdir(parents=True)
     Path("data/grow/metrics.json").write_text(json.dumps({"size": 12345, "other": 1}))
     assert main_figures(nodes[0]) == "size 12,345"
-    text = summarize(nodes, {"grow": "ran in 3 s", "shrink": "up to date"}, 4.2)
+    outcomes = {"grow": "ran in 3 s", "shrink": "up to date"}
+    text = summarize(nodes, outcomes, 4.2, waiting=None)
+    assert "The pipeline is up to date (4 s)." in text
     assert "  grow    ran in 3 s    size 12,345\n  shrink  up to date\n" in text
     assert "make ui" in text
     assert format_number(0.123456) == "0.1235"
+    waiting = summarize(nodes, outcomes, 4.2, waiting="waiting for labels, put them at data/labels")
+    assert "The pipeline waits (4 s)." in waiting
+    assert waiting.endswith("\nwaiting for labels, put them at data/labels\n")
 
 
 @pytest.mark.slow
@@ -129,6 +189,102 @@ def test_a_failed_stage_fails_the_flow_with_its_own_message(workspace: Path) -> 
     assert Path("data/shrink").exists()
     assert not Path("data/grow").exists()
     assert recipe("--set", "grow.fial_at=2").stderr.startswith("overrides: `grow.fial_at` is not a parameter")
+
+
+LABEL = """\
+from pathlib import Path
+from pydantic import Field
+from tasks.stage import Section, Stage, Waiting, start
+
+
+class Params(Section):
+    file: str = Field(description="what people write")
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    path = Path("labels") / stage.params.file
+    if not path.exists():
+        raise Waiting(f"waiting for labels of {stage.name.partition('@')[2]}, put them at {path}")
+    (stage.output / "labels.txt").write_text(path.read_text())
+    return {"labels": 1}
+
+
+if __name__ == "__main__":
+    start(Params, run)
+"""
+
+LABEL_STAGE = f"""\
+  label:
+    foreach: {{v1: 1}}
+    do:
+      cmd: exec {sys.executable} -m tasks.label ${{key}}
+      deps:
+      - data/grow
+      - labels
+      params:
+      - label
+      outs:
+      - data/label/${{key}}
+  learn:
+    cmd: mkdir -p data/learn && cp data/label/v1/labels.txt data/learn/
+    deps:
+    - data/label/v1
+    outs:
+    - data/learn
+"""
+
+
+def pipeline_runs() -> list[str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient("sqlite:///mlflow.db")
+    experiment = client.get_experiment_by_name("test")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], "tags.level = 'pipeline'", order_by=["start_time ASC"])
+    return [run.info.status for run in runs]
+
+
+@pytest.mark.slow
+def test_a_stage_that_waits_for_people_ends_its_part_of_the_flow(workspace: Path) -> None:
+    Path("labels").mkdir()
+    Path("labels/README.md").write_text("Labels of people.\n")
+    Path("tasks/label.py").write_text(LABEL)
+    Path("tasks/learn.py").write_text("from tasks.label import Params\n")
+    Path("params.yaml").write_text(Path("params.yaml").read_text() + "label: {file: v1.csv}\nlearn: {file: v1.csv}\n")
+    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text() + LABEL_STAGE)
+    line = "waiting for labels of v1, put them at labels/v1.csv"
+    for _ in range(2):  # the next run waits, too
+        result = recipe()
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.endswith(f"\n{line}\n")
+        assert re.search(r"label@v1 +waiting\n", result.stdout)
+        assert re.search(r"learn +not started\n", result.stdout)
+        assert re.search(r"shrink +(ran in|up to date)", result.stdout)
+        assert f"Waiting('{line}', type=COMPLETED)" in result.stderr
+        assert Path("data/publish").exists()
+        assert not Path("data/label").exists()
+    assert "FAILED" not in pipeline_runs()
+    Path("labels/v1.csv").write_text("a pair, its label\n")
+    result = recipe()
+    assert result.returncode == 0, result.stderr
+    assert "The pipeline is up to date" in result.stdout
+    assert line not in result.stdout
+    assert Path("data/learn/labels.txt").read_text() == "a pair, its label\n"
+    assert pipeline_runs()[-1] == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_after_it_waited_is_a_failure(workspace: Path) -> None:
+    Path("labels").mkdir()
+    Path("labels/README.md").write_text("Labels of people.\n")
+    Path("tasks/label.py").write_text(LABEL)
+    Path("params.yaml").write_text(Path("params.yaml").read_text() + "label: {file: v1.csv}\n")
+    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text() + LABEL_STAGE.partition("  learn:")[0])
+    assert recipe("label").stdout.endswith("put them at labels/v1.csv\n")
+    Path("labels/v1.csv").mkdir()
+    result = recipe("label")
+    assert result.returncode == 1
+    assert "stage `label@v1` failed: IsADirectoryError" in result.stderr
 
 
 @pytest.mark.slow
