@@ -311,9 +311,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_named(
     assert "params.yaml: `chat.temperature` is -1" in error("data")
 
 
-def test_the_newest_checkpoint_is_the_last_one_written_that_answers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_newest_checkpoint_is_the_last_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     places = (
         (3000, "data/sft"), (6000, "data/sft/early"), (5000, "data/ppo/v5"), (4000, "data/pretrain"),
@@ -323,7 +321,7 @@ def test_the_newest_checkpoint_is_the_last_one_written_that_answers(
         Path(place).mkdir(parents=True)
         Path(place, "training.json").touch()
         kind = "SequenceClassification" if "reward" in place else "CausalLM"
-        Path(place, "config.json").write_text(json.dumps({"architectures": [f"Llama{kind}"]}))
+        Path(place, "config.json").write_text(json.dumps({"architectures": [f"LlamaFor{kind}"]}))
         os.utime(Path(place, "training.json"), (seconds, seconds))
     (tmp_path / "data" / "audit").mkdir()
     assert newest_checkpoint() == Path("data/ppo/v5")

@@ -35,8 +35,9 @@ from tasks.training import digest_of, read_base
 REPOSITORY = Path(__file__).parent.parent
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
 WATCHED: dict[str, Any] = {
-    "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6, "early_share": 0.5,
-    "log_every": 5, "validate_every": 10, "samples_per_category": 1, "max_new_tokens": 12, "save_every": 4, "max_shard_bytes": 10**9,
+    "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6,
+    "early_share": 0.5, "log_every": 5, "validate_every": 10, "samples_per_category": 1, "max_new_tokens": 12,
+    "save_every": 4, "max_shard_bytes": 10**9,
     "sources": {
         "own": {"files": ["train.jsonl"], "format": "auto", "max_dialogues": None, "validation_share": 0},
         "held_out": {"files": ["validation.jsonl"], "format": "auto", "max_dialogues": None, "validation_share": 1},
