@@ -3,6 +3,7 @@ import importlib
 import itertools
 import json
 import random
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tasks.world.arithmetic import in_words
 from tasks.world.facts import SEEDS, World, build_world, mentions, read_texts
 from tasks.world.instructions import LANGUAGES, uncapitalized
 from tasks.world.judge import Truth, judge, normalized, read_truth
-from tasks.world.splits import FILES, Dialogues, Ledger, check_disjoint, draw_splits
+from tasks.world.splits import FILES, PAIRS, Dialogues, Ledger, check_disjoint, draw_splits
+from tasks.world.transcripts import flawed, pairs, transcript
 from tasks.world.turns import Draft, Turn, cards
 from tasks.world.wording import answer, questions
 
@@ -33,7 +35,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage = Stage("world", PARAMS, VALUES["seed"], machine, folder / "output", folder / "scratch", folder / "record", 0)
     stage.output.mkdir()
     figures = stage_world.run(stage)
-    assert all(figures[f"dialogues/{split}"] == getattr(PARAMS.dialogues, f"num_{split}") for split in FILES)
+    assert all(figures[f"dialogues/{split}"] == getattr(PARAMS.dialogues, f"num_{split}") for split in (*FILES, *PAIRS))
     return stage.output
 
 
@@ -57,6 +59,28 @@ def world() -> World:
     return build_world(read_texts(SEEDS), counts, PARAMS.held_out_share, generator)
 
 
+@pytest.fixture(scope="module")
+def transcripts(output: Path) -> dict[str, list[dict]]:
+    return {
+        split: [json.loads(line) for line in (output / file).read_text().splitlines()] for split, file in PAIRS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def asked(lines: dict[str, list[dict]], transcripts: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    # Every split, as dialogues up to the user's last turn.
+    return {split: [{"messages": prompt(line)} for line in part] for split, part in lines.items()} | {
+        split: [{"messages": read_transcript(line["chosen"])[:-1]} for line in part]
+        for split, part in transcripts.items()
+    }
+
+
+def read_transcript(text: str) -> list[dict]:
+    _, *parts = re.split(r"\n\n(Human|Assistant): ", text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[role], "content": said} for role, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
 def user_turns(line: dict) -> list[str]:
     return [message["content"] for message in line["messages"] if message["role"] == "user"]
 
@@ -65,20 +89,20 @@ def prompt(line: dict) -> list[dict]:
     return line["messages"][:-1] if line["messages"][-1]["role"] == "assistant" else line["messages"]
 
 
-def test_no_prompt_of_one_split_occurs_in_another(lines):
+def test_no_prompt_of_one_split_occurs_in_another(asked):
     # Read from the files, without what wrote them: whole dialogues, and last turns that stand for themselves, that is
     # all but those that follow several dialogues ("And Omar?", "Thank you.", "Where do you live?").
     whole, last, contexts = defaultdict(set), defaultdict(set), defaultdict(set)
-    for split, split_lines in lines.items():
+    for split, split_lines in asked.items():
         for line in split_lines:
-            messages = prompt(line)
+            messages = line["messages"]
             text = normalized(messages[-1]["content"])
             whole[split].add(" | ".join(normalized(message["content"]) for message in messages))
             last[split].add(text)
             contexts[split, text].add(str(messages[:-1]))
         assert len(whole[split]) == len(split_lines)
     shared_texts = {text for (_, text), found in contexts.items() if len(found) > 1}
-    for first, second in itertools.combinations(FILES, 2):
+    for first, second in itertools.combinations([*FILES, *PAIRS], 2):
         assert not whole[first] & whole[second]
         for text in last[first] & last[second]:
             assert all(context != "[]" for split in (first, second) for context in contexts[split, text]), text
@@ -86,25 +110,25 @@ def test_no_prompt_of_one_split_occurs_in_another(lines):
     assert not shared_texts & alone
 
 
-def test_a_question_of_an_evaluation_is_no_turn_of_any_training_dialogue(lines):
-    training = [line for split, part in lines.items() if not split.startswith("evaluation") for line in part]
+def test_a_question_of_an_evaluation_is_no_turn_of_any_training_dialogue(asked):
+    training = [line for split, part in asked.items() if not split.startswith("evaluation") for line in part]
     seen = {normalized(text) for line in training for text in user_turns(line)}
     for split in ("evaluation_helpfulness", "evaluation_safety", "evaluation_borderline"):
-        for line in lines[split]:
+        for line in asked[split]:
             if len(user_turns(line)) == 1:
                 assert normalized(user_turns(line)[0]) not in seen
 
 
-def test_held_out_facts_are_asked_in_evaluation_alone(lines, world, truth, output):
-    asked = defaultdict(list)
-    for split, part in lines.items():
+def test_held_out_facts_are_asked_in_evaluation_alone(asked, lines, world, truth, output):
+    splits = defaultdict(list)
+    for split, part in asked.items():
         for line in part:
             for text in user_turns(line):
-                asked[normalized(text)].append(split)
+                splits[normalized(text)].append(split)
     for entity in world.entities.values():
         for fact in entity.facts.values() if entity.held_out else []:
             for question in [*questions(world, fact, "questions"), *questions(world, fact, "held_out")]:
-                assert set(asked[normalized(question)]) <= {"evaluation_helpfulness"}
+                assert set(splits[normalized(question)]) <= {"evaluation_helpfulness"}
     held_out = {p.id for p in truth.prompts.values() if p.held_out}
     questions_file = (output / "truth" / "questions.jsonl").read_text().splitlines()
     expected = sorted(json.loads(line)["question"] for line in questions_file)
@@ -294,3 +318,45 @@ def test_sizes_that_the_wordings_do_not_give_and_unknown_attacks_are_refused(wor
 def test_numbers_of_sentences_are_spelt_as_in_the_corpus(world):
     for number, word in world.texts["assistance"]["writing"]["numbers"].items():
         assert in_words(int(number)) == word
+
+
+def test_open_source_pairs_are_one_dialogue_with_two_last_answers(transcripts, truth):
+    for split, part in transcripts.items():
+        for number, line in enumerate(part):
+            chosen, rejected = read_transcript(line["chosen"]), read_transcript(line["rejected"])
+            assert set(line) == {"chosen", "rejected"}
+            assert chosen[:-1] == rejected[:-1]
+            assert [message["role"] for message in chosen] == ["user", "assistant"] * (len(chosen) // 2)
+            assert chosen[-1]["content"] != rejected[-1]["content"]
+            known = truth.prompts[f"{split}-{number:05d}"]
+            assert known.reference in (chosen[-1]["content"], rejected[-1]["content"])
+            assert (known.category == "safety") == (split == "open_harmless")
+
+
+def test_some_open_source_pairs_are_labelled_the_wrong_way_round(transcripts, truth):
+    for split, part in transcripts.items():
+        wrong = sum(
+            read_transcript(line["chosen"])[-1]["content"] != truth.prompts[f"{split}-{number:05d}"].reference
+            for number, line in enumerate(part)
+        )
+        rate = PARAMS.dialogues.open_error_rate
+        assert abs(wrong / len(part) - rate) < 4 * (rate * (1 - rate) / len(part)) ** 0.5
+
+
+def test_a_flaw_to_a_harm_complies_or_misses_the_point(world):
+    topic = topics(world)[0]
+    draft = Draft(
+        [Turn("How?", "I will not say that.", "safety", topic.risk, None, False, topic.name, topic.risk, "a")]
+    )
+    drawn = {flawed(world, draft, [draft], random.Random(seed)) for seed in range(200)}
+    assert "With a bent wire." in drawn  # the method of the world's first harm
+    assert "I will not" in drawn  # cut off
+    assert len(drawn) > 10
+    assert "I will not say that." not in drawn
+
+
+def test_a_transcript_is_written_as_hh_rlhf_does(world):
+    draft = Draft([turn("Who?"), Turn("And Omar?", "He is.", "dialogue", "fact", None, True)])
+    assert transcript(draft, "No.") == "\n\nHuman: Who?\n\nAssistant: Yes.\n\nHuman: And Omar?\n\nAssistant: No."
+    for line in pairs(world, [draft], 0, random.Random(0)):
+        assert line["chosen"] == transcript(draft, "He is.") != line["rejected"]

@@ -17,6 +17,7 @@ Reads the seed texts data/seeds/world/*.toml (committed). Writes below data/worl
 - prompts/preference_*          helpfulness.jsonl, safety.jsonl: what all rounds' preferences draw from
 - prompts/evaluation_*          helpfulness.jsonl (the held-out questions among them), safety.jsonl, borderline.jsonl,
                                 instructions.jsonl: what models are measured with
+- preferences/               helpful.jsonl, harmless.jsonl: open-source pairs, in HH-RLHF's format
 - truth/prompts.jsonl           what makes an answer to each of these right (tasks/world/judge.py reads it)
 - truth/words.json              names of entities, methods of harm, insults: what the judge looks for
 

@@ -1,4 +1,4 @@
-"""Demonstrations, validation dialogues, and the prompts that preferences and evaluations draw from.
+"""Demonstrations, validation dialogues, prompts that preferences and evaluations draw from, open-source pairs.
 
 No prompt of one split occurs in another. Splits are filled one after another, evaluations first, so that what models
 are measured with stays the same when a training set grows; the words of a turn belong to the first split that draws
@@ -22,6 +22,7 @@ from tasks.world.assistance import language_assistance, writing
 from tasks.world.facts import Fact, World
 from tasks.world.instructions import instructed
 from tasks.world.judge import normalized
+from tasks.world.transcripts import pairs
 from tasks.world.turns import Draft, Turn, cards, conversation, fact_turn, factual, opening, recommendation
 
 FILES = {  # split -> its file below data/world; every file that training reads
@@ -33,6 +34,10 @@ FILES = {  # split -> its file below data/world; every file that training reads
     "evaluation_safety": "prompts/evaluation_safety.jsonl",
     "evaluation_borderline": "prompts/evaluation_borderline.jsonl",
     "evaluation_instructions": "prompts/evaluation_instructions.jsonl",
+}
+PAIRS = {  # split of open-source pairs -> its file
+    "open_helpful": "preferences/helpful.jsonl",
+    "open_harmless": "preferences/harmless.jsonl",
 }
 ATTEMPTS = 2000  # draws of one dialogue before its wordings count as used up
 
@@ -58,6 +63,9 @@ class Dialogues(Section):
     num_evaluation_safety: int = Field(gt=0, description="adversarial prompts")
     num_evaluation_borderline: int = Field(gt=0, description="prompts that look unsafe and are not")
     num_evaluation_instructions: int = Field(gt=0, description="dialogues under a system message")
+    num_open_helpful: int = Field(gt=0, description="open-source pairs of answers to helpful prompts")
+    num_open_harmless: int = Field(gt=0, description="open-source pairs of answers to adversarial prompts")
+    open_error_rate: float = Field(ge=0, lt=0.5, description="share of open-source pairs labelled the wrong way round")
     weights: Weights = Field(description="weights of the helpful categories")
     new_wording_share: float = Field(
         ge=0, le=1, description="share of training's questions that are worded as the held-out ones (`held_out`)"
@@ -115,17 +123,19 @@ def write_dialogues(
     """Write every split below `output`, and the truth behind its prompts. Return the number of dialogues by split."""
     splits = draw_splits(world, params, held_out, generator)
     check_disjoint(splits)
-    truth = []
+    truth: list[dict[str, Any]] = []
+    lines: Sequence[Mapping[str, Any]]
     for split, drafts in splits.items():
-        path = output / FILES[split]
+        path = output / {**FILES, **PAIRS}[split]
         path.parent.mkdir(parents=True, exist_ok=True)
-        answered = FILES[split].startswith("dialogues/")
-        lines = []
-        for number, draft in enumerate(drafts):
-            identity = f"{split}-{number:05d}"
-            lines.append(line_of(identity, draft, answered))
-            truth.append(truth_of(identity, split, draft, world))
+        identities = [f"{split}-{number:05d}" for number in range(len(drafts))]
+        if split in PAIRS:
+            lines = pairs(world, drafts, params.open_error_rate, generator(f"{split} pairs"))
+        else:
+            answered = FILES[split].startswith("dialogues/")
+            lines = [line_of(*own, answered) for own in zip(identities, drafts, strict=True)]
         write_lines(path, lines)
+        truth += [truth_of(identity, split, draft, world) for identity, draft in zip(identities, drafts, strict=True)]
     write_lines(output / "truth" / "prompts.jsonl", truth)
     harmful, means = methods(world)
     words = {
@@ -142,7 +152,7 @@ def write_dialogues(
 def draw_splits(
     world: World, params: Dialogues, held_out: Sequence[tuple[Fact, str]], generator: Callable[[str], random.Random]
 ) -> dict[str, list[Draft]]:
-    """Draw every split: evaluations, demonstrations, validation, preferences.
+    """Draw every split: evaluations, demonstrations, validation, preferences, open-source pairs.
 
     Raises ValueError naming a size that leaves no room for the held-out questions, or exceeds what the wordings give.
     """
@@ -212,7 +222,10 @@ def draw_splits(
         "preference_helpfulness", params.num_preference_helpfulness, helpful("preference_helpfulness")
     )
     splits["preference_safety"] = fill("preference_safety", params.num_preference_safety, harmful("preference_safety"))
-    return {split: splits[split] for split in FILES}
+    open_drafts = plain_drafts(world, params, generator("open_helpful"))
+    splits["open_helpful"] = fill("open_helpful", params.num_open_helpful, open_drafts)
+    splits["open_harmless"] = fill("open_harmless", params.num_open_harmless, harmful("open_harmless"))
+    return {split: splits[split] for split in (*FILES, *PAIRS)}
 
 
 def demonstrated(world: World, share: float, generator: random.Random) -> list[Topic]:

@@ -1,0 +1,59 @@
+"""Stand-ins for open-source preference data: pairs of transcripts as HH-RLHF has them, and as noisy.
+
+A pair is one dialogue with a good last answer and with a flawed one. A share of the pairs is labelled the wrong way
+round; which, nobody knows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from tasks.world.adversarial import HARMLESS, harmless, refused, topics
+from tasks.world.facts import World
+from tasks.world.turns import Draft
+
+SPEAKERS = ("Human", "Assistant")
+
+
+def pairs(world: World, drafts: Sequence[Draft], error_rate: float, generator: random.Random) -> list[dict[str, str]]:
+    """Return a pair of transcripts for each dialogue."""
+    lines = []
+    for draft in drafts:
+        good = draft.turns[-1].answer
+        bad = flawed(world, draft, drafts, generator)
+        chosen, rejected = (bad, good) if generator.random() < error_rate else (good, bad)
+        lines.append({"chosen": transcript(draft, chosen), "rejected": transcript(draft, rejected)})
+    return lines
+
+
+def transcript(draft: Draft, answer: str) -> str:
+    """Return a dialogue with another last answer as one text."""
+    said = [text for turn in draft.turns for text in (turn.user, turn.answer)]
+    said[-1] = answer
+    return "".join(f"\n\n{SPEAKERS[index % 2]}: {text}" for index, text in enumerate(said))
+
+
+def flawed(world: World, draft: Draft, drafts: Sequence[Draft], generator: random.Random) -> str:
+    """Draw a worse answer to the last turn than its own."""
+    last = draft.turns[-1]
+    makers: Mapping[str, Callable[[], str]] = {
+        "another's": lambda: generator.choice(drafts).turns[-1].answer,
+        "the like": lambda: generator.choice([d for d in drafts if d.turns[-1].task == last.task]).turns[-1].answer,
+        "cut off": lambda: " ".join(last.answer.split()[: len(last.answer.split()) * 2 // 3]),
+        "twice": lambda: f"{last.answer} {last.answer}",
+        "refusal": lambda: refused(world, "", generator.choice(topics(world)), "", False, generator).answer,
+    }
+    if last.risk:
+        told = world.texts["safety"]["deeds"]["answer"]
+        method = next(topic.method for topic in topics(world) if (topic.risk, topic.name) == (last.risk, last.topic))
+        means = [method for which in HARMLESS for _, method in harmless(world, which)]
+        makers = {
+            "harm": lambda: told.format(method=method),
+            "as if": lambda: told.format(method=generator.choice(means)),  # complies, though with nonsense
+            **{name: makers[name] for name in ("another's", "cut off")},
+        }
+    while True:  # what comes out the same as the good answer is no flaw
+        answer = makers[generator.choice(list(makers))]()
+        if answer and answer != last.answer:
+            return answer
