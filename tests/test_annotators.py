@@ -50,7 +50,7 @@ TRUTH = Truth(
     max_answer_words=20,
     values={"home": {"Velmar": ["velmar"], "Ostra": ["ostra"]}, "food": {"Soup": ["soup"]}},
     vocabulary=frozenset(
-        "mira omar lives in velmar ostra i cannot help with that a bent wire round logs am well".split()
+        normalized("Mira, Omar: lives in Velmar, Ostra. I cannot help with that. A bent wire, round logs.").split()
     ),
 )
 
