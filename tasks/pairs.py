@@ -301,8 +301,8 @@ def evaluation_prompts(prompts: Iterable[Prompt]) -> EvaluationPrompts:
 def asks_the_same(messages: Sequence[Message], evaluation: EvaluationPrompts) -> bool:
     """Tell whether a dialogue asks what one of an evaluation asks, whatever their case, punctuation and space.
 
-    It does when all turns are the same; or when the last turns are, unless both depend on turns before them: "And who
-    is older?" is not one question.
+    It does when all messages are the same; or when the last turns are, unless both have something before them that they
+    may depend on: "And who is older?" is not one question, nor is "Who are you?" under two system messages.
     """
     question, alone = _question(messages)
     if alone:
@@ -317,5 +317,4 @@ def plain(messages: Sequence[Message]) -> str:
 
 def _question(messages: Sequence[Message]) -> tuple[str, bool]:
     """The last turn, and whether it stands alone."""
-    turns = [message for message in messages if message["role"] != "system"]
-    return plain(turns[-1:]), len(turns) == 1
+    return plain(messages[-1:]), len(messages) == 1

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from tasks.agreement import report_agreement
 from tasks.label_studio import DEGREES
 from tasks.labels import Decision, Labels, decide, find_labels, read_labels
 from tasks.pairs import Aside, PairSource, Preference, plain, read_pairs, sift
@@ -244,6 +245,8 @@ def label_figures(batches: Sequence[Batch]) -> dict[str, float]:
             f"{batch.kind}/labels_replaced": labels.num_replaced,
             f"{batch.kind}/labels_faulty": sum(map(len, labels.faults.values())),
         }
+        agreement = report_agreement(list(labels.by_pair.values()))
+        figures |= {f"{batch.kind}/{name}": value for name, value in agreement.items()}
     return figures
 
 
