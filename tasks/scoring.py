@@ -59,15 +59,12 @@ def report_scores(stage: Stage[Any], rows: Sequence[Mapping[str, Any]]) -> dict[
             scores = f"{row['chosen_score']} and {row['rejected_score']}"
             raise ValueError(f"the answers of pair {row['id']} score {scores}: the reward model is broken")
     table = pd.DataFrame(list(rows))
-    accuracies = {name: accuracy_of(part) for name, part in groups(table)}
+    accuracies = accuracies_of(table)
     curve = pd.concat(
         [reliability(part, stage.params.num_bins).assign(data=name or "all") for name, part in by_kind(table)],
         ignore_index=True,
     )
-    figures: dict[str, float] = {"pairs": len(table)}
-    for name, found in accuracies.items():
-        place = metric_path(name, "accuracy")
-        figures |= {place: found.accuracy, f"{place}/low": found.low, f"{place}/high": found.high}
+    figures = {"pairs": len(table), **accuracy_figures(accuracies)}
     for name, part in by_kind(table):
         of_data = curve[curve["data"] == (name or "all")]
         figures[metric_path(name, "ece")] = expected_calibration_error(of_data)
@@ -105,6 +102,25 @@ def metric_path(group: str, figure: str) -> str:
 
 
 # --- accuracy ---
+
+
+def accuracies_of(table: pd.DataFrame) -> dict[str, Accuracy]:
+    """Return the accuracy of each group of pairs."""
+    return {name: accuracy_of(part) for name, part in groups(table)}
+
+
+def accuracy_figures(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
+    """Return accuracies with their intervals as metrics."""
+    figures = {}
+    for name, found in accuracies.items():
+        place = metric_path(name, "accuracy")
+        figures |= {place: found.accuracy, f"{place}/low": found.low, f"{place}/high": found.high}
+    return figures
+
+
+def accuracy_table(accuracies: Mapping[str, Accuracy]) -> pd.DataFrame:
+    """Return accuracies as a table: columns part, pairs, accuracy, low, high."""
+    return pd.DataFrame({"part": name.strip("/") or "all", **found._asdict()} for name, found in accuracies.items())
 
 
 def accuracy_of(part: pd.DataFrame) -> Accuracy:
@@ -226,7 +242,7 @@ def _write_plots(
     """Write the CSV files and the pictures; there is no scores.csv where no answer is known to be safe or unsafe."""
     plots = stage.output / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    shares = pd.DataFrame({"part": name.strip("/") or "all", **found._asdict()} for name, found in accuracies.items())
+    shares = accuracy_table(accuracies)
     lengths = pd.DataFrame(
         {"figure": metric_path(name, figure.removeprefix("length/")), "value": value}
         for name, part in by_kind(table)
@@ -244,15 +260,9 @@ def _draw_pictures(
     stage: Stage[Any], accuracies: Mapping[str, Accuracy], curve: pd.DataFrame, histogram: pd.DataFrame
 ) -> None:
     """Draw accuracy by degree and by round, the reliability curve, and the scores of safe and unsafe answers."""
-    degrees = [
-        (name, degree, found) for name, found in accuracies.items() if (degree := name.split("/")[-1]) in DEGREES
-    ]
+    draw_by_degree(stage, "accuracy_by_degree", accuracies)
     rounds = [(name, name.split("/")[-1], found) for name, found in accuracies.items() if "/round/" in name]
-    for picture, x_label, points in (("degree", "degree of the preference", degrees), ("round", "batch", rounds)):
-        if points:
-            with _picture(stage, f"accuracy_by_{picture}", x_label, "accuracy") as axes:
-                for kind in dict.fromkeys(name.split("/")[0] for name, _, _ in points):
-                    _draw_accuracies(axes, kind, [point[1:] for point in points if point[0].split("/")[0] == kind])
+    _draw_accuracies(stage, "accuracy_by_round", "round of the batch", rounds)
     with _picture(stage, "reliability", "predicted: sigmoid of the difference", "observed: share preferred") as axes:
         axes.plot([0, 1], [0, 1], color="#999999", linestyle=":")
         for name in dict.fromkeys(curve["data"]):
@@ -266,13 +276,26 @@ def _draw_pictures(
                 axes.step(part["score"], part["share"], where="mid", color=COLORS[name], label=f"{name} answers")
 
 
-def _draw_accuracies(axes: Axes, kind: str, points: Sequence[tuple[str, Accuracy]]) -> None:
-    """Draw one kind's accuracies with their intervals."""
-    found = [accuracy for _, accuracy in points]
-    reach = [[each.accuracy - each.low for each in found], [each.high - each.accuracy for each in found]]
-    name = kind or "all"
-    labels = [label for label, _ in points]
-    axes.errorbar(labels, [each.accuracy for each in found], reach, fmt="o-", capsize=4, color=COLORS[name], label=name)
+def draw_by_degree(stage: Stage[Any], name: str, accuracies: Mapping[str, Accuracy]) -> None:
+    """Draw accuracies against the degree of the preference, of all pairs and of each kind."""
+    points = [(part, degree, found) for part, found in accuracies.items() if (degree := part.split("/")[-1]) in DEGREES]
+    _draw_accuracies(stage, name, "degree of the preference", points)
+
+
+def _draw_accuracies(stage: Stage[Any], name: str, x_label: str, points: Sequence[tuple[str, str, Accuracy]]) -> None:
+    """Draw accuracies with their intervals: part of the pairs, label, accuracy; a curve for each kind."""
+    if not points:
+        return
+    with _picture(stage, name, x_label, "accuracy") as axes:
+        for kind in dict.fromkeys(part.split("/")[0] for part, _, _ in points):
+            own = [(label, found) for part, label, found in points if part.split("/")[0] == kind]
+            labels, accuracies = [label for label, _ in own], [found.accuracy for _, found in own]
+            reach = [
+                [found.accuracy - found.low for _, found in own],
+                [found.high - found.accuracy for _, found in own],
+            ]
+            shown = kind or "all"
+            axes.errorbar(labels, accuracies, reach, fmt="o-", capsize=4, color=COLORS[shown], label=shown)
 
 
 @contextmanager

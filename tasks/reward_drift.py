@@ -1,0 +1,136 @@
+"""How well an earlier round's reward models judge a later round's pairs (Llama 2, section 3.2.1).
+
+Each batch is collected with a newer chat model. What earlier reward models get wrong in it is what was gained by
+training new ones: they are scored on the batch's own held-out pairs, of which they have seen none.
+
+Run once for each comparison (`reward_drift@v1_on_v2`). Reads both reward models of the earlier round, and the later
+round's preferences. Writes scores.jsonl (as a reward model's own, with `model`) and plots/accuracy.csv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field
+
+from model.dialogue import Message, encode_prompt
+from model.engine import join_ranks
+from model.loading import open_reward
+from model.reward import RewardModel, score
+from tasks.reward import Preference, ids_of, read_preferences
+from tasks.scoring import accuracies_of, accuracy_figures, accuracy_table, draw_by_degree, scored_pair
+from tasks.stage import DATA, Section, Stage, start
+from tasks.training import write_lines
+
+MODELS = ("reward_helpfulness", "reward_safety")
+
+
+class Comparison(Section):
+    """Which round's models score which round's pairs."""
+
+    model: str = Field(min_length=1, description="round of the reward models")
+    batch: str = Field(min_length=1, description="later round whose own held-out pairs they score")
+
+
+class Params(Section):
+    """Which models score which pairs, and how."""
+
+    comparisons: dict[str, Comparison] = Field(description="what is compared, by the name of the stage's entry")
+    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
+    tokens_at_once: int = Field(gt=0, description="tokens that are scored at once; more need more memory")
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Score the batch with each model, report."""
+    comparison = comparison_of(stage)
+    pairs = read_batch(DATA / "preferences" / comparison.batch, comparison.batch)
+    device = join_ranks()
+    figures: dict[str, float] = {"pairs": len(pairs)}
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        found, num_too_long = score_pairs(stage.params, DATA / name / comparison.model, pairs, device)
+        rows += [{"model": name, **row} for row in found]
+        figures[f"{name}/pairs_too_long"] = num_too_long
+    if stage.rank == 0:
+        write_lines(stage.output / "scores.jsonl", rows)
+        figures |= report(stage, rows)
+    return figures
+
+
+def comparison_of(stage: Stage[Params]) -> Comparison:
+    """Return the comparison that this run of the stage is about. Raises ValueError when params.yaml has none such."""
+    item, known = stage.name.partition("@")[2], stage.params.comparisons
+    if item not in known:
+        names = ", ".join(f"reward_drift@{name}" for name in known) or "none"
+        raise ValueError(f"`reward_drift.comparisons` has no `{item}`: there are {names}")
+    return known[item]
+
+
+def read_batch(directory: Path, round_name: str) -> list[Preference]:
+    """Return the held-out pairs that a round itself has collected. Raises ValueError when there are none."""
+    pairs = [pair for pair in read_preferences(directory / "validation.jsonl") if pair.round == round_name]
+    if not pairs:
+        raise ValueError(f"{directory / 'validation.jsonl'} holds no pair of round {round_name}: nothing to compare on")
+    return pairs
+
+
+def score_pairs(
+    params: Params, checkpoint: Path, pairs: Sequence[Preference], device: torch.device
+) -> tuple[list[dict[str, Any]], int]:
+    """Return the pairs with their scores, and how many are left out, too long for the model; the ranks share them.
+
+    Raises ValueError as `model.loading` does, and when all are too long.
+    """
+    model, tokenizer = open_reward(checkpoint, params.precision, device)
+    context = model.config.max_position_embeddings
+    fitting, dialogues, lengths = [], [], []
+    for pair in pairs:
+        both = [ids_of(pair, answer, tokenizer) for answer in (pair.chosen, pair.rejected)]
+        if max(map(len, both)) <= context:
+            prompt = len(encode_prompt(cast(list[Message], pair.messages), tokenizer))
+            fitting.append(pair)
+            dialogues += both
+            lengths.append([len(ids) - prompt for ids in both])
+    if not fitting:
+        raise ValueError(f"all {len(pairs)} pairs are longer than the {context} tokens of {checkpoint}: none to score")
+    scores = scores_of(model, dialogues, params.tokens_at_once)
+    both_scores = zip(scores[::2], scores[1::2], strict=True)
+    rows = [
+        scored_pair(pair.model_dump(), found, counts)
+        for pair, found, counts in zip(fitting, both_scores, lengths, strict=True)
+    ]
+    return rows, len(pairs) - len(fitting)
+
+
+def scores_of(model: RewardModel, dialogues: Sequence[Sequence[int]], tokens_at_once: int) -> list[float]:
+    """Return the dialogues' scores; the ranks share the dialogues, and each gets all scores."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = score(model, dialogues[rank::world], tokens_at_once)
+    parts: list[list[float]] = [[] for _ in range(world)]
+    torch.distributed.all_gather_object(parts, own)
+    return [parts[number % world][number // world] for number in range(len(dialogues))]
+
+
+def report(stage: Stage[Params], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Write the accuracies of both models as a plot, a table and pictures; return them."""
+    import pandas
+
+    figures: dict[str, float] = {}
+    tables = []
+    for name in MODELS:
+        accuracies = accuracies_of(pandas.DataFrame([row for row in rows if row["model"] == name]))
+        figures |= {f"{name}/{figure}": value for figure, value in accuracy_figures(accuracies).items()}
+        table = accuracy_table(accuracies)
+        tables.append(table.assign(part=f"{name}/" + table["part"]))
+        draw_by_degree(stage, f"{name}_accuracy_by_degree", accuracies)
+    (stage.output / "plots").mkdir()
+    for path in (stage.output / "plots" / "accuracy.csv", stage.tables / "accuracy.csv"):
+        pandas.concat(tables).to_csv(path, index=False)
+    return figures
+
+
+if __name__ == "__main__":
+    start(Params, run)
