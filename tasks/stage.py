@@ -48,6 +48,7 @@ PIPELINE_ARGUMENT = "--pipeline="  # names the pipeline run to ranks that a laun
 LAUNCHER_VARIABLE = "ARRIERO_LAUNCHER"  # process id of the launcher on this host, for the ranks that it starts
 LOCKED_ARGUMENT = "--locked"  # tells such ranks that a flow holds the workspace for them
 WAITING = 75  # exit status of a stage that waits (EX_TEMPFAIL of sysexits.h)
+WAITING_FILE = "waiting.txt"  # below .scratch/<stage>/: what it waits for; DVC passes no exit status on
 
 
 class Waiting(Exception):  # noqa: N818 - nothing is wrong
@@ -319,8 +320,8 @@ def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Map
     """Run the stage whose module was started (`python -m tasks.<stage> [item]`), and exit with its status.
 
     Reads params.yaml and dvc.yaml in the working directory. A ValueError or a full disk ends it with one message and
-    exit status 1; any other exception with its traceback; SIGINT and SIGTERM with status 130. `Waiting` ends it with its
-    one line and exit status 75: the next run finds what it waited for, or waits again.
+    exit status 1; any other exception with its traceback; SIGINT and SIGTERM with status 130; `Waiting` with its line
+    and status 75, and the next run looks again for what it waited for.
     """
     die_with_parent()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -405,6 +406,7 @@ def _run_stage(
             _close_record(record, "FINISHED")
         except Waiting as waiting:
             shutil.rmtree(scratch)  # what is brought gives the next run another fingerprint
+            (scratch.parent / WAITING_FILE).write_text(f"{waiting}\n", encoding="utf-8")
             _close_record(record, "KILLED", str(waiting))
             raise
         except KeyboardInterrupt:
