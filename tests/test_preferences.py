@@ -51,7 +51,7 @@ ANNOTATOR = {
 def values_of(**changes: Any) -> dict[str, Any]:
     values = {
         "annotators": "files",
-        "world": {"truth": "truth", "overlap_share": 0.5, "annotators": {name: ANNOTATOR for name in ("a", "b", "c")}},
+        "world": {"truth": "truth", "overlap_share": 0.5, "annotators": dict.fromkeys(("a", "b", "c"), ANNOTATOR)},
         "labels": "labels", "max_alike": 20,
         "sources": {"public": {"files": ["public.jsonl"], "format": "auto", "kind": "helpfulness", "max_pairs": None}},
         "max_malformed_share": 0.1, "validation_share": 0.3, "evaluation_root": "prompts",
@@ -361,6 +361,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_waiting_ends_with_its_line_and_status_75_and_the_next_run_goes_on(place: Path, empty_mlflow: Path) -> None:
     pairs = write_responses("v1")
     shutil.copy(empty_mlflow, "mlflow.db")
