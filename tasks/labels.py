@@ -68,7 +68,7 @@ def find_labels(directory: Path, round_name: str, batches: Mapping[Kind, str]) -
             missing.append((batch, place.with_suffix(".jsonl")))
     if missing:
         names, places = (" and ".join(map(str, each)) for each in zip(*missing, strict=True))
-        raise Waiting(f"waiting for the labels of {names}, put it at {places} (or .csv, or Label Studio's .json)")
+        raise Waiting(f"waiting for the labels of {names}, put them at {places} (or .csv, or Label Studio's .json)")
     return found
 
 

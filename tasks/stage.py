@@ -52,7 +52,7 @@ WAITING_FILE = "waiting.txt"  # below .scratch/<stage>/: what it waits for; DVC 
 
 
 class Waiting(Exception):  # noqa: N818 - nothing is wrong
-    """Raised in `run` by a stage that people have to bring something: `waiting for <what>, put it at <where>`."""
+    """Raised in `run` by a stage that people have to bring something: `waiting for <what>, put them at <where>`."""
 
 
 class Section(BaseModel):

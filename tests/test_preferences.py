@@ -337,7 +337,7 @@ def test_preferences_import_neither_torch_nor_transformers() -> None:
 def test_a_round_whose_labels_are_not_there_waits(place: Path) -> None:
     pairs = write_responses("v1")
     with pytest.raises(
-        Waiting, match=r"^waiting for the labels of v1-helpfulness-.* and v1-safety-.*, put it at labels/v1"
+        Waiting, match=r"^waiting for the labels of v1-helpfulness-.* and v1-safety-.*, put them at labels/v1"
     ):
         run(stage_of())
     write_labels("v1", pairs)
