@@ -20,7 +20,7 @@ from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled
 
-from tasks.stage import RUNS, SCRATCH, die_with_parent
+from tasks.stage import RUNS, SCRATCH, WAITING_FILE, die_with_parent
 
 DVC_ADVICE = (
     "To track the changes",
@@ -54,7 +54,7 @@ def reproduce(stage_name: str, address: str, seat: str | None) -> str | State[An
 def _run_dvc(stage_name: str, address: str) -> str | State[Any]:
     started = time.time()
     logger = get_run_logger()
-    waiting = SCRATCH / Path(*stage_name.split("@")) / "waiting.txt"  # DVC does not pass on a stage's exit status
+    waiting = SCRATCH / Path(*stage_name.split("@")) / WAITING_FILE
     waiting.unlink(missing_ok=True)  # of a run before
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", address]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # dvc.yaml says `python`

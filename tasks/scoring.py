@@ -111,7 +111,7 @@ def accuracies_of(table: pd.DataFrame) -> dict[str, Accuracy]:
 
 def accuracy_figures(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
     """Return accuracies with their intervals as metrics."""
-    figures = {}
+    figures: dict[str, float] = {}
     for name, found in accuracies.items():
         place = metric_path(name, "accuracy")
         figures |= {place: found.accuracy, f"{place}/low": found.low, f"{place}/high": found.high}

@@ -1,0 +1,213 @@
+"""Accuracy of reward models against amount of data and size of the model (Llama 2, section 3.2.2, figure 6).
+
+A study off the main path: no other stage reads it, and it is run by name only, `dvc repro studies/dvc.yaml`. Models are
+trained as stage `reward_helpfulness` or `reward_safety` trains, by that stage's parameters, on a drawn share of its
+pairs. The smaller ones are the same chat model with only its first layers kept. Every training is done once for each
+seed, which draws the pairs, their order and the head; intervals are Student's over the seeds, of 95%. A run that was
+stopped goes on with the training that it was at.
+
+Reads the chat model and the preferences. Writes runs.csv (one line a training) and plots/scaling.csv.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from model.checkpoint import load_weights
+from model.engine import build_model, join_ranks, start_engine
+from model.reward import RewardModel, draw_heads
+from model.transformer import ModelConfig, num_parameters
+from tasks import reward
+from tasks.scoring import higher
+from tasks.stage import Section, Stage, parse_section, read_params, start, write_json
+from tasks.training import progress_bar, read_base
+
+CONFIDENCE = 0.95
+
+
+class Params(Section):
+    """Which models are trained on how much."""
+
+    kind: Literal["helpfulness", "safety"] = Field(description="whose training is studied: that of this reward model")
+    init_from: str = Field(min_length=1, description="Hugging Face Llama directory of the chat model to start from")
+    preferences: str = Field(min_length=1, description="directory of preferences, data/preferences/<round>")
+    num_layers: list[int] = Field(min_length=1, description="sizes: layers that are kept, of the first")
+    shares: list[float] = Field(min_length=1, description="amounts of data: shares of the pairs, above 0, at most 1")
+    num_seeds: int = Field(gt=1, description="trainings of each size on each amount")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What all trainings have in common; `stage` has the parameters of the stage that is studied."""
+
+    stage: Stage[reward.Params]
+    directory: Path
+    config: ModelConfig
+    data: reward.Data
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Train all models, report."""
+    params = stage.params
+    join_ranks()
+    base = read_study(stage)
+    check_study(params, base.config, len(base.data.train))
+    trainings = [
+        (num_layers, amount_of(share, len(base.data.train)), stage.seed + number)
+        for number in range(params.num_seeds)
+        for num_layers in params.num_layers
+        for share in params.shares
+    ]
+    done = finished_before(stage)
+    with progress_bar(stage, len(done), len(trainings)) as bar:
+        for num_layers, num_pairs, seed in trainings[len(done) :]:
+            accuracy = accuracy_of(train(base, num_layers, num_pairs, seed))
+            done.append({"layers": num_layers, "pairs": num_pairs, "seed": seed, "accuracy": accuracy})
+            if stage.rank == 0:
+                write_json(stage.scratch / "done.json", done)
+            bar.update()
+    return report(stage, base.config, done)
+
+
+def read_study(stage: Stage[Params]) -> Base:
+    """Read what the stage that is studied would, by its parameters."""
+    params = stage.params
+    section = f"reward_{params.kind}"
+    studied = parse_section(reward.Params, read_params(), section)
+    config, tokenizer = read_base(Path(params.init_from), studied.context, section)
+    data = reward.read_data(Path(params.preferences), params.kind, studied, tokenizer, stage.seed, section)
+    own = [(preference, pair) for preference, pair in data.validation if preference.kind == params.kind]
+    if not own:
+        raise ValueError(f"{params.preferences}/validation.jsonl holds no {params.kind} pair: nothing to measure on")
+    copy = replace(stage, name=section, params=studied)  # type: ignore[arg-type]
+    return Base(copy, Path(params.init_from), config, replace(data, validation=own))  # type: ignore[arg-type]
+
+
+def check_study(params: Params, config: ModelConfig, num_pairs: int) -> None:
+    """Raise ValueError for more layers than there are, and for shares that are none or make no pair."""
+    for num_layers in params.num_layers:
+        if not 1 <= num_layers <= config.num_hidden_layers:
+            raise ValueError(
+                f"params.yaml: `reward_scaling.num_layers` has {num_layers}, and {params.init_from} has "
+                f"{config.num_hidden_layers} layers: keep between 1 and that many"
+            )
+    for share in params.shares:
+        if not 0 < share <= 1 or amount_of(share, num_pairs) == 0:
+            raise ValueError(
+                f"params.yaml: `reward_scaling.shares` has {share}, which is no share of {num_pairs} pairs: "
+                "set it above 0 and at most 1"
+            )
+
+
+def amount_of(share: float, num_pairs: int) -> int:
+    """Return how many pairs a share is."""
+    return round(share * num_pairs)
+
+
+def finished_before(stage: Stage[Params]) -> list[dict[str, Any]]:
+    """Return the trainings that a stopped run had finished; rank 0 reads them."""
+    path = stage.scratch / "done.json"
+    done = [json.loads(path.read_text(encoding="utf-8")) if stage.rank == 0 and path.exists() else []]
+    torch.distributed.broadcast_object_list(done, src=0)
+    return list(done[0])
+
+
+# --- one training ---
+
+
+def train(base: Base, num_layers: int, num_pairs: int, seed: int) -> list[tuple[float, float]]:
+    """Return the scores of both held-out answers that a model of so many layers gives after so many pairs."""
+    params = base.stage.params
+    drawn = np.random.default_rng((seed, 0)).permutation(len(base.data.train))[:num_pairs]
+    data = replace(base.data, train=[base.data.train[number] for number in sorted(drawn.tolist())])
+    steps = reward.plan_steps(num_pairs, params, seed)
+    model = build_model(partial(RewardModel, tells_safety=params.safety_loss_weight > 0), base.config, params)
+    load_weights(model, base.directory, part="model")
+    draw_heads(model, seed)
+    del model.model.layers[num_layers:]
+    training = reward.Training(base.stage, start_engine(model, params, len(steps)), data, steps, reward.Progress())
+    for _ in steps:
+        reward.take_step(training)
+    return reward.held_out_scores(training)
+
+
+def accuracy_of(scores: Sequence[tuple[float, float]]) -> float:
+    """Return the share of pairs whose chosen answer scores higher; a tie counts half."""
+    import pandas
+
+    table = pandas.DataFrame(scores, columns=["chosen", "rejected"])
+    return float(higher(table["chosen"], table["rejected"]).mean())
+
+
+# --- the report ---
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of accuracies, and Student's interval of 95% for it, within 0 and 1."""
+    from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
+
+    mean, count = statistics.fmean(values), len(values)
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return mean, max(0.0, mean - reach), min(1.0, mean + reach)
+
+
+def report(stage: Stage[Params], config: ModelConfig, done: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Write trainings, curves and the picture; return the accuracies."""
+    import pandas
+
+    runs = pandas.DataFrame(done)
+    figures: dict[str, float] = {"trainings": len(runs)}
+    rows = []
+    for num_layers, num_pairs in sorted({(each["layers"], each["pairs"]) for each in done}):
+        group = runs[(runs["layers"] == num_layers) & (runs["pairs"] == num_pairs)]
+        mean, low, high = interval(group["accuracy"].tolist())
+        place = f"layers_{num_layers}/pairs_{num_pairs}/accuracy"
+        figures |= {place: mean, f"{place}/low": low, f"{place}/high": high}
+        without_head = config.model_copy(update={"num_hidden_layers": num_layers, "tie_word_embeddings": True})
+        parameters = num_parameters(without_head) + config.hidden_size  # the scalar's
+        size = f"{num_layers} layer{'s' * (num_layers > 1)}"
+        rows.append(
+            {"model": size, "pairs": num_pairs, "accuracy": mean, "low": low, "high": high, "parameters": parameters}
+        )
+    if stage.rank == 0:
+        table = pandas.DataFrame(rows)
+        (stage.output / "plots").mkdir()
+        runs.to_csv(stage.output / "runs.csv", index=False)
+        for path in (stage.output / "plots" / "scaling.csv", stage.tables / "scaling.csv"):
+            table.to_csv(path, index=False)
+        draw(table, stage.params.kind, stage.artifacts / "scaling.png")
+    return figures
+
+
+def draw(table: Any, kind: str, path: Path) -> None:
+    """Draw accuracy against the number of pairs, a curve for each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for model, points in table.groupby("model", sort=False):
+        reach = [points["accuracy"] - points["low"], points["high"] - points["accuracy"]]
+        axes.errorbar(points["pairs"], points["accuracy"], reach, fmt="o-", capsize=4, label=model)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="pairs learnt from", ylabel=f"accuracy on held-out {kind} pairs", title="reward_scaling")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    start(Params, run)
