@@ -37,13 +37,13 @@ from model.engine import (
     load_state,
     num_micro_batches,
     save_state,
+    shape_of,
     start_engine,
     train_step,
 )
 from model.losses import MARGINS, Margins
 from model.reward import Pair, PairBatch, RewardModel, batch_of_pairs, draw_heads, packed, pair_losses, plan_batches
 from model.tokenizer import Tokenizer
-from model.transformer import num_parameters
 from tasks.rounds import round_of
 from tasks.scoring import report_scores, scored_pair
 from tasks.stage import DATA, Section, Stage
@@ -161,7 +161,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             bar.update()
     written = {"step": progress.step, "tokens": progress.tokens, "base_sha256": digest_of(base)}
     save_model(model, tokenizer, stage.output, written, params.max_shard_bytes)
-    return report(training, tokenizer, num_parameters(config))
+    return report(training, tokenizer)
 
 
 # --- what it learns from ---
@@ -369,7 +369,7 @@ def held_out_scores(training: Training) -> list[tuple[float, float]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def report(training: Training, tokenizer: Tokenizer, parameters: int) -> dict[str, float]:
+def report(training: Training, tokenizer: Tokenizer) -> dict[str, float]:
     """Score what was held out, write scores, curve and what was left out; return the figures."""
     import pandas
 
@@ -380,7 +380,7 @@ def report(training: Training, tokenizer: Tokenizer, parameters: int) -> dict[st
         lengths = len(pair.chosen) - len(prompt), len(pair.rejected) - len(prompt)
         rows.append(scored_pair(preference.model_dump(), scores, lengths))
     figures: dict[str, float] = {
-        "parameters": parameters,
+        "parameters": sum(shape_of(weight).numel() for weight in training.engine.module.parameters()),
         "steps": progress.step,
         "pairs_trained": len(data.train),
         "pairs_own": data.num_own,

@@ -128,6 +128,10 @@ def metrics_of(name: str) -> list[tuple[int, float]]:
     return [(line["step"], line["metrics"][name]) for line in lines if name in line["metrics"]]
 
 
+def open_parts(directory: str) -> dict[str, torch.Tensor]:
+    return {name: weight for path in Path(directory).glob("*.safetensors") for name, weight in load_file(path).items()}
+
+
 # --- whole runs in this process ---
 
 
@@ -140,6 +144,7 @@ def test_a_reward_model_comes_out_that_tells_better_answers(kind: str, place: Pa
     assert figures["pairs_trained"] == 48  # 24 of its own, as many others
     assert figures["pairs_own"] == 24
     assert figures["steps"] == 48 * 12 / 4
+    assert figures["parameters"] == sum(weight.numel() for weight in open_parts("out").values())
     losses = metrics_of("train/loss")
     assert [step for step, _ in losses] == list(range(1, int(figures["steps"]) + 1))
     assert losses[-1][1] < losses[0][1] / 2
