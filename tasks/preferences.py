@@ -208,12 +208,8 @@ def read_earlier(directory: Path, params: Params) -> tuple[list[Preference], lis
 
 def read_evaluation(params: Params) -> list[Prompt]:
     """Return the evaluations' prompts."""
-    root = Path(params.evaluation_root)
-    return [
-        prompt
-        for name in params.evaluation_prompts
-        for prompt in read_prompts(root / name, "preferences.evaluation_prompts")
-    ]
+    paths = [Path(params.evaluation_root) / name for name in params.evaluation_prompts]
+    return read_prompts(paths, "preferences.evaluation_prompts")
 
 
 def split(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
@@ -54,26 +54,28 @@ class ResponsePair(TypedDict):
     batch: str
 
 
-def read_prompts(path: Path, parameter: str) -> list[Prompt]:
-    """Return the prompts of a file, in its order.
+def read_prompts(paths: Sequence[Path], parameter: str) -> list[Prompt]:
+    """Return the prompts of all files, in their order.
 
     A line holds `messages` that end with the user's turn, or `turns` (MT-Bench), of which the first is asked, or
     `prompt` (IFEval). Raises ValueError, naming file and line, for a line that holds none of them or repeats an id, and
-    for a file that is missing or empty: `parameter` names it.
+    for a file that is missing or empty: `parameter` names them.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: correct `{parameter}`, or run the stage that writes it")
     prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            prompt = parse_prompt(json.loads(line), path.stem, number)
-            if prompt.id in prompts:
-                raise ValueError(f"its id {prompt.id} is another prompt's, too")
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no prompt: {error}") from None
-        prompts[prompt.id] = prompt
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt: `{parameter}` needs one at least")
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: correct `{parameter}`, or run the stage that writes it")
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if not lines:
+            raise ValueError(f"{path} holds no prompt: fill it, or take it out of `{parameter}`")
+        for number, line in enumerate(lines, start=1):
+            try:
+                prompt = parse_prompt(json.loads(line), path.stem, number)
+                if prompt.id in prompts:
+                    raise ValueError(f"its id {prompt.id} is another prompt's, too")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no prompt: {error}") from None
+            prompts[prompt.id] = prompt
     return list(prompts.values())
 
 
@@ -113,8 +115,10 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def as_text(messages: Iterable[Message]) -> str:
-    """Return a dialogue to read: a line a turn."""
+def as_text(messages: Sequence[Message]) -> str:
+    """Return a dialogue to read: a line a turn; a lone question as it is."""
+    if len(messages) == 1:
+        return messages[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 

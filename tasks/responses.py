@@ -159,7 +159,7 @@ def prompts_of(place: Place, params: Params) -> list[Asked]:
         limit = getattr(params.max_prompts, kind)
         if limit:
             path, parameter = Path(getattr(params.prompts, kind)), f"responses.prompts.{kind}"
-            own = slice_of(read_prompts(path, parameter), place.number, params.num_rounds, limit)
+            own = slice_of(read_prompts([path], parameter), place.number, params.num_rounds, limit)
             asked += [Asked(kind, prompt) for prompt in own]
     return asked
 

@@ -160,15 +160,17 @@ def test_a_line_that_is_no_prompt_is_named(line: str, message: str, tmp_path: Pa
     with (tmp_path / "asked.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=rf"asked\.jsonl, line 2 is no prompt: {message}"):
-        read_prompts(tmp_path / "asked.jsonl", "responses.prompts.safety")
+        read_prompts([tmp_path / "asked.jsonl"], "responses.prompts.safety")
 
 
 def test_a_file_of_prompts_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gone\.jsonl is missing: correct `responses\.prompts\.safety`"):
-        read_prompts(tmp_path / "gone.jsonl", "responses.prompts.safety")
+        read_prompts([tmp_path / "gone.jsonl"], "responses.prompts.safety")
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match=r"empty\.jsonl holds no prompt: `responses\.prompts\.safety` needs one"):
-        read_prompts(tmp_path / "empty.jsonl", "responses.prompts.safety")
+    with pytest.raises(
+        ValueError, match=r"empty\.jsonl holds no prompt: fill it, or take it out of `responses\.prompts\.safety`"
+    ):
+        read_prompts([tmp_path / "empty.jsonl"], "responses.prompts.safety")
 
 
 # --- what is answered ---
