@@ -204,6 +204,41 @@ def test_no_pair_is_lost_whatever_is_wrong_with_it(place: Path) -> None:
     assert set(shown["reason"]) == set(reasons)
 
 
+def write_truth(pairs: dict[str, list[dict[str, Any]]]) -> None:
+    """A world in which the newest model always gives the reference."""
+    Path("truth").mkdir()
+    known = {
+        "split": "s", "category": "x", "task": "t", "check": None, "instructions": [], "num_turns": 1,
+        "held_out": False, "topic": "", "attack": "",
+    }  # fmt: skip
+    rows = [
+        {**known, "id": pair["id"], "reference": f"left {number}", "risk": "illicit" if kind == "safety" else ""}
+        for kind, own in pairs.items()
+        for number, pair in enumerate(own)
+    ]
+    write_lines(Path("truth/prompts.jsonl"), rows)
+    words = {"names": {}, "methods": ["fire"], "means": ["wood"], "insults": ["pig"], "max_answer_words": 9}
+    Path("truth/words.json").write_text(json.dumps(words))
+    Path("truth/vocabulary.txt").write_text("left\nright\n")
+    write_lines(Path("truth/facts.jsonl"), [])
+
+
+def test_simulated_annotators_choose_what_is_true_and_agree(place: Path) -> None:
+    pairs = write_responses("v1")
+    write_truth(pairs)
+    figures = run(stage_of(annotators="world", max_alike=1000))
+    assert figures["helpfulness/newest_wins"] == figures["safety/newest_wins"] == 1
+    assert figures["safety/bins/both_safe"] == 1
+    several = figures["helpfulness/agreement/pairs"]
+    assert 0 < several < 30
+    assert figures["helpfulness/labels"] == 30 + 2 * several
+    assert figures["helpfulness/agreement/choice/ac1"] == figures["safety/agreement/safety/ac1"] == 1
+    found = [pair for pair in lines("out/train.jsonl") if pair["source"] == "world"]
+    assert {len(pair["annotator"].split()) for pair in found} == {1, 3}
+    with pytest.raises(ValueError, match=r"have the degree `better`: have annotators use all four"):
+        run(stage_of(annotators="world"))
+
+
 def test_the_same_inputs_give_the_same_bytes(place: Path) -> None:
     write_labels("v1", write_responses("v1"))
     run(stage_of())
