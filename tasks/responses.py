@@ -102,7 +102,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     pairs = answer_twice(stage, fitting, newest, earlier)
     num_tokens = sum(answer["num_tokens"] for both in pairs for answer in both)
     seconds = time.monotonic() - started
-    stage.log({"tokens_per_second": num_tokens / seconds, "seconds": seconds}, step=0)
+    if pairs:
+        stage.log({"tokens_per_second": num_tokens / seconds, "seconds": seconds}, step=0)
     figures: dict[str, float] = {}
     for kind in KINDS:
         own = [number for number, each in enumerate(fitting) if each.kind == kind]

@@ -416,7 +416,7 @@ def test_waiting_ends_with_its_line_and_status_75_and_the_next_run_goes_on(place
     assert waits.returncode == 75
     (line,) = [line for line in waits.stderr.splitlines() if "waiting" in line]
     assert re.fullmatch(
-        r"preferences@v1: waiting for the labels of v1-helpfulness-\w+ and v1-safety-\w+, put it .*", line
+        r"preferences@v1: waiting for the labels of v1-helpfulness-\w+ and v1-safety-\w+, put them .*", line
     )
     assert "Traceback" not in waits.stderr
     (record,) = Path(".runs/preferences/v1").glob("*/run.json")
