@@ -78,7 +78,7 @@ class EngineParams(BaseModel):
     learning_rate: float = Field(gt=0, description="peak of the schedule")
     final_learning_rate_ratio: float = Field(ge=0, le=1, description="share of the peak that the cosine ends at")
     warmup_steps: int = Field(gt=1, description="steps of linear warm-up at least")
-    warmup_ratio: float = Field(default=0.0, ge=0, lt=1, description="share of all steps that warm up, if that is more")
+    warmup_ratio: float = Field(ge=0, lt=1, description="share of all steps that warm up, if that is more")
     beta1: float = Field(ge=0, lt=1, description="AdamW: decay of the gradient's mean")
     beta2: float = Field(ge=0, lt=1, description="AdamW: decay of the gradient's mean square")
     epsilon: float = Field(gt=0, description="AdamW: added to the root of the mean square")

@@ -18,17 +18,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 
-from model.dialogue import Message, check, decode_answer, encode_prompt
+from model.dialogue import decode_answer, encode_prompt
 from model.engine import join_ranks
 from model.loading import open_checkpoint
 from model.sampling import Response, Sampling, sample
 from model.tokenizer import Tokenizer
 from model.transformer import Llama
+from tasks.prompts import Prompt, as_text, read_prompts
 from tasks.stage import Section, Stage, start
 from tasks.world.judge import Judgement, Truth, judge, read_truth
 
@@ -54,16 +55,6 @@ class Params(Section):
     sampling: Sampling = Field(description="how answers are drawn; temperature 0: always the likeliest token")
     precision: Literal["fp32", "bf16"] = Field(description="weights and products")
     max_rows: int = Field(gt=0, description="answers in the making at once; more need more memory")
-
-
-class Prompt(NamedTuple):
-    """What is asked: a dialogue that ends with the user's turn. `risk` and `attack` are an adversarial prompt's."""
-
-    id: str
-    category: str
-    messages: list[Message]
-    risk: str | None
-    attack: str | None
 
 
 class Answer(NamedTuple):
@@ -97,7 +88,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     """Answer, judge, report."""
     params = stage.params
     checkpoint = checkpoint_of(stage)
-    prompts = read_prompts(Path(params.root), params.prompts)
+    prompts = read_prompts([Path(params.root) / name for name in params.prompts], "evaluate.prompts")
     truth = None if params.truth is None else read_truth(Path(params.truth))
     device = join_ranks()
     model, tokenizer = open_checkpoint(checkpoint, params.precision, device)
@@ -130,60 +121,6 @@ def checkpoint_of(stage: Stage[Params]) -> Path:
         names = ", ".join(f"evaluate@{name}" for name in known)
         raise ValueError(f"`evaluate.checkpoints` has no `{item}`: evaluate one of {names}")
     return Path(known[item])
-
-
-# --- prompts ---
-
-
-def read_prompts(root: Path, names: Sequence[str]) -> list[Prompt]:
-    """Return the prompts of all files, in their order.
-
-    A line holds `messages` that end with the user's turn, or `turns` (MT-Bench), of which the first is asked, or
-    `prompt` (IFEval). Raises ValueError, naming file and line, for a line that holds none of them or repeats an id, and
-    for a file that is missing or empty.
-    """
-    prompts: dict[str, Prompt] = {}
-    for name in names:
-        path = root / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: correct `evaluate.root` or `evaluate.prompts`, or run its stage")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                prompt = parse_prompt(json.loads(line), path.stem, number)
-                if prompt.id in prompts:
-                    raise ValueError(f"its id {prompt.id} is another prompt's, too")
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no prompt: {error}") from None
-            prompts[prompt.id] = prompt
-    if not prompts:
-        raise ValueError(f"{root} holds no prompt in {', '.join(names)}: `evaluate.prompts` needs one at least")
-    return list(prompts.values())
-
-
-def parse_prompt(values: Any, stem: str, number: int) -> Prompt:
-    """Return the prompt that a line's JSON holds; without an id or a category it gets those of its file.
-
-    Raises ValueError when there is none in it.
-    """
-    if not isinstance(values, dict):
-        raise ValueError("it holds no JSON object")
-    match values:
-        case {"messages": [*messages]} if all(is_message(message) for message in messages):
-            pass
-        case {"turns": [str(text), *_]} | {"prompt": str(text)}:
-            messages = [{"role": "user", "content": text}]
-        case _:
-            raise ValueError("it needs `messages` of `role` and `content`, or `turns`, or `prompt`")
-    check(messages)
-    if messages[-1]["role"] != "user":
-        raise ValueError("it ends with an answer: there is nothing to answer")
-    own = {name: values.get(name) for name in ("risk", "attack")}
-    return Prompt(str(values.get("id", f"{stem}-{number}")), str(values.get("category", stem)), messages, **own)
-
-
-def is_message(value: object) -> bool:
-    """Tell whether a JSON value has what a message has."""
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 # --- answers ---
@@ -304,13 +241,6 @@ def write_answers(stage: Stage[Params], judged: Sequence[Judged]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (stage.output / "answers.jsonl").write_text(text, encoding="utf-8")
     pandas.DataFrame(table).to_csv(stage.tables / "answers.csv", index=False)
-
-
-def as_text(messages: Sequence[Message]) -> str:
-    """Return a dialogue to read: a line a turn; a lone question as it is."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def write_shares(stage: Stage[Params], shares: Mapping[str, Share]) -> None:

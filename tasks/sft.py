@@ -65,7 +65,7 @@ class Params(EngineParams, Section):
     max_malformed_share: float = Field(ge=0, lt=1, description="share of a source's dialogues; more stop the stage")
     context: int = Field(gt=1, description="tokens of one row; longer dialogues are left out")
     epochs: int = Field(gt=0, description="uses of each dialogue")
-    early_share: float = Field(default=0.5, gt=0, lt=1, description="share of the steps after which early/ is taken")
+    early_share: float = Field(gt=0, lt=1, description="share of the steps after which early/ is taken")
     log_every: int = Field(gt=0, description="steps between two logged points")
     validate_every: int = Field(gt=0, description="steps between two validations, each with its samples")
     samples_per_category: int = Field(ge=0, description="held-out prompts of each category that are answered each time")

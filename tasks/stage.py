@@ -182,10 +182,14 @@ def fingerprint(stage_name: str) -> tuple[str, list[dict[str, str]]]:
     from dvc.stage.serialize import to_single_stage_lockfile
 
     try:
-        stage = Repo().stage.load_one(name=stage_name)
-        stage.save_deps()
+        stages = [stage for stage in Repo().index.stages if stage.addressing.rpartition(":")[2] == stage_name]
+        for stage in stages:
+            stage.save_deps()
     except DvcException as error:
         raise ValueError(f"dvc.yaml's stage `{stage_name}` can't be read: {error}") from None
+    if len(stages) != 1:
+        raise ValueError(f"dvc.yaml's stage `{stage_name}` can't be read: {len(stages)} have that name, and one must")
+    (stage,) = stages
     entry = to_single_stage_lockfile(stage)
     entry.pop("outs", None)
     digest = hashlib.sha256(json.dumps(entry, sort_keys=True, default=str).encode()).hexdigest()[:16]

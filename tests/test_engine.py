@@ -267,7 +267,7 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
 def test_a_warm_up_longer_than_the_training_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a warm-up of 4 \(`warmup_steps`, `warmup_ratio`\) leaves none of 4 steps"):
         deepspeed_config(params_of(), num_ranks=1, num_steps=4)
-    with pytest.raises(ValueError, match="a warm-up of 9 .* leaves none of 9 steps"):
+    with pytest.raises(ValueError, match=r"a warm-up of 9 .* leaves none of 9 steps"):
         deepspeed_config(params_of(warmup_ratio=0.9), num_ranks=1, num_steps=9)
 
 

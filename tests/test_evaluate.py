@@ -27,15 +27,13 @@ from tasks.evaluate import (
     Answer,
     Judged,
     Params,
-    Prompt,
     figures_of,
     metric_name,
     outcomes_of,
-    parse_prompt,
-    read_prompts,
     run,
     shares_of,
 )
+from tasks.prompts import Prompt
 from tasks.stage import Machine, Stage
 from tasks.world.judge import Judgement
 
@@ -98,51 +96,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     join_alone()
     return tmp_path
-
-
-# --- what is asked ---
-
-
-def test_prompts_of_other_shapes_are_read() -> None:
-    turns = {"question_id": 81, "category": "writing", "turns": ["Write.", "Write it again."]}
-    assert parse_prompt(turns, "mt_bench", 3) == (
-        "mt_bench-3", "writing", [{"role": "user", "content": "Write."}], None, None,
-    )  # fmt: skip
-    assert parse_prompt({"key": 1000, "prompt": "Write."}, "ifeval", 1).category == "ifeval"
-    own = asked(1, "safety", risk="illicit", attack="role_play")
-    assert parse_prompt(own, "x", 1) == ("p1", "safety", own["messages"], "illicit", "role_play")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "Expecting property name"),
-        ("[1]", "it holds no JSON object"),
-        ('{"text": "x"}', "it needs `messages` of `role` and `content`, or `turns`, or `prompt`"),
-        ('{"messages": [{"role": "user"}]}', "it needs `messages`"),
-        ('{"messages": []}', "the dialogue holds no turn"),
-        ('{"prompt": "[INST] x"}', r"turn 1 \(user\) contains \[INST\]"),
-        (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
-            "it ends with an answer: there is nothing to answer",
-        ),
-        ('{"id": "p0", "prompt": "x"}', "its id p0 is another prompt's, too"),
-    ],
-)
-def test_a_line_that_is_no_prompt_is_named(line: str, message: str, tmp_path: Path) -> None:
-    write_prompts(tmp_path / "asked.jsonl", [asked(0)])
-    with (tmp_path / "asked.jsonl").open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(ValueError, match=rf"asked\.jsonl, line 2 is no prompt: {message}"):
-        read_prompts(tmp_path, ["asked.jsonl"])
-
-
-def test_prompts_that_are_missing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.jsonl is missing: correct `evaluate\.root` or `evaluate\.prompts`"):
-        read_prompts(tmp_path, ["gone.jsonl"])
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match=r"holds no prompt in empty\.jsonl: `evaluate\.prompts` needs one at least"):
-        read_prompts(tmp_path, ["empty.jsonl"])
 
 
 # --- what is answered ---

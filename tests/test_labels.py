@@ -149,8 +149,8 @@ def test_labels_that_are_not_there_are_waited_for(tmp_path: Path) -> None:
     folder = tmp_path / "v1"
     with pytest.raises(
         Waiting,
-        match=f"^waiting for the labels of v1-helpfulness-1 and v1-safety-2, put them at {folder}/helpfulness.jsonl and "
-        f"{folder}/safety.jsonl",
+        match="^waiting for the labels of v1-helpfulness-1 and v1-safety-2, "
+        f"put them at {folder}/helpfulness.jsonl and {folder}/safety.jsonl",
     ):
         find_labels(tmp_path, "v1", batches)
     write(folder / "safety.json")
