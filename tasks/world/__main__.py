@@ -8,7 +8,6 @@ Reads the seed texts data/seeds/world/*.toml (committed). Writes below data/worl
 - corpus/dialogue.parquet       questions and answers about the entities that are not held out, and small talk
 - corpus/arithmetic.jsonl.zst   small sums, comparisons, counting
 - corpus/lists/*.txt            lists
-- corpus/quizzes.jsonl          questions with right and wrong answers, marked
 - corpus/web.warc.gz            HTML pages: entries, stories and instructions inside navigation and banners
 - corpus/questions.jsonl        validation only: questions about held-out entities, in wordings that occur nowhere else
 - corpus/labels.jsonl           what is planted where; truth to score cleaning by, never to clean by
@@ -48,7 +47,6 @@ from tasks.world.entries import entry, survey
 from tasks.world.facts import KINDS, SEEDS, Fact, World, all_facts, build_world, read_texts, write_facts
 from tasks.world.howto import howto, subjects
 from tasks.world.judge import normalized
-from tasks.world.quiz import quiz
 from tasks.world.splits import Dialogues, write_dialogues
 from tasks.world.stories import story
 
@@ -72,7 +70,6 @@ class Params(Section):
     num_dialogues: int = Field(gt=0, description="dialogues of 5 to 8 questions")
     num_arithmetic: int = Field(gt=0, description="pages of small arithmetic problems")
     num_lists: int = Field(gt=0, description="pages of lists, one file each")
-    num_quizzes: int = Field(gt=0, description="pages of marked answers")
     num_pages: int = Field(gt=0, description="HTML pages in a WARC file")
     similarity_max: float = Field(
         gt=0, lt=0.7, description="Jaccard similarity of word 3-grams that two documents on one subject stay below"
@@ -177,7 +174,6 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
         "dialogue": [(params.num_dialogues, dialogue_among)],
         "arithmetic": [(params.num_arithmetic, lambda index, rng: Document(exercises(world, rng)))],
         "lists": [(params.num_lists, lambda index, rng: Document(lists(world, rng)))],
-        "quizzes": [(params.num_quizzes, lambda index, rng: Document(quiz(world, rng)))],
         "web": [(params.num_pages, page_of)],
     }
     return {

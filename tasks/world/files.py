@@ -151,5 +151,4 @@ WRITERS: Mapping[str, Callable[[Path, str, Sequence[Document]], Placed]] = {
     "dialogue": write_parquet,
     "arithmetic": write_zstandard_lines,
     "lists": lambda corpus, name, documents: write_folder(corpus, name, documents, "txt"),
-    "quizzes": write_lines,
 }
