@@ -43,7 +43,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Architecture, Llama, ModelConfig, flops_per_token, num_parameters
 from tasks.stage import DATA, Section, Stage, start
 from tasks.stream import Text, read_stream
-from tasks.training import peak_flops, progress_bar, write_curves
+from tasks.training import log_training, peak_flops, progress_bar, write_curves
 
 STREAM = DATA / "tokenize"
 TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
@@ -69,7 +69,7 @@ class Progress:
     """What a resumed run has to know of its past; saved with the weights, as JSON."""
 
     step: int = 0
-    since_log: list[list[float]] = field(default_factory=list)  # loss, gradient norm, learning rate of each step
+    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
     window_losses: list[float] = field(default_factory=list)  # of the steps that a spike is told by
     window_norms: list[float] = field(default_factory=list)
     train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
@@ -119,7 +119,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             seconds += time.perf_counter() - started
             if step % params.log_every == 0 or step == num_steps:
                 speed = (training.tokens - tokens_before) / seconds
-                log_training(training, speed, mfu=speed * flops_per_token(config, context) / peak)
+                speeds = {"tokens_per_second": speed, "mfu": speed * flops_per_token(config, context) / peak}
+                at = {"step": step, "tokens": training.tokens}
+                training.progress.train.append(log_training(stage, training.progress.since_log, at, speeds))
                 loss = training.progress.train[-1]["loss"]
                 bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
                 seconds, tokens_before = 0.0, training.tokens
@@ -213,7 +215,8 @@ def take_step(training: Training) -> None:
     else:
         progress.window_losses = [*progress.window_losses, step.loss][-params.spike_window :]
         progress.window_norms = [*progress.window_norms, step.gradient_norm][-params.spike_window :]
-    progress.since_log.append([step.loss, step.gradient_norm, step.learning_rate])
+    found = {"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
+    progress.since_log.append(found)
 
 
 def own_rows(params: Params, first_row: int) -> range:
@@ -249,22 +252,6 @@ def note_spike(training: Training, step: Step, begin: int, end: int) -> None:
     progress.spikes += [{**found, "source": document["source"], "id": document["id"]} for document in documents]
     if training.stage.rank == 0:
         pandas.DataFrame(progress.spikes).to_csv(training.stage.tables / "spikes.csv", index=False)
-
-
-def log_training(training: Training, tokens_per_second: float, mfu: float) -> None:
-    """Record the mean loss and gradient norm of the steps since the last time, and the last one's learning rate."""
-    progress = training.progress
-    losses, norms, rates = zip(*progress.since_log, strict=True)
-    figures = {
-        "loss": statistics.fmean(losses),
-        "gradient_norm": statistics.fmean(norms),
-        "learning_rate": rates[-1],
-    }
-    progress.since_log.clear()
-    progress.train.append({"step": progress.step, "tokens": training.tokens, **figures})
-    speeds = {"tokens_per_second": tokens_per_second, "mfu": mfu}
-    metrics = {f"train/{name}": value for name, value in {**figures, **speeds}.items()}
-    training.stage.log(metrics, step=progress.step, tokens=training.tokens)
 
 
 # --- validation ---

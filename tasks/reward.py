@@ -14,9 +14,8 @@ scored at the end), too_long.jsonl, and in plots/ train.csv and what tasks/scori
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,7 @@ from model.tokenizer import Tokenizer
 from tasks.rounds import round_of
 from tasks.scoring import report_scores, scored_pair
 from tasks.stage import DATA, Section, Stage
-from tasks.training import digest_of, progress_bar, read_base, write_lines
+from tasks.training import digest_of, log_training, progress_bar, read_base, write_lines
 
 PREFERENCES = DATA / "preferences"
 
@@ -101,7 +100,7 @@ class Progress:
     step: int = 0
     pairs: int = 0  # learnt so far
     tokens: int = 0
-    since_log: list[list[float]] = field(default_factory=list)  # of each step: see log_training
+    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
     train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
 
 
@@ -152,8 +151,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             if step % params.log_every == 0 or step == len(steps):
                 speed = (progress.pairs - pairs_before) / seconds
                 speeds = {"pairs_per_second": speed, "tokens_per_second": (progress.tokens - tokens_before) / seconds}
-                log_training(training, speeds)
-                last = progress.train[-1]
+                at = {"step": step, "pairs": progress.pairs, "tokens": progress.tokens}
+                last = log_training(stage, progress.since_log, at, speeds)
+                progress.train.append(last)
                 bar.set_postfix(loss=f"{last['loss']:.3f}", accuracy=f"{last['accuracy']:.2f}", refresh=False)
                 seconds, pairs_before, tokens_before = 0.0, progress.pairs, progress.tokens
             if step % params.save_every == 0 or step == len(steps):
@@ -312,7 +312,8 @@ def take_step(training: Training) -> None:
             f"step {progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; training has failed. Lower "
             f"`{section}.learning_rate`, or look at the pairs of this batch: {', '.join(names)}"
         )
-    progress.since_log.append([step.loss, float(num_right), len(numbers), step.gradient_norm, step.learning_rate])
+    found = {"loss": step.loss, "accuracy": float(num_right) / len(numbers)}
+    progress.since_log.append({**found, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate})
 
 
 def micro_batches(training: Training, numbers: Sequence[int]) -> list[PairBatch]:
@@ -330,22 +331,6 @@ def micro_batches(training: Training, numbers: Sequence[int]) -> list[PairBatch]
         pairs = [training.data.train[number][1] for number in own or numbers[:1]]
         batches.append(batch_of_pairs(pairs, device, weight=1.0 if own else 0.0))
     return batches
-
-
-def log_training(training: Training, speeds: Mapping[str, float]) -> None:
-    """Record the means over the steps since the last time, the accuracy over their pairs, the last learning rate."""
-    progress = training.progress
-    losses, rights, counts, norms, rates = zip(*progress.since_log, strict=True)
-    figures = {
-        "loss": statistics.fmean(losses),
-        "accuracy": sum(rights) / sum(counts),
-        "gradient_norm": statistics.fmean(norms),
-        "learning_rate": rates[-1],
-    }
-    progress.since_log.clear()
-    progress.train.append({"step": progress.step, "pairs": progress.pairs, **figures})
-    metrics = {f"train/{name}": value for name, value in {**figures, **speeds}.items()}
-    training.stage.log(metrics, step=progress.step, tokens=progress.tokens)
 
 
 # --- the end ---

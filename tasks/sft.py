@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -51,7 +50,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Llama, flops_per_token, num_parameters
 from tasks.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
 from tasks.stage import Section, Stage, start
-from tasks.training import digest_of, peak_flops, progress_bar, read_base, write_curves, write_lines
+from tasks.training import digest_of, log_training, peak_flops, progress_bar, read_base, write_curves, write_lines
 
 EARLY = "early"
 
@@ -81,7 +80,7 @@ class Progress:
     step: int = 0
     tokens: int = 0  # read so far
     answer_tokens: int = 0  # learnt so far
-    since_log: list[list[float]] = field(default_factory=list)  # loss, gradient norm, learning rate of each step
+    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
     train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
     validation: list[dict[str, float]] = field(default_factory=list)  # a row a validation: step, tokens, each category
     samples: list[dict[str, Any]] = field(default_factory=list)  # rows of the table
@@ -140,7 +139,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
                 speed = (progress.tokens - tokens_before) / seconds
                 answer_speed = (progress.answer_tokens - answers_before) / seconds
                 speeds = {"tokens_per_second": speed, "answer_tokens_per_second": answer_speed}
-                log_training(training, {**speeds, "mfu": speed * flops / peak})
+                speeds["mfu"] = speed * flops / peak
+                at = {"step": step, "tokens": progress.tokens}
+                progress.train.append(log_training(stage, progress.since_log, at, speeds))
                 loss = progress.train[-1]["loss"]
                 bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
                 seconds, tokens_before, answers_before = 0.0, progress.tokens, progress.answer_tokens
@@ -252,7 +253,8 @@ def take_step(training: Training) -> None:
             f"step {progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; training has failed. Lower "
             f"`sft.learning_rate`, or look at the dialogues of this batch: {', '.join(names)}"
         )
-    progress.since_log.append([step.loss, step.gradient_norm, step.learning_rate])
+    found = {"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
+    progress.since_log.append(found)
 
 
 def micro_batches(training: Training, rows: Sequence[Sequence[int]]) -> list[Batch]:
@@ -269,21 +271,6 @@ def micro_batches(training: Training, rows: Sequence[Sequence[int]]) -> list[Bat
         batch = batch_of_examples([training.data.train[n] for row in own or rows[:1] for n in row], device)
         batches.append(batch if own else replace(batch, targets=torch.full_like(batch.targets, IGNORED)))
     return batches
-
-
-def log_training(training: Training, speeds: Mapping[str, float]) -> None:
-    """Record the mean loss and gradient norm of the steps since the last time, and the last one's learning rate."""
-    progress = training.progress
-    losses, norms, rates = zip(*progress.since_log, strict=True)
-    figures = {
-        "loss": statistics.fmean(losses),
-        "gradient_norm": statistics.fmean(norms),
-        "learning_rate": rates[-1],
-    }
-    progress.since_log.clear()
-    progress.train.append({"step": progress.step, "tokens": progress.tokens, **figures})
-    metrics = {f"train/{name}": value for name, value in {**figures, **speeds}.items()}
-    training.stage.log(metrics, step=progress.step, tokens=progress.tokens)
 
 
 # --- validation ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,6 +76,22 @@ def progress_bar(stage: Stage[Any], step: int, num_steps: int) -> Any:
     return tqdm(
         total=num_steps, initial=step, desc=stage.name, unit="step", mininterval=rarely, disable=stage.rank != 0
     )
+
+
+def log_training(
+    stage: Stage[Any], since_log: list[dict[str, float]], at: Mapping[str, int], speeds: Mapping[str, float]
+) -> dict[str, float]:
+    """Record the means of what the steps since the last time found, and the last one's learning rate; forget them.
+
+    Each step has `loss`, `gradient_norm`, `learning_rate`, and what else its stage watches; `at` says where training
+    is: `step`, `tokens` and the like. Returns a row of plots/train.csv.
+    """
+    means = {name: statistics.fmean(step[name] for step in since_log) for name in since_log[0]}
+    figures = {**means, "learning_rate": since_log[-1]["learning_rate"]}
+    since_log.clear()
+    metrics = {f"train/{name}": value for name, value in {**figures, **speeds}.items()}
+    stage.log(metrics, step=at["step"], tokens=at["tokens"])
+    return {**at, **figures}
 
 
 def write_curves(

@@ -151,7 +151,7 @@ def test_a_reward_model_comes_out_that_tells_better_answers(kind: str, place: Pa
     assert [value for _, value in metrics_of("train/accuracy")][-5:] == [1] * 5
     assert all(value > 0 for name in ("pairs", "tokens") for _, value in metrics_of(f"train/{name}_per_second"))
     curve = pandas.read_csv("out/plots/train.csv")
-    assert list(curve) == ["step", "pairs", "loss", "accuracy", "gradient_norm", "learning_rate"]
+    assert list(curve) == ["step", "pairs", "tokens", "loss", "accuracy", "gradient_norm", "learning_rate"]
     assert curve["pairs"].tolist() == list(range(4, 48 * 12 + 1, 4))
     assert Path("out/plots/accuracy.csv").exists()
     training = json.loads(Path("out/training.json").read_text())
