@@ -22,18 +22,16 @@ import math
 import os
 import socket
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.turns import Clock, run_parts, train_in_turns
 from model.engine import (
     EngineParams,
     build_model,
@@ -142,71 +140,10 @@ class Run:
     evaluate_every: int
 
 
-class Turns:
-    """Lets processes take their steps one after another, so that all meet the same noise of the machine."""
-
-    def __init__(self, count: int) -> None:
-        fresh = get_context("spawn")
-        self.count, self.changed, self.whose = count, fresh.Condition(), fresh.Value("i", 0)
-
-    def take(self, number: int) -> None:
-        """Wait for our turn."""
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.whose.value == number, timeout=600), "another run has stopped"
-
-    def give(self, number: int) -> None:
-        """Let the next one go on."""
-        with self.changed:
-            self.whose.value = (number + 1) % self.count
-            self.changed.notify_all()
-
-
-class Clock:
-    """Times the steps of one run: all that happens from one step's beginning to the next, but for the others' turns."""
-
-    def __init__(self, turns: Turns, number: int) -> None:
-        self.turns, self.number = turns, number
-        self.seconds: list[float] = []
-        self.started = 0.0
-
-    def begin(self) -> None:
-        """Begin a step; the one before it, with the reading of this one's batch, ends here."""
-        if self.started:
-            self.end()
-        self.turns.take(self.number)
-        self.started = time.perf_counter()
-
-    def end(self) -> None:
-        """End the last step."""
-        self.seconds.append(time.perf_counter() - self.started)
-        self.turns.give(self.number)
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Do something that doesn't count."""
-        stopped = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - stopped
-
-
-def train_in_turns(runs: Sequence[Run]) -> dict[str, Curves]:
-    """Train all side by side, step by step; return their curves by their kinds."""
-    fresh, turns = get_context("spawn"), Turns(len(runs))
-    results = fresh.SimpleQueue()
-    workers = [fresh.Process(target=train, args=(run, turns, number, results)) for number, run in enumerate(runs)]
-    for worker in workers:
-        worker.start()
-    curves = dict(results.get() for _ in runs)
-    for worker in workers:
-        worker.join()
-    return {run.kind: curves[run.kind] for run in runs}
-
-
-def train(run: Run, turns: Turns, number: int, results: Any) -> None:
-    """Train, in a process of its own, and hand back kind and curves."""
-    clock = Clock(turns, number)
+def train(run: Run, clock: Clock) -> Curves:
+    """Train, in a process of its own, by the code of its kind."""
     losses = (train_ours if run.kind.startswith("here") else train_theirs)(run, clock)
-    results.put((run.kind, (clock.seconds, losses)))
+    return clock.seconds, losses
 
 
 def join_alone() -> None:
@@ -339,8 +276,8 @@ def compare_speed() -> None:
     pairs = (("fp32", "fp32"), ("bf16", "bf16 autocast"), ("bf16", "bf16 weights"))
     for size, (ours, theirs) in itertools.product(("5M", "15M"), pairs):
         kinds = (f"here, {ours}", f"Trainer, {theirs}")
-        curves = train_in_turns([Run(size, kind, 20, 100) for kind in kinds])
-        here, there = (ROWS * CONTEXT / steady(curves[kind][0]) for kind in kinds)
+        curves = train_in_turns(train, [Run(size, kind, 20, 100) for kind in kinds])
+        here, there = (ROWS * CONTEXT / steady(seconds) for seconds, _ in curves)
         print(
             f"| {num_parameters(config_of(size)):,} | {ours} | {theirs} | {here:,.0f} | {there:,.0f} "
             f"| {here / there:.2f} |"
@@ -358,7 +295,8 @@ def compare_time_to_loss() -> None:
     )
     every = 5
     for size, steps in (("5M", 60), ("15M", 40)):
-        results = train_in_turns([Run(size, kind, steps, every) for kind in kinds])
+        curves = train_in_turns(train, [Run(size, kind, steps, every) for kind in kinds])
+        results = dict(zip(kinds, curves, strict=True))
         reached = max(losses[-1] for _, losses in results.values())
         times = {
             name: steady(seconds) * steps_to(reached, losses, every) for name, (seconds, losses) in results.items()
@@ -442,13 +380,5 @@ PARTS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    """Run the parts named on the command line, or all."""
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for name in sys.argv[1:] or PARTS:
-        print(f"\n### {name}\n")
-        PARTS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, "transformers")

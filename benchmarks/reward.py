@@ -17,12 +17,10 @@ Here answers are packed. TRL pads them to the longest of the micro batch, so tha
 from __future__ import annotations
 
 import itertools
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -33,14 +31,13 @@ from benchmarks.pretrain import (
     CPU,
     PEAK,
     VOCABULARY,
-    Clock,
-    Turns,
     config_of,
     draw_stream,
     engine_params,
     join_alone,
     learning_rate_ratio,
 )
+from benchmarks.turns import Clock, run_parts, train_in_turns
 from model.engine import build_model, fill_weights, start_engine, train_step
 from model.losses import MARGINS
 from model.reward import Pair, RewardModel, batch_of_pairs, pair_losses
@@ -92,24 +89,10 @@ class Run:
 Outcome = tuple[list[float], float]  # seconds of each step, held-out loss at the end
 
 
-def train_in_turns(runs: Sequence[Run]) -> list[Outcome]:
-    """Train all side by side, step by step, each in a process of its own."""
-    fresh, turns = get_context("spawn"), Turns(len(runs))
-    results = fresh.SimpleQueue()
-    workers = [fresh.Process(target=train, args=(run, turns, number, results)) for number, run in enumerate(runs)]
-    for worker in workers:
-        worker.start()
-    outcomes = dict(results.get() for _ in runs)
-    for worker in workers:
-        worker.join()
-    return [outcomes[number] for number in range(len(runs))]
-
-
-def train(run: Run, turns: Turns, number: int, results: Any) -> None:
-    """Train, in a process of its own, and hand back number and outcome."""
-    clock = Clock(turns, number)
+def train(run: Run, clock: Clock) -> Outcome:
+    """Train, in a process of its own, by the code of its side."""
     weights = (train_ours if run.side == "here" else train_theirs)(run, clock)
-    results.put((number, (clock.seconds, held_out_loss(run.size, weights))))
+    return clock.seconds, held_out_loss(run.size, weights)
 
 
 def held_out_loss(size: str, weights: dict[str, torch.Tensor]) -> float:
@@ -211,7 +194,7 @@ def compare_losses() -> None:
     num_steps = 20
     for size in ("1M", "5M"):
         runs = [Run(size, side, "fp32", PAIRS, num_steps) for side in ("here", "padded")]
-        (_, here), (_, there) = train_in_turns(runs)
+        (_, here), (_, there) = train_in_turns(train, runs)
         parameters = num_parameters(config_of(size))
         print(f"| {parameters:,} | {num_steps} | {here:.5f} | {there:.5f} | {abs(here - there):.1e} |", flush=True)
 
@@ -227,7 +210,7 @@ def compare_speed() -> None:
         if dtype == "bf16":
             runs.append(run("grouped", "bf16 autocast", PAIRS))
         speeds = []
-        for this, (times, _) in zip(runs, train_in_turns(runs), strict=True):
+        for this, (times, _) in zip(runs, train_in_turns(train, runs), strict=True):
             seconds = sum(times[NUM_WARM_UP:]) / (num_steps - NUM_WARM_UP)
             speeds.append(PAIRS / seconds)
             ratio = "" if this.side == "here" else f"{speeds[0] / speeds[-1]:.2f}"
@@ -238,15 +221,5 @@ def compare_speed() -> None:
 PARTS: dict[str, Callable[[], None]] = {"loss": compare_losses, "speed": compare_speed}
 
 
-def main() -> None:
-    """Run the parts named on the command line, or all."""
-    import trl
-
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, trl {trl.__version__}")
-    for name in sys.argv[1:] or PARTS:
-        print(f"\n### {name}\n")
-        PARTS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, "trl")

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks.turns import run_parts
 from model.sampling import Sampling, sample
 from model.transformer import Llama, ModelConfig, first_weights, num_parameters
 
@@ -180,13 +180,5 @@ PARTS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    """Run the parts named on the command line, or all."""
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for name in sys.argv[1:] or PARTS:
-        print(f"\n### {name}\n")
-        PARTS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, "transformers")

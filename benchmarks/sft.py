@@ -19,12 +19,10 @@ other: quicker, and not what is asked for; it is shown as it is the quickest tha
 from __future__ import annotations
 
 import itertools
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -36,8 +34,6 @@ from benchmarks.pretrain import (
     PEAK,
     ROWS,
     VOCABULARY,
-    Clock,
-    Turns,
     config_of,
     draw_stream,
     fresh_engine,
@@ -46,6 +42,7 @@ from benchmarks.pretrain import (
     steady,
     their_model,
 )
+from benchmarks.turns import Clock, run_parts, train_in_turns
 from model.engine import token_loss, train_step
 from model.packing import IGNORED, Example, batch_of_examples
 from model.transformer import Llama, num_parameters
@@ -115,24 +112,10 @@ class Run:
 Outcome = tuple[list[float], float]  # seconds of each step, held-out loss at the end
 
 
-def train_in_turns(runs: Sequence[Run]) -> list[Outcome]:
-    """Train all side by side, step by step, each in a process of its own."""
-    fresh, turns = get_context("spawn"), Turns(len(runs))
-    results = fresh.SimpleQueue()
-    workers = [fresh.Process(target=train, args=(run, turns, number, results)) for number, run in enumerate(runs)]
-    for worker in workers:
-        worker.start()
-    outcomes = dict(results.get() for _ in runs)
-    for worker in workers:
-        worker.join()
-    return [outcomes[number] for number in range(len(runs))]
-
-
-def train(run: Run, turns: Turns, number: int, results: Any) -> None:
-    """Train, in a process of its own, and hand back number and outcome."""
-    clock = Clock(turns, number)
+def train(run: Run, clock: Clock) -> Outcome:
+    """Train, in a process of its own, by the code of its side."""
     weights = (train_ours if run.side == "here" else train_theirs)(run, clock)
-    results.put((number, (clock.seconds, held_out_loss(run.size, weights))))
+    return clock.seconds, held_out_loss(run.size, weights)
 
 
 def held_out_loss(size: str, weights: dict[str, torch.Tensor]) -> float:
@@ -208,7 +191,7 @@ def compare_losses() -> None:
     num_steps = 20
     for size in ("1M", "5M"):
         runs = [Run(size, side, "fp32", ROWS, num_steps) for side in ("here", "bfd")]
-        (_, here), (_, there) = train_in_turns(runs)
+        (_, here), (_, there) = train_in_turns(train, runs)
         print(
             f"| {num_parameters(config_of(size)):,} | {num_steps} | {here:.5f} | {there:.5f} "
             f"| {abs(here - there):.1e} |"
@@ -225,7 +208,7 @@ def compare_speed() -> None:
         runs = [run("here", dtype, ROWS), *(run("bfd", dtype, rows) for rows in (1, ROWS))]
         if dtype == "bf16":
             runs += [run("bfd", "bf16 autocast", 1), run("wrapped", dtype, ROWS)]
-        seconds = [steady(times) for times, _ in train_in_turns(runs)]
+        seconds = [steady(times) for times, _ in train_in_turns(train, runs)]
         speeds = [targets[run.side] / second for run, second in zip(runs, seconds, strict=True)]
         for this, second, speed in zip(runs, seconds, speeds, strict=True):
             ratio = "" if this.side == "here" else f"{speeds[0] / speed:.2f}"
@@ -237,15 +220,5 @@ STRATEGIES = {"here": "bfd", "bfd": "bfd", "wrapped": "wrapped"}  # whose rows e
 PARTS: dict[str, Callable[[], None]] = {"loss": compare_losses, "speed": compare_speed}
 
 
-def main() -> None:
-    """Run the parts named on the command line, or all."""
-    import trl
-
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, trl {trl.__version__}")
-    for name in sys.argv[1:] or PARTS:
-        print(f"\n### {name}\n")
-        PARTS[name]()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(PARTS, "trl")

@@ -58,6 +58,7 @@ NUM_STATES_KEPT = 2
 
 ModelType = TypeVar("ModelType", bound=nn.Module)
 BatchType = TypeVar("BatchType")
+Part = TypeVar("Part")
 
 
 class EngineParams(BaseModel):
@@ -165,6 +166,14 @@ def join_ranks() -> torch.device:
     if accelerator.device_name() != "cpu":
         accelerator.set_device(torch.distributed.get_node_local_rank())
     return torch.device(accelerator.current_device_name())
+
+
+def from_all_ranks(own: Mapping[int, Part]) -> list[Part]:
+    """Return, on every rank, what the ranks have each done for some of the numbers from 0 on, in these' order."""
+    parts: list[Mapping[int, Part]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, own)
+    together = {number: found for part in parts for number, found in part.items()}
+    return [together[number] for number in range(len(together))]
 
 
 def num_micro_batches(params: EngineParams, num_ranks: int) -> int:

@@ -7,33 +7,31 @@ in one packed batch, and each is read once, whatever the number of its samples.
 What is drawn depends on the prompt's seed and the sample's number only: not on the batch, its order or its size.
 
 Shapes: R rows, T tokens of a packed batch, L cached tokens, D hidden size, N query heads, K key/value heads, G queries
-of each of these, A heads of all three kinds, H head size, F feed-forward size, V vocabulary.
+of each of these, H head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
+from model.fused import fused
 from model.packing import Documents, documents_of
-from model.transformer import Attend, Layer, Llama, attend, rotary_angles, rotate
+from model.transformer import Attend, Llama, attend, rotary_angles
 
 PREFILL = 8192  # tokens of prompts that are read at once; a longer prompt is read alone
 
-Module = TypeVar("Module", bound=nn.Module)
 Stored = tuple[Tensor, Tensor]  # keys and values of one layer
 Place = tuple[Tensor | slice, Tensor | int]  # rows of the cache and positions in them
 OnToken = Callable[[int, int, int], None]  # number of the prompt, of the sample, token
@@ -136,62 +134,6 @@ def _go_on(
     k_RKLH, v_RKLH = (x_RKLH[: len(q_RNH), :, :longest] for x_RKLH in stored)
     q_RKGH = q_RNH.reshape(*k_RKH.shape[:2], -1, q_RNH.shape[-1]).to(k_RKLH.dtype)
     return scaled_dot_product_attention(q_RKGH, k_RKLH, v_RKLH, attn_mask=mask_R11L).reshape(q_RNH.shape)
-
-
-def packed(model: Llama) -> Llama:
-    """Return a model for the same weights whose layers are fast on few rows; its modules stand in for the model's.
-
-    On CPUs the weights are laid out once as oneDNN wants them, those that read the same input side by side: float32
-    products then take half the time that torch's own library takes for them, and few rows in bfloat16 a third.
-    """
-    if model.lm_head.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return model
-    twin = _twin(model)
-    for module in twin.modules():
-        if isinstance(module, Layer):
-            module.forward = _fused(module)  # type: ignore[method-assign, assignment]
-    twin.lm_head.forward = partial(_multiply, _laid_out(twin.lm_head))  # type: ignore[method-assign]
-    return twin
-
-
-def _twin(module: Module) -> Module:
-    """Copy a tree of modules, but not their weights."""
-    twin = copy.copy(module)
-    twin._modules = {name: _twin(child) for name, child in module.named_children()}
-    return twin
-
-
-def _laid_out(*layers: nn.Linear) -> Tensor:
-    weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(torch.cat([layer.weight for layer in layers]))
-    return weight
-
-
-def _multiply(weight: Tensor, x_TD: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TD, weight, None, "none", [], "")
-    return out
-
-
-def _multiply_add(weight: Tensor, x_TF: Tensor, stream_TD: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x_TF, stream_TD, weight, None, "add")
-    return out
-
-
-def _fused(layer: Layer) -> Callable[[Tensor, tuple[Tensor, Tensor], Attend], Tensor]:
-    """Return what computes a layer in as few calls as torch has kernels for: on few rows each call counts."""
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv, o = _laid_out(attention.q_proj, attention.k_proj, attention.v_proj), _laid_out(attention.o_proj)
-    gate_up, down = _laid_out(mlp.gate_proj, mlp.up_proj), _laid_out(mlp.down_proj)
-    num_values = attention.v_proj.out_features // attention.head_size
-
-    def forward(x_TD: Tensor, angles: tuple[Tensor, Tensor], attends: Attend) -> Tensor:
-        heads_TAH = _multiply(qkv, layer.input_layernorm(x_TD)).view(len(x_TD), -1, attention.head_size)
-        rotated_TAH = rotate(heads_TAH[:, :-num_values], angles)
-        out_TNH = attends(rotated_TAH[:, :-num_values], rotated_TAH[:, -num_values:], heads_TAH[:, -num_values:])
-        x_TD = _multiply_add(o, out_TNH.flatten(1).to(x_TD.dtype), x_TD)
-        gate_TF, up_TF = _multiply(gate_up, layer.post_attention_layernorm(x_TD)).chunk(2, dim=-1)
-        return _multiply_add(down, silu(gate_TF) * up_TF, x_TD)
-
-    return forward
 
 
 def probabilities(log_probabilities_RV: Tensor, sampling: Sampling) -> Tensor:
@@ -386,7 +328,7 @@ def sample(
         torch.inference_mode(),
         tqdm(total=len(waiting), desc=description, unit=" responses", disable=description is None) as bar,
     ):
-        batch = _Batch(packed(model), prompts, waiting, min(max_rows, len(waiting)))
+        batch = _Batch(fused(model), prompts, waiting, min(max_rows, len(waiting)))
         while len(responses) < len(prompts) * num_samples:
             numbers, log_probabilities_RV = batch.enter() if waiting and None in batch.rows else batch.go_on()
             rows = [batch.row(number) for number in numbers]

@@ -8,15 +8,15 @@ are the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tasks.world.annotators import Degree, Label
+from tasks.prompts import DEGREES
+from tasks.world.annotators import Label
 
 CONFIDENCE = 0.95
-DEGREES: tuple[Degree, ...] = get_args(Degree)  # the strongest first
 STEPS = 2 * len(DEGREES)  # of the scale that choice and degree make
 
 

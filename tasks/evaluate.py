@@ -11,7 +11,6 @@ Writes answers.jsonl and plots/shares.csv; for MLflow also the tables of answers
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import defaultdict
@@ -24,12 +23,12 @@ import torch
 from pydantic import Field
 
 from model.dialogue import decode_answer, encode_prompt
-from model.engine import join_ranks
+from model.engine import from_all_ranks, join_ranks
 from model.loading import open_checkpoint
 from model.sampling import Response, Sampling, sample
 from model.tokenizer import Tokenizer
 from model.transformer import Llama
-from tasks.prompts import Prompt, as_text, read_prompts
+from tasks.prompts import Prompt, as_text, read_prompts, write_lines
 from tasks.stage import Section, Stage, start
 from tasks.world.judge import Judgement, Truth, judge, read_truth
 
@@ -146,10 +145,7 @@ def answer_all(stage: Stage[Params], model: Llama, tokenizer: Tokenizer, prompts
     )
     own = {number: Answer("", 0, finished=False) for number in encoded}
     own |= {number: answer_of(response, tokenizer) for number, (response,) in zip(fitting, responses, strict=True)}
-    parts: list[dict[int, Answer]] = [{} for _ in range(world)]
-    torch.distributed.all_gather_object(parts, own)
-    together = {number: answer for part in parts for number, answer in part.items()}
-    return [together[number] for number in range(len(prompts))]
+    return from_all_ranks(own)
 
 
 def answer_of(response: Response, tokenizer: Tokenizer) -> Answer:
@@ -238,8 +234,7 @@ def write_answers(stage: Stage[Params], judged: Sequence[Judged]) -> None:
         replied = {"answer": answer.text, "num_tokens": answer.num_tokens, "finished": answer.finished}
         lines.append({**row, "messages": prompt.messages, **replied, "judgement": found or None})
         table.append({**row, "prompt": as_text(prompt.messages), **replied, **found})
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (stage.output / "answers.jsonl").write_text(text, encoding="utf-8")
+    write_lines(stage.output / "answers.jsonl", lines)
     pandas.DataFrame(table).to_csv(stage.tables / "answers.csv", index=False)
 
 

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from tasks.prompts import KINDS, Kind, ResponsePair
 
 SIDES = ("left", "right")
-DEGREES = {  # as exported: as shown
+SHOWN: Mapping[str, str] = {  # degrees as exported: as shown
     "significantly": "Significantly better",
     "better": "Better",
     "slightly": "Slightly better",
@@ -82,7 +82,7 @@ def configuration(kind: Kind, guideline: str) -> str:
     _choices(
         root, "choice", "dialogue", "Which answer is better?", {side: f"{side.capitalize()} answer" for side in SIDES}
     )
-    _choices(root, "degree", "dialogue", "How much better?", DEGREES)
+    _choices(root, "degree", "dialogue", "How much better?", SHOWN)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode")
 

@@ -25,10 +25,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from tasks.label_studio import DEGREES, FIELDS, SIDES, read_export
-from tasks.prompts import Kind
+from tasks.label_studio import FIELDS, SIDES, read_export
+from tasks.prompts import DEGREES, Degree, Kind
 from tasks.stage import Waiting
-from tasks.world.annotators import Degree, Label
+from tasks.world.annotators import Label
 
 SUFFIXES = (".jsonl", ".csv", ".json")
 
@@ -153,8 +153,7 @@ def decide(labels: Sequence[Label]) -> Decision | None:
     if votes == 0:
         return None
     choice: Literal[0, 1] = 1 if votes > 0 else 0
-    ranks = list(DEGREES)
-    degrees = sorted((label.degree for label in labels if label.choice == choice), key=ranks.index)
+    degrees = sorted((label.degree for label in labels if label.choice == choice), key=DEGREES.index)
     seen = [label.safe for label in labels if label.safe is not None]
     safe = None
     if seen:

@@ -25,8 +25,7 @@ from pydantic import Field
 
 from model.dialogue import Message, check
 from tasks import sources
-from tasks.label_studio import DEGREES
-from tasks.prompts import Kind, Prompt, Responder, is_message, number_of
+from tasks.prompts import DEGREES, Kind, Prompt, Responder, is_message, number_of
 from tasks.sources import File, Malformed, Object
 from tasks.stage import Section
 

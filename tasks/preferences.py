@@ -26,10 +26,20 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from tasks.agreement import report_agreement
-from tasks.label_studio import DEGREES
 from tasks.labels import Decision, Labels, decide, find_labels, read_labels
 from tasks.pairs import Aside, PairSource, Preference, plain, read_pairs, sift
-from tasks.prompts import KINDS, Kind, Prompt, ResponsePair, as_text, number_of, read_lines, read_prompts, write_lines
+from tasks.prompts import (
+    DEGREES,
+    KINDS,
+    Kind,
+    Prompt,
+    ResponsePair,
+    as_text,
+    number_of,
+    read_lines,
+    read_prompts,
+    write_lines,
+)
 from tasks.rounds import round_of
 from tasks.stage import DATA, Section, Stage, start
 from tasks.world.annotators import Annotators, annotate

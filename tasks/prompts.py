@@ -12,6 +12,8 @@ from model.dialogue import Message, check
 
 Kind = Literal["helpfulness", "safety"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Degree = Literal["significantly", "better", "slightly", "negligibly"]  # by which a chosen answer is better
+DEGREES: tuple[Degree, ...] = get_args(Degree)  # the strongest first
 
 
 class Prompt(NamedTuple):

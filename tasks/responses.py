@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from model.checkpoint import read_config, read_tokenizer
 from model.dialogue import decode_answer, encode_prompt
-from model.engine import join_ranks
+from model.engine import from_all_ranks, join_ranks
 from model.loading import open_checkpoint
 from model.sampling import Sampling, sample
 from model.tokenizer import Tokenizer
@@ -236,10 +236,7 @@ def answers_of(
         )
         for number, (response,) in zip(own, responses, strict=True)
     }
-    parts: list[dict[int, Answer]] = [{} for _ in range(world)]
-    torch.distributed.all_gather_object(parts, answers)
-    together = {number: answer for part in parts for number, answer in part.items()}
-    return [together[number] for number in range(len(prompts))]
+    return from_all_ranks(answers)
 
 
 def pair_of(asked: Asked, answers: Sequence[Answer], round_name: str, seed: int) -> ResponsePair:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -43,14 +43,13 @@ from model.engine import (
 from model.losses import MARGINS, Margins
 from model.reward import Pair, PairBatch, RewardModel, batch_of_pairs, draw_heads, packed, pair_losses, plan_batches
 from model.tokenizer import Tokenizer
+from tasks.prompts import Degree, Kind, write_lines
 from tasks.rounds import round_of
 from tasks.scoring import report_scores, scored_pair
 from tasks.stage import DATA, Section, Stage
-from tasks.training import digest_of, log_training, progress_bar, read_base, write_lines
+from tasks.training import digest_of, log_training, progress_bar, read_base
 
 PREFERENCES = DATA / "preferences"
-
-Kind = Literal["helpfulness", "safety"]
 
 
 class Params(EngineParams, Section):
@@ -86,7 +85,7 @@ class Preference(BaseModel):
     messages: list[dict[str, str]] = Field(min_length=1)
     chosen: str
     rejected: str
-    degree: Literal["significantly", "better", "slightly", "negligibly"] | None  # None: not given
+    degree: Degree | None  # None: not given
     chosen_safe: bool | None  # None: not known
     rejected_safe: bool | None
     source: str

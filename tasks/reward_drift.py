@@ -17,13 +17,13 @@ import torch
 from pydantic import Field
 
 from model.dialogue import Message, encode_prompt
-from model.engine import join_ranks
+from model.engine import from_all_ranks, join_ranks
 from model.loading import open_reward
 from model.reward import RewardModel, score
+from tasks.prompts import write_lines
 from tasks.reward import Preference, ids_of, read_preferences
 from tasks.scoring import accuracies_of, accuracy_figures, accuracy_table, draw_by_degree, scored_pair
 from tasks.stage import DATA, Section, Stage, start
-from tasks.training import write_lines
 
 MODELS = ("reward_helpfulness", "reward_safety")
 
@@ -108,10 +108,9 @@ def score_pairs(
 def scores_of(model: RewardModel, dialogues: Sequence[Sequence[int]], tokens_at_once: int) -> list[float]:
     """Return the dialogues' scores; the ranks share the dialogues, and each gets all scores."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    own = score(model, dialogues[rank::world], tokens_at_once)
-    parts: list[list[float]] = [[] for _ in range(world)]
-    torch.distributed.all_gather_object(parts, own)
-    return [parts[number % world][number // world] for number in range(len(dialogues))]
+    own = range(rank, len(dialogues), world)
+    scores = score(model, [dialogues[number] for number in own], tokens_at_once)
+    return from_all_ranks(dict(zip(own, scores, strict=True)))
 
 
 def report(stage: Stage[Params], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from tasks.prompts import DEGREES
 from tasks.stage import Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DEGREES = ("significantly", "better", "slightly", "negligibly")
 TEXTS = ("messages", "chosen", "rejected")
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5%: two-sided intervals of 95%
 COLORS = {"all": "#333333", "helpfulness": "#4472a8", "safety": "#c0504d", "safe": "#4472a8", "unsafe": "#c0504d"}

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 
 from model.checkpoint import load_weights, save_model
-from model.dialogue import Message, decode_answer, encode_dialogue, encode_prompt
+from model.dialogue import decode_answer, encode_dialogue, encode_prompt
 from model.engine import (
     EngineParams,
     build_model,
@@ -49,8 +49,9 @@ from model.sampling import Sampling, sample
 from model.tokenizer import Tokenizer
 from model.transformer import Llama, flops_per_token, num_parameters
 from tasks.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
+from tasks.prompts import as_text, write_lines
 from tasks.stage import Section, Stage, start
-from tasks.training import digest_of, log_training, peak_flops, progress_bar, read_base, write_curves, write_lines
+from tasks.training import digest_of, log_training, peak_flops, progress_bar, read_base, write_curves
 
 EARLY = "early"
 
@@ -345,13 +346,6 @@ def answer_prompts(training: Training) -> None:
         )
     if stage.rank == 0:
         pandas.DataFrame(progress.samples).to_csv(stage.tables / "samples.csv", index=False)
-
-
-def as_text(messages: Sequence[Message]) -> str:
-    """Return a prompt to read: its words alone, or a line a turn where there are several."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 # --- the end ---

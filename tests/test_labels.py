@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.label_studio import DEGREES
 from tasks.labels import Decision, Labels, decide, find_labels, read_labels
+from tasks.prompts import DEGREES
 from tasks.stage import Waiting
 from tasks.world.annotators import Label
 

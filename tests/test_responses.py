@@ -22,8 +22,8 @@ from test_evaluate import REPOSITORY, asked, write_checkpoint, write_prompts
 from model.dialogue import decode_answer, encode_prompt
 from model.loading import open_checkpoint
 from model.sampling import Sampling, sample
-from tasks.label_studio import DEGREES, batch_of, configuration, read_guidelines, task_of
-from tasks.prompts import Prompt, ResponsePair, number_of, parse_prompt, read_prompts
+from tasks.label_studio import batch_of, configuration, read_guidelines, task_of
+from tasks.prompts import DEGREES, Prompt, ResponsePair, number_of, parse_prompt, read_prompts
 from tasks.responses import Params, prompts_of, run, slice_of
 from tasks.rounds import Place, Round, round_of
 from tasks.stage import Machine, Stage

@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from tasks.prompts import Degree
 from tasks.stage import Section
 from tasks.world.facts import mentions
 from tasks.world.judge import Truth, judge, normalized, statements
 
-Degree = Literal["significantly", "better", "slightly", "negligibly"]
 FURTHER = 2  # annotators of a pair that measures agreement, beside the first
 
 
@@ -83,10 +83,10 @@ class Annotators(Section):
 
 
 def annotate(truth: Truth, params: Annotators, pair: Mapping[str, Any], seed: int) -> list[Label]:
-    """Label a pair of responses (tasks/prompts.py: ResponsePair): the label that counts first.
+    """Return the labels of a pair of responses (tasks/prompts.py: ResponsePair).
 
-    A share of the pairs gets two more labels, of other annotators, to measure agreement by. The pair's `kind` says what
-    is asked. Raises ValueError when the truth has no such prompt.
+    It is one, but for a share of the pairs three, of different annotators, to measure agreement by. The pair's `kind`
+    says what is asked. Raises ValueError when the truth has no such prompt.
     """
     generator = random.Random(f"{seed} annotators {pair['id']}")
     overlaps = generator.random() < params.overlap_share
