@@ -1,11 +1,14 @@
-"""Training processes for tests: this one as the only rank, and small models for it."""
+"""Training processes for tests: this one as the only rank, small models and tokenizers for it."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 
 from model.engine import EngineParams, build_model, draw_weights, join_ranks, start_engine
@@ -44,3 +47,13 @@ def small_engine(num_steps: int, seed: int = 1, vocab_size: int = 64, **changes:
     model = build_model(Llama, config, params)
     draw_weights(model, seed)
     return start_engine(model, params, num_steps)
+
+
+def train_tokenizer(directory: Path, texts: Sequence[str], vocab_size: int = 290, **options: Any) -> Path:
+    """The file of a small tokenizer, made as stage `train_tokenizer` makes them."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*texts] * 20), model_prefix=str(directory / "tokenizer"), vocab_size=vocab_size,
+        model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2, **options,
+    )  # fmt: skip
+    return directory / "tokenizer.model"

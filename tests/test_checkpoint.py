@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import sentencepiece
 import torch
-from ranks import SMALL, TRAINED, join_alone
+from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint import import_llama2c, load_weights, main, read_config, read_tokenizer, save_model
@@ -37,13 +36,8 @@ def alone() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the llama walks over the hill", "a hill, a llama, 12 steps"] * 20),
-        model_prefix=str(path), vocab_size=290, model_type="bpe", byte_fallback=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    return Tokenizer(path.with_suffix(".model"))
+    texts = ["the llama walks over the hill", "a hill, a llama, 12 steps"]
+    return Tokenizer(train_tokenizer(tmp_path_factory.mktemp("tokenizer"), texts))
 
 
 def model_of(zero_stage: int = 0, precision: str = "fp32", seed: int = 1, **changes: Any) -> Llama:

@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ranks import train_tokenizer
 
 from model.dialogue import Message, check, decode_answer, encode_dialogue, encode_prompt
 from model.tokenizer import Tokenizer
@@ -31,14 +32,8 @@ def dialogue(*contents: str, system: str | None = None) -> list[Message]:
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20),
-        model_prefix=str(path), vocab_size=330, model_type="bpe", byte_fallback=True, split_digits=True,
-        allow_whitespace_only_pieces=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        minloglevel=2,
-    )  # fmt: skip
-    return Tokenizer(path.with_suffix(".model"))
+    directory = tmp_path_factory.mktemp("tokenizer")
+    return Tokenizer(train_tokenizer(directory, TEXTS, 330, allow_whitespace_only_pieces=True))
 
 
 @pytest.fixture(scope="session")

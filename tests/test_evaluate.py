@@ -11,11 +11,11 @@ from typing import Any
 
 import pandas
 import pytest
-import sentencepiece
 import torch
 from conftest import QUIET
-from ranks import SMALL, TRAINED, join_alone
+from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from ruamel.yaml import YAML
+from stages import stage_here
 
 from model.checkpoint import load_weights, save_model
 from model.dialogue import decode_answer, encode_prompt
@@ -34,7 +34,7 @@ from tasks.evaluate import (
     shares_of,
 )
 from tasks.prompts import Prompt
-from tasks.stage import Machine, Stage
+from tasks.stage import Stage
 from tasks.world.judge import Judgement
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,11 +44,7 @@ QUESTIONS = ["where does the llama walk?", "who walks over the hill?", "a hill o
 
 def write_checkpoint(directory: Path, **changes: Any) -> Path:
     """A small model of random weights with its tokenizer."""
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*QUESTIONS, "[INST] the llama walks over the hill [/INST]"] * 20),
-        model_prefix=str(directory / "tokenizer"), vocab_size=290, model_type="bpe", byte_fallback=True,
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
+    train_tokenizer(directory, [*QUESTIONS, "[INST] the llama walks over the hill [/INST]"])
     join_alone()
     values = {**SMALL, "vocab_size": 290, "max_position_embeddings": 96, "initializer_range": 0.3, **changes}
     model = build_model(Llama, ModelConfig.model_validate(values), EngineParams.model_validate(TRAINED))
@@ -83,12 +79,7 @@ def params_of(checkpoint: Path, **changes: Any) -> Params:
 
 
 def stage_of(params: Params, name: str = "evaluate@sft") -> Stage[Params]:
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
-    stage = Stage(name, params, 1, machine, Path("out"), Path("scratch"), Path("record"))
-    for directory in (stage.output, stage.scratch, stage.record):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-    return stage
+    return stage_here(name, params)
 
 
 @pytest.fixture

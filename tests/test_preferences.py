@@ -17,6 +17,7 @@ from conftest import QUIET
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from stages import stage_here
 from test_labels import write
 from test_pairs import pair_of, transcript, turns
 
@@ -35,7 +36,7 @@ from tasks.preferences import (
     split,
 )
 from tasks.prompts import KINDS, Kind, write_lines
-from tasks.stage import Machine, Stage, Waiting
+from tasks.stage import Stage, Waiting
 from tasks.world.annotators import Label
 
 REPOSITORY = Path(__file__).parent.parent
@@ -61,13 +62,7 @@ def values_of(**changes: Any) -> dict[str, Any]:
 
 
 def stage_of(name: str = "preferences@v1", **changes: Any) -> Stage[Params]:
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
-    params = Params.model_validate(values_of(**changes))
-    stage = Stage(name, params, 1, machine, Path("out"), Path("scratch"), Path("record"))
-    for directory in (stage.output, stage.scratch, stage.record):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-    return stage
+    return stage_here(name, Params.model_validate(values_of(**changes)))
 
 
 def responses_of(round_name: str, kind: Kind, number: int) -> dict[str, Any]:

@@ -4,11 +4,9 @@ import csv
 import itertools
 import json
 import math
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,9 +16,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import QUIET
-from ranks import SMALL, TRAINED, join_alone
-from ruamel.yaml import YAML
+from ranks import SMALL, TRAINED, join_alone, train_tokenizer
+from stages import Workspace, stage_here
 
 from model.checkpoint import read_config
 from model.engine import Step
@@ -28,7 +25,7 @@ from model.packing import documents_of
 from model.transformer import Llama
 from tasks import pretrain
 from tasks.pretrain import Params, Progress, is_spike, run
-from tasks.stage import Machine, Stage
+from tasks.stage import Stage
 from tasks.stream import Text, read_stream
 
 REPOSITORY = Path(__file__).parent.parent
@@ -47,15 +44,7 @@ def params_of(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import sentencepiece
-
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20), model_prefix=str(path), vocab_size=300, model_type="bpe",
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        minloglevel=2,
-    )  # fmt: skip
-    return path.with_suffix(".model")
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"), SENTENCES, 300)
 
 
 def write_stream(directory: Path, num_tokens: int, seed: int = 1, spoilt: range = range(0)) -> None:
@@ -98,13 +87,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer_file: Path)
 
 
 def stage_of(**changes: Any) -> Stage[Params]:
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
-    params = Params.model_validate(params_of(**changes))
-    stage = Stage("pretrain", params, 1, machine, Path("out"), Path("scratch"), Path("record"))
-    for directory in (stage.output, stage.scratch, stage.record):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-    return stage
+    return stage_here("pretrain", Params.model_validate(params_of(**changes)))
 
 
 def metrics_of(name: str) -> list[tuple[int, int, float]]:
@@ -282,67 +265,22 @@ stages:
 """
 
 
-class Workspace:
-    """A DVC repository with the stage alone, started as the pipeline starts it."""
-
-    def __init__(self, root: Path, tokenizer_file: Path, num_steps: int, num_ranks: int = 1, **changes: Any) -> None:
-        self.root = root
-        root.mkdir()
-        (root / "data/train_tokenizer").mkdir(parents=True)
-        shutil.copy(tokenizer_file, root / "data/train_tokenizer/tokenizer.model")
-        write_stream(root / "data/tokenize", 8 * 32 * num_steps + 1)
-        machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": num_ranks, "hostfile": None}
-        params = {"seed": 1, "tracking": {"experiment": "test"}, "machine": machine, "pretrain": params_of(**changes)}
-        with (root / "params.yaml").open("w") as file:
-            YAML().dump(params, file)
-        (root / "dvc.yaml").write_text(DVC_STAGE)
-        self.environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
-            self.environment.pop(name, None)
-        for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-            subprocess.run(command, check=True, cwd=root, env=self.environment)
-
-    def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tasks.launch", "pretrain"]
-        return subprocess.Popen(command, cwd=self.root, env=self.environment, stderr=subprocess.PIPE, text=True)
-
-    def finish(self) -> dict[str, float]:
-        process = self.start()
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        return json.loads((self.root / "data/pretrain/metrics.json").read_text())
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """All that the stage wrote into its output."""
-        output = self.root / "data/pretrain"
-        return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-
-    def saved_steps(self) -> list[int]:
-        return [int(path.name.removeprefix("step-")) for path in self.root.glob(".scratch/pretrain/*/resume/step-*")]
-
-
-def kill_at_step(workspace: Workspace, step: int, how: signal.Signals) -> None:
-    process = workspace.start()
-    deadline = time.monotonic() + 120
-    while max(workspace.saved_steps(), default=0) < step:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+def workspace_of(root: Path, tokenizer_file: Path, num_steps: int, num_ranks: int = 1, **changes: Any) -> Workspace:
+    (root / "data/train_tokenizer").mkdir(parents=True)
+    shutil.copy(tokenizer_file, root / "data/train_tokenizer/tokenizer.model")
+    write_stream(root / "data/tokenize", 8 * 32 * num_steps + 1)
+    return Workspace(root, "pretrain", DVC_STAGE, num_ranks, pretrain=params_of(**changes))
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, tokenizer_file: Path) -> None:
     settings = {"precision": "bf16", "zero_stage": 1}
-    undisturbed = Workspace(tmp_path / "undisturbed", tokenizer_file, num_steps=30, **settings)
+    undisturbed = workspace_of(tmp_path / "undisturbed", tokenizer_file, num_steps=30, **settings)
     undisturbed.finish()
-    disturbed = Workspace(tmp_path / "disturbed", tokenizer_file, num_steps=30, **settings)
-    kill_at_step(disturbed, 4, signal.SIGKILL)
-    kill_at_step(disturbed, 16, signal.SIGTERM)
-    assert not (disturbed.root / "data/pretrain").exists()
+    disturbed = workspace_of(tmp_path / "disturbed", tokenizer_file, num_steps=30, **settings)
+    disturbed.kill_at(4, signal.SIGKILL)
+    disturbed.kill_at(16, signal.SIGTERM)
+    assert not (disturbed.output).exists()
     disturbed.finish()
     assert disturbed.files == undisturbed.files
     assert {"model.safetensors", "config.json", "metrics.json", "plots/train.csv"} <= undisturbed.files.keys()
@@ -352,18 +290,18 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, tokenizer_file: 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path: Path, tokenizer_file: Path) -> None:
     settings = {"precision": "bf16", "zero_stage": 1, "save_every": 2}
-    undisturbed = Workspace(tmp_path / "undisturbed", tokenizer_file, num_steps=60, **settings)
+    undisturbed = workspace_of(tmp_path / "undisturbed", tokenizer_file, num_steps=60, **settings)
     started = time.monotonic()
     undisturbed.finish()
     whole = time.monotonic() - started
     rng = random.Random(1)
     for attempt in range(20):
-        disturbed = Workspace(tmp_path / f"disturbed{attempt}", tokenizer_file, num_steps=60, **settings)
+        disturbed = workspace_of(tmp_path / f"disturbed{attempt}", tokenizer_file, num_steps=60, **settings)
         process = disturbed.start()
         time.sleep(rng.uniform(0.0, whole))
         process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
         process.communicate(timeout=60)
-        if not (disturbed.root / "data/pretrain").exists():
+        if not (disturbed.output).exists():
             disturbed.finish()
         assert disturbed.files == undisturbed.files
         shutil.rmtree(disturbed.root)
@@ -372,20 +310,20 @@ def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path: Path, tokenizer
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_two_ranks_reach_the_loss_of_one(precision: str, tmp_path: Path, tokenizer_file: Path) -> None:
-    one = Workspace(tmp_path / "one", tokenizer_file, 30, precision=precision, zero_stage=1).finish()
+    one = workspace_of(tmp_path / "one", tokenizer_file, 30, precision=precision, zero_stage=1).finish()
     for zero_stage in (0, 2, 3):
-        workspace = Workspace(
+        workspace = workspace_of(
             tmp_path / f"two{zero_stage}", tokenizer_file, 30, num_ranks=2, precision=precision, zero_stage=zero_stage
         )
         two = workspace.finish()
         for name in ("train/loss", "validation/all/loss", "validation/stories/loss"):
             assert two[name] == pytest.approx(one[name], abs=1e-3)
-        model = Llama(read_config(workspace.root / "data/pretrain"), "off")
+        model = Llama(read_config(workspace.output), "off")
         assert model(torch.arange(9), documents_of([9], torch.device("cpu"))).shape == (9, 300)
 
 
 def test_bad_parameters_end_the_stage_with_one_line(tmp_path: Path, tokenizer_file: Path) -> None:
-    workspace = Workspace(tmp_path / "workspace", tokenizer_file, num_steps=8, micro_batch_rows=3)
+    workspace = workspace_of(tmp_path / "workspace", tokenizer_file, num_steps=8, micro_batch_rows=3)
     process = workspace.start()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1

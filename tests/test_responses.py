@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import join_alone
 from ruamel.yaml import YAML
+from stages import stage_here
 from test_evaluate import REPOSITORY, asked, write_checkpoint, write_prompts
 
 from model.dialogue import decode_answer, encode_prompt
@@ -26,7 +27,7 @@ from tasks.label_studio import batch_of, configuration, read_guidelines, task_of
 from tasks.prompts import DEGREES, Prompt, ResponsePair, number_of, parse_prompt, read_prompts
 from tasks.responses import Params, prompts_of, run, slice_of
 from tasks.rounds import Place, Round, round_of
-from tasks.stage import Machine, Stage
+from tasks.stage import Stage
 
 GUIDELINES = REPOSITORY / "data" / "seeds" / "guidelines"
 
@@ -55,13 +56,7 @@ def values_of(**changes: Any) -> dict[str, Any]:
 
 
 def stage_of(name: str = "responses@v1", **changes: Any) -> Stage[Params]:
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
-    params = Params.model_validate(values_of(**changes))
-    stage = Stage(name, params, 1, machine, Path("out"), Path("scratch"), Path("record"))
-    for directory in (stage.output, stage.scratch, stage.record):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-    return stage
+    return stage_here(name, Params.model_validate(values_of(**changes)))
 
 
 def write_rounds(newest: Path, earlier: Path, **others: Any) -> None:

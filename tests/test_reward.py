@@ -2,24 +2,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
 import pytest
-import sentencepiece
 import torch
-from conftest import QUIET
-from ranks import SMALL, TRAINED, join_alone
+from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
+from stages import Workspace, lines_of, stage_here
 
 from model.checkpoint import save_model
 from model.dialogue import encode_dialogue
@@ -30,7 +26,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Llama, ModelConfig
 from tasks import reward
 from tasks.reward import Params, Preference, plan_steps, run, share_out
-from tasks.stage import Machine, Stage, parse_section
+from tasks.stage import Stage, parse_section
 
 REPOSITORY = Path(__file__).parent.parent
 SIDES = ("chosen", "rejected")
@@ -78,13 +74,9 @@ VALIDATION = [preference(n, kind) for n in range(100, 108) for kind in KINDS]
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model that has learnt nothing, with a tokenizer."""
     directory = tmp_path_factory.mktemp("chat")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the sky is blue, and so on 12", "[INST] and no rose? [/INST] red"] * 20),
-        model_prefix=str(directory / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True,
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
     join_alone()
-    tokenizer = Tokenizer(directory / "tokenizer.model")
+    texts = ["the sky is blue, and so on 12", "[INST] and no rose? [/INST] red"]
+    tokenizer = Tokenizer(train_tokenizer(directory, texts, 300))
     config = ModelConfig.model_validate({**SMALL, "max_position_embeddings": 64, "vocab_size": 300})
     model = build_model(Llama, config, EngineParams.model_validate(TRAINED))
     draw_weights(model, seed=1)
@@ -92,9 +84,12 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "chat"
 
 
-def write_workspace(root: Path, chat: Path, **sections: Any) -> None:
+def write_inputs(root: Path, chat: Path) -> None:
     shutil.copytree(chat, root / "chat")
     write_preferences(root / "data/preferences/v1", TRAIN, VALIDATION)
+
+
+def write_params(root: Path, **sections: Any) -> None:
     with (root / "params.yaml").open("w") as file:
         YAML().dump({"seed": 1, "rounds": ROUNDS, **sections}, file)
 
@@ -103,24 +98,14 @@ def write_workspace(root: Path, chat: Path, **sections: Any) -> None:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: Path) -> Path:
     """A working directory with a chat model and preferences."""
     monkeypatch.chdir(tmp_path)
-    write_workspace(tmp_path, chat)
+    write_inputs(tmp_path, chat)
+    write_params(tmp_path)
     join_alone()
     return tmp_path
 
 
 def stage_of(kind: str = "helpfulness", fresh: bool = True, **changes: Any) -> Stage[Params]:
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
-    params = Params.model_validate(params_of(**changes))
-    stage = Stage(f"reward_{kind}@v1", params, 1, machine, Path("out"), Path("scratch"), Path("record"))
-    for directory in (stage.output, stage.scratch, stage.record):
-        if fresh:
-            shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(exist_ok=True)
-    return stage
-
-
-def lines_of(path: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return stage_here(f"reward_{kind}@v1", Params.model_validate(params_of(**changes)), fresh)
 
 
 def metrics_of(name: str) -> list[tuple[int, float]]:
@@ -390,58 +375,20 @@ stages:
 """
 
 
-class Workspace:
-    """A DVC repository with the stage alone, started as the pipeline starts it."""
-
-    def __init__(self, root: Path, chat: Path, num_ranks: int = 1, **changes: Any) -> None:
-        self.root = root
-        root.mkdir()
-        machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": num_ranks, "hostfile": None}
-        settings = {"safety_loss_weight": 0.5, "own_public": True, "other_share": 0.1, "zero_stage": 1, **changes}
-        sections = {"tracking": {"experiment": "test"}, "machine": machine, "reward_safety": params_of(**settings)}
-        write_workspace(root, chat, **sections)
-        (root / "dvc.yaml").write_text(DVC_STAGE)
-        self.environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
-            self.environment.pop(name, None)
-        for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-            subprocess.run(command, check=True, cwd=root, env=self.environment)
-
-    def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tasks.launch", "reward_safety", "v1"]
-        return subprocess.Popen(command, cwd=self.root, env=self.environment, stderr=subprocess.PIPE, text=True)
-
-    def finish(self) -> dict[str, float]:
-        process = self.start()
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        return json.loads((self.root / "data/reward_safety/v1/metrics.json").read_text())
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        output = self.root / "data/reward_safety/v1"
-        return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-
-    def kill_at(self, step: int) -> None:
-        process = self.start()
-        deadline = time.monotonic() + 120
-        while not list(self.root.glob(f".scratch/reward_safety/v1/*/resume/step-{step}")):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert process.returncode != 0
+def workspace_of(root: Path, chat: Path, num_ranks: int = 1, **changes: Any) -> Workspace:
+    settings = {"safety_loss_weight": 0.5, "own_public": True, "other_share": 0.1, "zero_stage": 1, **changes}
+    write_inputs(root, chat)
+    return Workspace(root, "reward_safety v1", DVC_STAGE, num_ranks, rounds=ROUNDS, reward_safety=params_of(**settings))
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, chat: Path) -> None:
     settings = {"precision": "bf16", "epochs": 20}
-    undisturbed = Workspace(tmp_path / "undisturbed", chat, **settings)
+    undisturbed = workspace_of(tmp_path / "undisturbed", chat, **settings)
     undisturbed.finish()
-    disturbed = Workspace(tmp_path / "disturbed", chat, **settings)
-    disturbed.kill_at(8)
-    assert not (disturbed.root / "data/reward_safety").exists()
+    disturbed = workspace_of(tmp_path / "disturbed", chat, **settings)
+    disturbed.kill_at(8, signal.SIGKILL)
+    assert not (disturbed.output).exists()
     disturbed.finish()
     assert disturbed.files == undisturbed.files
     assert {"model.safetensors", "safety_head.safetensors", "metrics.json", "scores.jsonl"} <= undisturbed.files.keys()
@@ -449,14 +396,14 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, chat: Path) -> N
 
 @pytest.mark.slow
 def test_two_ranks_reach_what_one_does(tmp_path: Path, chat: Path) -> None:
-    one = Workspace(tmp_path / "one", chat, micro_batch_rows=2)
+    one = workspace_of(tmp_path / "one", chat, micro_batch_rows=2)
     expected = one.finish()
     for zero_stage in (0, 3):
-        two = Workspace(tmp_path / f"two{zero_stage}", chat, num_ranks=2, micro_batch_rows=2, zero_stage=zero_stage)
+        two = workspace_of(tmp_path / f"two{zero_stage}", chat, num_ranks=2, micro_batch_rows=2, zero_stage=zero_stage)
         figures = two.finish()
         assert figures["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-3)
         assert figures["tokens"] == expected["tokens"]
-        model, _ = open_reward(two.root / "data/reward_safety/v1", "fp32", torch.device("cpu"))
+        model, _ = open_reward(two.output, "fp32", torch.device("cpu"))
         assert model.score.weight.shape == (1, 32)
         for lines in zip(*(workspace.files["scores.jsonl"].splitlines() for workspace in (one, two)), strict=True):
             assert math.dist(*([json.loads(line)[f"{side}_score"] for side in SIDES] for line in lines)) < 0.01

@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas
 import pytest
-import sentencepiece
 import torch
-from ranks import SMALL, TRAINED, join_alone
+from ranks import SMALL, TRAINED, join_alone, train_tokenizer
+from stages import stage_here
 
 from model.checkpoint import save_model
 from model.dialogue import encode_dialogue
@@ -20,7 +20,7 @@ from model.reward import RewardModel, draw_heads, score
 from model.tokenizer import Tokenizer
 from model.transformer import ModelConfig, first_weights
 from tasks.reward_drift import MODELS, Params, run
-from tasks.stage import Machine, Stage
+from tasks.stage import Stage
 
 WORDS = ["the", "llama", "walks", "over", "a", "hill", "and", "yes", "or", "no"]
 
@@ -39,13 +39,9 @@ def write_reward_model(directory: Path, tokenizer: Path, seed: int) -> None:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     join_alone()
     root = tmp_path_factory.mktemp("models")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(WORDS), "[INST] the llama [/INST] walks"] * 20),
-        model_prefix=str(root / "tokenizer"), vocab_size=290, model_type="bpe", byte_fallback=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
+    tokenizer = train_tokenizer(root, [" ".join(WORDS), "[INST] the llama [/INST] walks"])
     for seed, name in enumerate(MODELS):
-        write_reward_model(root / "data" / name / "v1", root / "tokenizer.model", seed)
+        write_reward_model(root / "data" / name / "v1", tokenizer, seed)
     return root / "data"
 
 
@@ -83,13 +79,7 @@ def write_pairs(pairs: list[dict[str, Any]]) -> None:
 
 def stage_of(name: str = "reward_drift@v1_on_v2", **changes: Any) -> Stage[Params]:
     values = {"comparisons": {"v1_on_v2": {"model": "v1", "batch": "v2"}}, "precision": "fp32", "tokens_at_once": 64}
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
-    params = Params.model_validate({**values, **changes})
-    stage = Stage(name, params, 1, machine, Path("out"), Path("scratch"), Path("record"))
-    for directory in (stage.output, stage.scratch, stage.record):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-    return stage
+    return stage_here(name, Params.model_validate({**values, **changes}))
 
 
 def test_both_models_score_the_pairs_that_the_later_round_collected(place: Path) -> None:

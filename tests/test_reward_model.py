@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import SMALL, TRAINED, join_alone
+from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from safetensors.torch import load_file
 
 from model.checkpoint import load_weights, save_model
@@ -35,13 +34,8 @@ def alone() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the llama walks over the hill", "a hill, a llama, 12 steps"] * 20),
-        model_prefix=str(path), vocab_size=VOCABULARY, model_type="bpe", byte_fallback=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    return Tokenizer(path.with_suffix(".model"))
+    texts = ["the llama walks over the hill", "a hill, a llama, 12 steps"]
+    return Tokenizer(train_tokenizer(tmp_path_factory.mktemp("tokenizer"), texts, VOCABULARY))
 
 
 def reward_model(tells_safety: bool = False, seed: int = 1, zero_stage: int = 0, **changes: Any) -> RewardModel:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ import pytest
 import test_reward
 import torch
 from ranks import join_alone
-from test_reward import TRAIN, chat, params_of, write_preferences, write_workspace  # noqa: F401 - a fixture
+from stages import stage_here
+from test_reward import TRAIN, chat, params_of, write_inputs, write_params, write_preferences  # noqa: F401 - a fixture
 
 from tasks import reward
 from tasks.reward_scaling import Params, accuracy_of, interval, read_study, run, train
-from tasks.stage import Machine, Stage
+from tasks.stage import Stage
 
 TRAINED = params_of(epochs=2, other_share=0.25, warmup_steps=2)
 
@@ -23,7 +23,8 @@ TRAINED = params_of(epochs=2, other_share=0.25, warmup_steps=2)
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: Path) -> Path:  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    write_workspace(tmp_path, chat, reward_helpfulness=TRAINED)
+    write_inputs(tmp_path, chat)
+    write_params(tmp_path, reward_helpfulness=TRAINED)
     join_alone()
     return tmp_path
 
@@ -33,14 +34,7 @@ def stage_of(fresh: bool = True, **changes: Any) -> Stage[Params]:
         "kind": "helpfulness", "init_from": "chat", "preferences": "data/preferences/v1", "num_layers": [1, 2],
         "shares": [0.5, 1.0], "num_seeds": 2,
     }  # fmt: skip
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
-    params = Params.model_validate({**values, **changes})
-    stage = Stage("reward_scaling", params, 1, machine, Path("out"), Path("scratch"), Path("record"))
-    for directory in (stage.output, stage.scratch, stage.record):
-        if fresh or directory != stage.scratch:
-            shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(exist_ok=True)
-    return stage
+    return stage_here("reward_scaling", Params.model_validate({**values, **changes}), fresh)
 
 
 def test_students_interval_by_hand() -> None:

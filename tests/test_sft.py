@@ -2,12 +2,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,8 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import QUIET
-from ranks import SMALL, TRAINED, join_alone
-from ruamel.yaml import YAML
+from ranks import SMALL, TRAINED, join_alone, train_tokenizer
+from stages import Workspace, stage_here
 
 from model.checkpoint import load_weights, read_config, save_model
 from model.dialogue import encode_dialogue, encode_prompt
@@ -29,7 +25,7 @@ from model.tokenizer import Tokenizer
 from model.transformer import Llama, ModelConfig
 from tasks import sft
 from tasks.sft import Params, mean_context, plan_steps, run
-from tasks.stage import Machine, Stage
+from tasks.stage import Stage
 from tasks.training import digest_of, read_base
 
 REPOSITORY = Path(__file__).parent.parent
@@ -76,16 +72,10 @@ def write_dialogues(directory: Path, num_dialogues: int = 60, longer: int = 0) -
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt nothing, with a tokenizer."""
-    import sentencepiece
-
     directory = tmp_path_factory.mktemp("base")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the sky is blue, and so on 12", "[INST] and the rose? [/INST] red"] * 20),
-        model_prefix=str(directory / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True,
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
     join_alone()
-    tokenizer = Tokenizer(directory / "tokenizer.model")
+    texts = ["the sky is blue, and so on 12", "[INST] and the rose? [/INST] red"]
+    tokenizer = Tokenizer(train_tokenizer(directory, texts, 300))
     config = {**SMALL, "max_position_embeddings": 64, "vocab_size": tokenizer.vocab_size}
     model = build_model(Llama, ModelConfig.model_validate(config), EngineParams.model_validate(TRAINED))
     draw_weights(model, seed=1)
@@ -104,14 +94,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path) -> Path:
 
 
 def stage_of(fresh: bool = True, **changes: Any) -> Stage[Params]:
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
-    params = Params.model_validate(params_of(**changes))
-    stage = Stage("sft", params, 1, machine, Path("out"), Path("scratch"), Path("record"))
-    for directory in (stage.output, stage.scratch, stage.record):
-        if fresh:
-            shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(exist_ok=True)
-    return stage
+    return stage_here("sft", Params.model_validate(params_of(**changes)), fresh)
 
 
 def metrics_of(name: str) -> list[tuple[int, int, float]]:
@@ -337,62 +320,21 @@ stages:
 """
 
 
-class Workspace:
-    """A DVC repository with the stage alone, started as the pipeline starts it."""
-
-    def __init__(self, root: Path, base: Path, num_ranks: int = 1, **changes: Any) -> None:
-        self.root = root
-        root.mkdir()
-        shutil.copytree(base, root / "base")
-        write_dialogues(root / "dialogues")
-        machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": num_ranks, "hostfile": None}
-        params = {"seed": 1, "tracking": {"experiment": "test"}, "machine": machine, "sft": params_of(**changes)}
-        with (root / "params.yaml").open("w") as file:
-            YAML().dump(params, file)
-        (root / "dvc.yaml").write_text(DVC_STAGE)
-        self.environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
-            self.environment.pop(name, None)
-        for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-            subprocess.run(command, check=True, cwd=root, env=self.environment)
-
-    def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tasks.launch", "sft"]
-        return subprocess.Popen(command, cwd=self.root, env=self.environment, stderr=subprocess.PIPE, text=True)
-
-    def finish(self) -> dict[str, float]:
-        process = self.start()
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        return json.loads((self.root / "data/sft/metrics.json").read_text())
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """All that the stage wrote into its output."""
-        output = self.root / "data/sft"
-        return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
-
-    def kill_at(self, step: int, how: signal.Signals) -> None:
-        process = self.start()
-        deadline = time.monotonic() + 120
-        while not list(self.root.glob(f".scratch/sft/*/resume/step-{step}")):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(how)
-        process.communicate(timeout=60)
-        assert process.returncode != 0
+def workspace_of(root: Path, base: Path, num_ranks: int = 1, **changes: Any) -> Workspace:
+    shutil.copytree(base, root / "base")
+    write_dialogues(root / "dialogues")
+    return Workspace(root, "sft", DVC_STAGE, num_ranks, sft=params_of(**changes))
 
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, base: Path) -> None:
     settings = {"precision": "bf16", "zero_stage": 1, "epochs": 12}
-    undisturbed = Workspace(tmp_path / "undisturbed", base, **settings)
+    undisturbed = workspace_of(tmp_path / "undisturbed", base, **settings)
     undisturbed.finish()
-    disturbed = Workspace(tmp_path / "disturbed", base, **settings)
+    disturbed = workspace_of(tmp_path / "disturbed", base, **settings)
     disturbed.kill_at(4, signal.SIGKILL)
     disturbed.kill_at(16, signal.SIGTERM)
-    assert not (disturbed.root / "data/sft").exists()
+    assert not (disturbed.output).exists()
     disturbed.finish()
     assert disturbed.files == undisturbed.files
     assert {"model.safetensors", "metrics.json", "plots/train.csv", "samples.jsonl"} <= undisturbed.files.keys()
@@ -400,13 +342,13 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, base: Path) -> N
 
 @pytest.mark.slow
 def test_two_ranks_reach_the_loss_of_one(tmp_path: Path, base: Path) -> None:
-    one = Workspace(tmp_path / "one", base, micro_batch_rows=1, zero_stage=1).finish()
+    one = workspace_of(tmp_path / "one", base, micro_batch_rows=1, zero_stage=1).finish()
     for zero_stage in (0, 3):
-        two = Workspace(tmp_path / f"two{zero_stage}", base, num_ranks=2, micro_batch_rows=1, zero_stage=zero_stage)
+        two = workspace_of(tmp_path / f"two{zero_stage}", base, num_ranks=2, micro_batch_rows=1, zero_stage=zero_stage)
         figures = two.finish()
         for name in ("train/loss", "validation/all/loss", "validation/chat/loss"):
             assert figures[name] == pytest.approx(one[name], abs=1e-3)
         assert figures["answer_tokens"] == one["answer_tokens"]
-        model = Llama(read_config(two.root / "data/sft"), "off")
-        prompt = encode_prompt(turns("the sky?"), Tokenizer(two.root / "data/sft/tokenizer.model"))  # type: ignore[arg-type]
+        model = Llama(read_config(two.output), "off")
+        prompt = encode_prompt(turns("the sky?"), Tokenizer(two.output / "tokenizer.model"))  # type: ignore[arg-type]
         assert model(torch.tensor(prompt), documents_of([len(prompt)], torch.device("cpu"))).shape == (len(prompt), 300)

@@ -224,7 +224,7 @@ def test_reading_goes_no_further_than_what_is_asked_for(tmp_path):
     [
         ("a.jsonl", b"", {}, "a.jsonl is empty: fill it, or take it out of `clean.sources.own.files`"),
         ("a.jsonl", b"\x00\x01\x02binary", {}, "a.jsonl is a binary file, not UTF-8 text: correct the format"),
-        ("a.txt", gzip.compress(b"x" * 99), {}, "a.txt is a binary file"),
+        ("a.txt", gzip.compress(b"x" * 99, mtime=0), {}, "a.txt is a binary file"),
         ("a.jsonl", json_lines(["x"], "body"), {}, "has no column `text`; it has: body, other. Set `text_field`"),
         ("a.csv", b"id,body\n1,x\n", {}, "has no column `text`; it has: id, body. Set `text_field`"),
         ("a.parquet", parquet(TEXTS), {"text_field": "m"}, "has no column `m`; it has: text, n. Set `text_field`"),
@@ -232,7 +232,7 @@ def test_reading_goes_no_further_than_what_is_asked_for(tmp_path):
         ("a.warc", b"no warc at all\r\n\r\n", {}, "a.warc is no readable WARC file"),
         (
             "a.jsonl.gz",
-            gzip.compress(json_lines(TEXTS * 99))[:-9],
+            gzip.compress(json_lines(TEXTS * 99), mtime=0)[:-9],
             {},
             "Truncated compressed stream): it may be damaged",
         ),
