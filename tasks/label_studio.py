@@ -1,9 +1,9 @@
 """Label Studio: the project in which a team labels a batch of response pairs, and the labels that it exports.
 
 For each kind the project is three files: `project.xml`, the labelling configuration (Settings, Labeling Interface,
-Code); `tasks.json` to import; `guideline.md` for the project's instructions, which the configuration shows as well.
-Tags are those of Label Studio's own documentation; choices export their `alias`. The export to bring back is "JSON",
-which holds whole tasks with their annotations.
+Code); `tasks.json` to import; `guideline.md` to read, which the configuration shows where its panel is opened.
+Tags are those of Label Studio's own documentation; choices export their `alias`. The export to bring back is "JSON", which
+holds whole tasks with their annotations.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def configuration(kind: Kind, guideline: str) -> str:
     root = ElementTree.Element("View")
     ElementTree.SubElement(root, "Style").text = ".htx-text { white-space: pre-wrap; }"
     panels = ElementTree.SubElement(root, "Collapse", accordion="false")
-    panel = ElementTree.SubElement(panels, "Panel", value="Guideline", open="true")
+    panel = ElementTree.SubElement(panels, "Panel", value="Guideline", open="false")
     for line in guideline.splitlines():
         if line.strip():
             size = "4" if line.startswith("#") else "6"
@@ -90,7 +90,7 @@ def configuration(kind: Kind, guideline: str) -> str:
 def _choices(parent: ElementTree.Element, name: str, to_name: str, question: str, values: Mapping[str, str]) -> None:
     ElementTree.SubElement(parent, "Header", value=question)
     attributes = {"name": name, "toName": to_name, "choice": "single-radio", "showInline": "true"}
-    attributes |= {"required": "true", "requiredMessage": question}
+    attributes |= {"required": "true", "requiredMessage": f"Please answer: {question}"}
     choices = ElementTree.SubElement(parent, "Choices", attributes)
     for alias, shown in values.items():
         ElementTree.SubElement(choices, "Choice", value=shown, alias=alias)
