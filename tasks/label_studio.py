@@ -2,8 +2,8 @@
 
 For each kind the project is three files: `project.xml`, the labelling configuration (Settings, Labeling Interface,
 Code); `tasks.json` to import; `guideline.md` to read, which the configuration shows where its panel is opened.
-Tags are those of Label Studio's own documentation; choices export their `alias`. The export to bring back is "JSON", which
-holds whole tasks with their annotations.
+Tags are those of Label Studio's own documentation; choices export their `alias`. The export to bring back is "JSON",
+which holds whole tasks with their annotations.
 """
 
 from __future__ import annotations
