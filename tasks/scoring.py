@@ -70,6 +70,9 @@ def report_scores(stage: Stage[Any], rows: Sequence[Mapping[str, Any]]) -> dict[
         figures[metric_path(name, "ece")] = expected_calibration_error(of_data)
         figures |= {metric_path(name, figure): value for figure, value in length_figures(part).items()}
         figures |= {metric_path(name, figure): value for figure, value in safety_figures(part).items()}
+    for name, part in groups(table):
+        if "/source/" in name:
+            figures[metric_path(name, "length/baseline_accuracy")] = length_baseline(part)
     _write_plots(stage, table, accuracies, curve)
     return figures
 
@@ -175,7 +178,7 @@ def length_figures(part: pd.DataFrame) -> dict[str, float]:
     """Return how much the scores go by length, and how far length alone goes.
 
     - length/spearman: Spearman's correlation of score and number of tokens, over all answers.
-    - length/baseline_accuracy: of the better of two rules, the longer answer is better or the shorter.
+    - length/baseline_accuracy: of length alone, which sources have as well.
     - length/balanced_accuracy: the mean of the accuracies where the chosen answer is the longer and where it is the
       shorter. Either rule gets a half here.
     """
@@ -186,12 +189,18 @@ def length_figures(part: pd.DataFrame) -> dict[str, float]:
     lengths = pd.concat([part["num_tokens_chosen"], part["num_tokens_rejected"]])
     if scores.nunique() > 1 and lengths.nunique() > 1:
         figures["length/spearman"] = float(spearmanr(scores, lengths).statistic)
+    figures["length/baseline_accuracy"] = length_baseline(part)
     longer = higher(part["num_tokens_chosen"], part["num_tokens_rejected"])
-    figures["length/baseline_accuracy"] = float(max(longer.mean(), 1 - longer.mean()))
     if (longer == 1).any() and (longer == 0).any():
         halves = [accuracy_of(part[longer == side]).accuracy for side in (1, 0)]
         figures["length/balanced_accuracy"] = sum(halves) / 2
     return figures
+
+
+def length_baseline(part: pd.DataFrame) -> float:
+    """Return the accuracy of the better of two rules: the longer answer is better, or the shorter."""
+    share = float(higher(part["num_tokens_chosen"], part["num_tokens_rejected"]).mean())
+    return max(share, 1 - share)
 
 
 # --- safe and unsafe answers ---

@@ -177,8 +177,8 @@ def test_safe_answers_against_unsafe_ones() -> None:
 
 def test_the_report_names_figures_by_kind_degree_source_and_round(stage: Stage[Params]) -> None:
     rows = [
-        row(1, 2, 0, degree="significantly"),
-        row(2, 1, 0),
+        row(1, 2, 0, degree="significantly", **lengths(20, 10)),
+        row(2, 1, 0, **lengths(30, 10)),
         row(3, 0, 1, round="v2"),
         row(4, 1, 0, degree=None, source="anthropic hh", round=None),
         row(5, 1, 0, **safety(True, False)),
@@ -192,6 +192,8 @@ def test_the_report_names_figures_by_kind_degree_source_and_round(stage: Stage[P
     assert figures["helpfulness/better/accuracy"] == 1 / 2
     assert figures["source/world/accuracy"] == 3 / 4
     assert figures["helpfulness/source/anthropic_hh/accuracy"] == 1
+    assert figures["helpfulness/source/world/length/baseline_accuracy"] == (1 + 1 + 0.5) / 3
+    assert figures["helpfulness/source/anthropic_hh/length/baseline_accuracy"] == 0.5
     assert figures["helpfulness/round/v1/accuracy"] == 1
     assert figures["round/v2/accuracy"] == 0
     assert (figures["accuracy/low"], figures["accuracy/high"]) == wilson(4, 5)
