@@ -201,7 +201,10 @@ def draw(table: Any, kind: str, path: Path) -> None:
     for model, points in table.groupby("model", sort=False):
         reach = [points["accuracy"] - points["low"], points["high"] - points["accuracy"]]
         axes.errorbar(points["pairs"], points["accuracy"], reach, fmt="o-", capsize=4, label=model)
-    axes.set_xscale("log", base=2)
+    amounts = sorted(table["pairs"].unique())
+    axes.set_xscale("log")
+    axes.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
+    axes.minorticks_off()
     axes.set(xlabel="pairs learnt from", ylabel=f"accuracy on held-out {kind} pairs", title="reward_scaling")
     axes.grid(alpha=0.3)
     axes.legend()
