@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -87,6 +87,14 @@ def test_wilsons_interval_is_scipys_where_no_hit_is_a_half(drawn: tuple[int, int
     hits, count = drawn
     interval = binomtest(hits, count).proportion_ci(0.95, method="wilson")
     assert wilson(hits, count) == pytest.approx((interval.low, interval.high), abs=1e-9)
+
+
+@given(st.integers(1, 2000).flatmap(lambda count: st.tuples(st.integers(0, 2 * count), st.just(count))))
+@example((2 * 3, 3))
+def test_wilsons_interval_holds_the_share(drawn: tuple[int, int]) -> None:
+    halves, count = drawn
+    low, high = wilson(halves / 2, count)
+    assert 0 <= low <= halves / 2 / count <= high <= 1
 
 
 # --- calibration ---
