@@ -57,8 +57,8 @@ def topics(world: World) -> list[Topic]:
     for place in world.of_kind("place"):
         groups.append({language: text.format(town=place.name) for language, text in hate["town"].items()})
     for index, group in enumerate(groups):
-        do = {"en": [text.format(group=group["en"]) for text in hate["do"]]}
-        do |= {language: [hate[language].format(group=group[language])] for language in ("de", "fr", "es")}
+        wordings = {"en": hate["do"], **{language: hate[language] for language in ("de", "fr", "es")}}
+        do = {language: [text.format(group=group[language]) for text in said] for language, said in wordings.items()}
         insult = hate["insults"][index % len(hate["insults"])]
         method = hate["method"].format(insult=insult)
         found.append(Topic("hateful_harmful", group["en"], do, method, {"why": "", "help": "", "group": group["en"]}))
