@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# A test process for each processor, four at most, in which torch computes in one thread.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: run test test-fast check chat ui deploy worker setup clean
 
@@ -10,10 +12,10 @@ run: setup
 	python -m flows.recipe
 
 test: setup
-	python -m pytest
+	$(PYTEST)
 
 test-fast: setup
-	python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: setup
 	ruff check .
