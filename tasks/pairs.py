@@ -113,12 +113,12 @@ def read_pairs(
                 f"`{section}.max_malformed_share` {max_malformed_share}; the first is row {first['pair']['row']} of "
                 f"{first['pair']['file']}: {first['detail']}. Mend the source, or raise the share"
             )
-        drawn = sorted(found[name], key=lambda pair: number_of(f"use {pair['source']} {pair['id']}"))
-        for pair in drawn[source.max_pairs :] if source.max_pairs else []:
+        pairs = found[name]
+        drawn = sorted(range(len(pairs)), key=lambda number: number_of(f"use {name} {pairs[number]['id']}"))
+        for number in drawn[source.max_pairs :] if source.max_pairs else []:
             detail = f"`{section}.sources.{name}.max_pairs` is {source.max_pairs}"
-            aside[name].append(_aside("not_drawn", detail, source.kind, name, pair))
-        ids = {pair["id"] for pair in drawn[: source.max_pairs]}
-        found[name] = [pair for pair in found[name] if pair["id"] in ids]
+            aside[name].append(_aside("not_drawn", detail, source.kind, name, pairs[number]))
+        found[name] = [pairs[number] for number in sorted(drawn[: source.max_pairs])]
     return [pair for own in found.values() for pair in own], [each for own in aside.values() for each in own]
 
 

@@ -164,6 +164,14 @@ def test_a_part_of_a_source_is_drawn_and_the_rest_kept_aside(tmp_path: Path) -> 
     }
 
 
+def test_pairs_of_one_name_are_drawn_one_by_one(tmp_path: Path) -> None:
+    rows = [{"id": "same", "messages": turns(str(n)), "chosen": "a", "rejected": "b"} for n in range(5)]
+    few, rest = read(tmp_path, *rows, max_pairs=2)
+    assert (len(few), len(rest)) == (2, 3)
+    asked = [pair["messages"][0]["content"] for pair in [*few, *(each["pair"] for each in rest)]]
+    assert sorted(asked) == list("01234")
+
+
 # --- what sets a pair aside ---
 
 
