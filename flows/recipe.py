@@ -155,12 +155,12 @@ def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], tex
     """Run the flow if there is anything to do, then print the summary."""
     started = time.monotonic()
     with pipeline_lock("a look at what is out of date"):
-        nodes = graph.read_graph(targets)
-        unchanged = text == PARAMS_FILE.read_text(encoding="utf-8")
-        if unchanged and not graph.find_stale(nodes):
-            outcomes = {node.name: "up to date" for node in nodes}
-            sys.stdout.write(summary.summarize(nodes, outcomes, time.monotonic() - started, waiting=None))
-            return 0
+        if text == PARAMS_FILE.read_text(encoding="utf-8"):  # new values may make new entries of stages
+            nodes = graph.read_graph(targets)
+            if not graph.find_stale(nodes):
+                outcomes = {node.name: "up to date" for node in nodes}
+                sys.stdout.write(summary.summarize(nodes, outcomes, time.monotonic() - started, waiting=None))
+                return 0
     with servers.prefect_server() as url, temporary_settings({PREFECT_API_URL: url}):
         try:
             state = recipe(targets, profiles, overrides, return_state=True)

@@ -128,5 +128,5 @@ def read_export(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if f"{side}_safe" in chosen:
                     chosen[f"{side}_safe"] = chosen[f"{side}_safe"] == "safe"
             who = annotation.get("completed_by")
-            annotator = str(who.get("email") or who.get("id")) if isinstance(who, dict) else str(who)
-            yield f"task {number}", {"batch": batch, "id": pair_id, "annotator": annotator, **chosen}
+            annotator = (who.get("email") or who.get("id")) if isinstance(who, dict) else who
+            yield f"task {number}", {"batch": batch, "id": pair_id, "annotator": annotator and str(annotator), **chosen}

@@ -7,7 +7,8 @@ They lie in <directory>/<round>/<kind>.jsonl, .csv or .json (the export), one la
 
 `left_safe` and `right_safe` belong to safety batches. What counts:
 
-- A pair with one label has that label. One annotator's later label of a pair takes the place of the earlier one.
+- A pair with one label has that label. One annotator's later label of a pair takes the place of the earlier one; a
+  second label without an annotator stops the stage.
 - Labels of several annotators are joined: the choice of most; the middle degree of those who made it, the lesser of
   two; each answer is safe if most say so. As many for one answer as for the other: a tie, the pair is kept aside.
 - A label with a choice, a degree or a safety that is none does not count. A pair without any label that counts is kept
@@ -31,6 +32,7 @@ from tasks.stage import Waiting
 from tasks.world.annotators import Label
 
 SUFFIXES = (".jsonl", ".csv", ".json")
+UNKNOWN = "unknown"  # the annotator of a label that names none
 
 
 class Labels(NamedTuple):
@@ -90,7 +92,12 @@ def read_labels(path: Path, kind: Kind, batch: str, pair_ids: Collection[str]) -
         if fault is not None:
             faults[pair_id].append(f"{where}: {fault}")
             continue
-        annotator = str(row.get("annotator") or "unknown")
+        annotator = str(row.get("annotator") or UNKNOWN)
+        if annotator == UNKNOWN and UNKNOWN in by_pair[pair_id]:
+            raise ValueError(
+                f"{path}, {where} is a second label of pair {pair_id} without an `annotator`: name who has labelled, "
+                "or the labels of several people can't be told from one person's corrections"
+            )
         safe = (row["left_safe"], row["right_safe"]) if kind == "safety" else None
         num_replaced += annotator in by_pair[pair_id]
         choice = cast(Literal[0, 1], SIDES.index(row["choice"]))
@@ -119,7 +126,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     elif path.suffix == ".csv":
         yield from _csv_rows(path)
     else:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
             try:
                 row = json.loads(line)
             except ValueError as error:

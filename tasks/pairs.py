@@ -6,8 +6,8 @@ by http(s) URLs. What a row becomes, by its source's `format`; `auto` tells it b
 - hh (HH-RLHF): `chosen` and `rejected` are whole transcripts that differ in the assistant's last turn only.
 - pandalm (PandaLM): `instruction` and `input`, `response1` and `response2`, and three annotators' labels: 0 a tie, 1 or
   2 the better one. What two of them say counts; where that is a tie, or no two agree, the pair is kept aside.
-- own: `messages` up to the user's turn, `chosen`, `rejected`; `degree`, `chosen_safe`, `rejected_safe`, `category`
-  and `id` where given.
+- own: `messages` up to the user's turn, or one `prompt`; `chosen`, `rejected`; `degree`, `chosen_safe`,
+  `rejected_safe`, `category` and `id` where given.
 
 Public pairs have no degree unless they say so: their margin is 0. A row that is no pair is kept aside as malformed; too
 many stop the stage.
@@ -169,7 +169,7 @@ def _format_of(first: Object, file: File, section: str) -> Format:
     if {"response1", "response2", "annotator1"} <= columns:
         return "pandalm"
     if {"chosen", "rejected"} <= columns:
-        return "own" if "messages" in columns else "hh"
+        return "own" if {"messages", "prompt"} & columns else "hh"
     raise ValueError(
         f"{file.location}: what its rows are can't be told from their columns ({', '.join(columns)}): set "
         f"`{section}.sources.{file.source}.format`, or bring it into the form `own`"
@@ -205,21 +205,22 @@ def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     for number, label in enumerate(labels, start=1):
         if label not in (0, 1, 2):
             raise ValueError(f"`annotator{number}` is {label!r}, which is none of 0, 1 and 2")
-    ((label, votes),) = Counter(labels).most_common(1)
+    ((label, votes),) = Counter(int(label) for label in labels if label is not None).most_common(1)
     if label == 0 or votes == 1:
         raise Tie(f"the three annotators say {', '.join(map(str, labels))}")
-    assert isinstance(label, int)
     chosen, rejected = responses[label], responses[3 - label]
     return {"messages": [Message(role="user", content=prompt)], "chosen": chosen, "rejected": rejected}
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
     """A pair in this project's own form."""
-    messages = values.get("messages")
-    if not isinstance(messages, list) or not all(is_message(message) for message in messages):
+    given = values.get("messages")
+    if "messages" not in values:
+        given = [Message(role="user", content=_text(values, "prompt"))]
+    if not isinstance(given, list) or not all(is_message(message) for message in given):
         raise ValueError("`messages` is no list of objects with `role` and `content`")
     found: dict[str, Any] = {
-        "messages": messages,
+        "messages": [Message(role=message["role"], content=message["content"]) for message in given],
         "chosen": _text(values, "chosen"),
         "rejected": _text(values, "rejected"),
     }

@@ -67,7 +67,8 @@ def read_prompts(paths: Sequence[Path], parameter: str) -> list[Prompt]:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path} is missing: correct `{parameter}`, or run the stage that writes it")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
         if not lines:
             raise ValueError(f"{path} holds no prompt: fill it, or take it out of `{parameter}`")
         for number, line in enumerate(lines, start=1):
@@ -89,10 +90,10 @@ def parse_prompt(values: Any, stem: str, number: int) -> Prompt:
     if not isinstance(values, dict):
         raise ValueError("it holds no JSON object")
     match values:
-        case {"messages": [*messages]} if all(is_message(message) for message in messages):
-            pass
+        case {"messages": [*given]} if all(is_message(message) for message in given):
+            messages = [Message(role=message["role"], content=message["content"]) for message in given]
         case {"turns": [str(text), *_]} | {"prompt": str(text)}:
-            messages = [{"role": "user", "content": text}]
+            messages = [Message(role="user", content=text)]
         case _:
             raise ValueError("it needs `messages` of `role` and `content`, or `turns`, or `prompt`")
     check(messages)
@@ -109,12 +110,14 @@ def is_message(value: object) -> bool:
 
 def read_lines(path: Path) -> list[Any]:
     """Return what the lines of a file of this project's own hold."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # not str.splitlines, which breaks texts at other characters, too
+        return [json.loads(line) for line in file]
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    """Write rows as JSON lines; half a character, which UTF-8 has not, as JSON's escape."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def as_text(messages: Sequence[Message]) -> str:

@@ -152,8 +152,8 @@ def prompts_of(place: Place, params: Params) -> list[Asked]:
     """
     if place.number >= params.num_rounds:
         raise ValueError(
-            f"params.yaml: {place.name} is number {place.number + 1} of `rounds`, and `responses.num_rounds` "
-            f"{params.num_rounds} share the prompts: raise it (every round then gets other prompts), or drop a round"
+            f"params.yaml: `rounds.{place.name}`: the prompts are shared out among `responses.num_rounds` "
+            f"{params.num_rounds} rounds: raise it, and every round gets other prompts"
         )
     asked = []
     for kind in KINDS:

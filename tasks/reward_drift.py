@@ -22,6 +22,7 @@ from model.loading import open_reward
 from model.reward import RewardModel, score
 from tasks.prompts import write_lines
 from tasks.reward import Preference, ids_of, read_preferences
+from tasks.rounds import round_number
 from tasks.scoring import accuracies_of, accuracy_figures, accuracy_table, draw_by_degree, scored_pair
 from tasks.stage import DATA, Section, Stage, start
 
@@ -61,12 +62,21 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def comparison_of(stage: Stage[Params]) -> Comparison:
-    """Return the comparison that this run of the stage is about. Raises ValueError when params.yaml has none such."""
+    """Return the comparison that this run of the stage is about.
+
+    Raises ValueError when params.yaml has none such, and when its batch is not of a later round than its models.
+    """
     item, known = stage.name.partition("@")[2], stage.params.comparisons
     if item not in known:
         names = ", ".join(f"reward_drift@{name}" for name in known) or "none"
         raise ValueError(f"`reward_drift.comparisons` has no `{item}`: there are {names}")
-    return known[item]
+    found = known[item]
+    if round_number(found.batch) <= round_number(found.model):
+        raise ValueError(
+            f"params.yaml: `reward_drift.comparisons.{item}`: batch {found.batch} is not later than model "
+            f"{found.model}: name a batch that the models can't have learnt from"
+        )
+    return found
 
 
 def read_batch(directory: Path, round_name: str) -> list[Preference]:

@@ -95,7 +95,7 @@ def read_study(stage: Stage[Params]) -> Base:
 
 
 def check_study(params: Params, config: ModelConfig, num_pairs: int) -> None:
-    """Raise ValueError for more layers than there are, and for shares that are none or make no pair."""
+    """Raise ValueError for more layers than there are, for shares that make no pair, and for repetitions."""
     for num_layers in params.num_layers:
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(
@@ -107,6 +107,13 @@ def check_study(params: Params, config: ModelConfig, num_pairs: int) -> None:
             raise ValueError(
                 f"params.yaml: `reward_scaling.shares` has {share}, which is no share of {num_pairs} pairs: "
                 "set it above 0 and at most 1"
+            )
+    amounts = [amount_of(share, num_pairs) for share in params.shares]
+    for name, values in (("num_layers", params.num_layers), ("shares", amounts)):
+        if len(set(values)) < len(values):
+            raise ValueError(
+                f"params.yaml: `reward_scaling.{name}` has one model twice ({', '.join(map(str, values))}): its "
+                "repetition would count as another seed"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from pydantic import Field
@@ -17,8 +18,11 @@ class Round(Section):
     batches: str = Field(min_length=1, description="preferences of the round before, or a directory of public pairs")
 
 
+NAME = re.compile(r"v([1-9][0-9]*)")
+
+
 class Place(NamedTuple):
-    """One round, and where it stands among all; the first is number 0."""
+    """One round, and where it stands among all; v1 is number 0."""
 
     name: str
     number: int
@@ -28,7 +32,7 @@ class Place(NamedTuple):
 def round_of(stage_name: str) -> Place:
     """Return the round that an entry of a stage is about: `responses@v1` is about v1.
 
-    Raises ValueError when params.yaml has no such round, or one that is no round.
+    Raises ValueError when params.yaml has no such round, or one that is no round, and as `round_number`.
     """
     name = stage_name.partition("@")[2]
     rounds = read_params().get("rounds")
@@ -37,4 +41,15 @@ def round_of(stage_name: str) -> Place:
             "params.yaml: `rounds` names no round: it needs one at least, as `v1: {newest, earlier, batches}`"
         )
     own = parse_section(Round, {f"rounds.{key}": value for key, value in rounds.items()}, f"rounds.{name}")
-    return Place(name, list(rounds).index(name), own)
+    return Place(name, round_number(name), own)
+
+
+def round_number(name: str) -> int:
+    """Return where a round stands: its name tells it, so that no other round that comes or goes moves it.
+
+    Raises ValueError for a name that tells nothing.
+    """
+    found = NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(f"params.yaml: `{name}` is no name of a round: call them v1, v2 and so on, in their order")
+    return int(found[1]) - 1

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import repro
+from conftest import TOY_DVC, repro
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 from test_stage import processes_in, set_value, wait_for
@@ -69,6 +69,19 @@ def test_an_entry_of_a_group_may_hold_several_values(workspace: Path) -> None:
     assert list(nodes) == ["grow", "shrink", "responses@v1", "reward@v1"]
     assert nodes["reward@v1"].after == ("grow", "responses@v1")
     assert nodes["reward@v1"].address == "reward@v1"
+
+
+def test_a_target_may_come_with_the_values_that_are_set(workspace: Path) -> None:
+    Path("params.yaml").write_text(Path("params.yaml").read_text() + "rounds: {}\n")
+    with Path("dvc.yaml").open("w") as file:
+        file.write(TOY_DVC.partition("  shrink:\n")[0])
+        file.write(
+            f"  shrink:\n    foreach: ${{rounds}}\n    do:\n      cmd: exec {sys.executable} -m tasks.shrink ${{key}}\n"
+            "      deps: [data/grow]\n      params: [seed, shrink]\n      outs: ['data/shrink/${key}']\n"
+        )
+    done = recipe("shrink", "--set", "rounds={v1: 1}")
+    assert done.returncode == 0, done.stderr
+    assert Path("data/shrink/v1/shrunk.txt").read_text() == "1.5\n"
 
 
 STUDY = """\

@@ -89,6 +89,16 @@ def test_an_annotators_later_label_takes_the_place_of_the_earlier(tmp_path: Path
     assert labels.num_replaced == 1
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_several_labels_of_a_pair_need_their_annotators(tmp_path: Path, suffix: str) -> None:
+    nameless = row(annotator="")
+    labels = read_labels(write(tmp_path / f"safety{suffix}", nameless, row("b", "")), "safety", BATCH, IDS)
+    assert [label.annotator for own in labels.by_pair.values() for label in own] == ["unknown", "unknown"]
+    path = write(tmp_path / f"safety{suffix}", nameless, row(choice="right", annotator=""))
+    with pytest.raises(ValueError, match=r"is a second label of pair a without an `annotator`: name who has labelled"):
+        read_labels(path, "safety", BATCH, IDS)
+
+
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [

@@ -78,6 +78,22 @@ def test_a_tie_is_kept_aside(tmp_path: Path, labels: tuple[int, ...]) -> None:
     assert json.loads(tie["pair"]["raw"]) == compared(*labels)
 
 
+def test_labels_that_a_table_made_floats_are_read(tmp_path: Path) -> None:
+    ((pair,), _) = read(tmp_path, compared(2.0, 2.0, 1.0))
+    assert (pair["chosen"], pair["rejected"]) == ("4", "3")
+
+
+def test_a_pair_with_a_prompt_in_place_of_messages_is_this_projects_own(tmp_path: Path) -> None:
+    ((pair,), _) = read(tmp_path, {"prompt": "Hello", "chosen": "Hi", "rejected": "No"})
+    assert (pair["messages"], pair["chosen"], pair["rejected"]) == (turns("Hello"), "Hi", "No")
+
+
+def test_messages_are_role_and_content_alone(tmp_path: Path) -> None:
+    message = {"role": "user", "content": "Hello", "turn": 1, "name": None}
+    ((pair,), _) = read(tmp_path, {"messages": [message], "chosen": "Hi", "rejected": "No"})
+    assert pair["messages"] == turns("Hello")
+
+
 def test_this_projects_own_pairs_keep_what_they_say_of_themselves(tmp_path: Path) -> None:
     own = {"messages": turns("Hello", "Hi", "Bye"), "chosen": "Good bye", "rejected": "No"}
     told = {"id": "a", "degree": "slightly", "chosen_safe": True, "rejected_safe": False, "category": "chat"}

@@ -161,12 +161,23 @@ def test_training_sees_neither_the_judges_truth_nor_the_evaluations_prompts(name
             assert not read, f"{name} could read {path}"
 
 
-def test_the_report_waits_for_all_that_it_shows_and_publish_for_every_output() -> None:
-    report, publish = (set(stage_definition(name)["deps"]) for name in ("report", "publish"))
-    others = {entry for name in MAIN for entry in entries(name)} - {"report", "publish"}
-    assert {f"{place(entry)}/metrics.json" for entry in others} <= report
-    assert {str(Path(file).parent) for plot in DVC["plots"] for entry in plot.values() for file in entry["y"]} <= report
-    assert {place(entry) for entry in others | {"report"}} <= publish
+@pytest.mark.parametrize("reader", ["report", "publish"])
+def test_what_comes_last_waits_for_every_output_and_all_that_it_shows(reader: str) -> None:
+    dependencies = stage_definition(reader)["deps"]
+    others = sorted(set(MAIN) - {"report", "publish"})
+    needed = [f"{place(entry)}/metrics.json" for name in others for entry in entries(name)]
+    if reader == "report":
+        needed += [file for plot in DVC["plots"] for entry in plot.values() for file in entry["y"]]
+    else:
+        needed += [place(entry) for name in others for entry in entries(name)] + ["data/report"]
+    for path in needed:
+        assert any(Path(path).is_relative_to(each) for each in dependencies), f"{reader} does not wait for {path}"
+
+
+@pytest.mark.parametrize("reader", ["report", "publish"])
+def test_what_comes_last_waits_for_every_round(reader: str) -> None:
+    severals = {f"data/{name}" for name in MAIN if "foreach" in DVC["stages"][name]}
+    assert severals <= set(stage_definition(reader)["deps"])
 
 
 @pytest.mark.parametrize("name", STAGES)

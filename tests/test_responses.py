@@ -24,7 +24,16 @@ from model.dialogue import decode_answer, encode_prompt
 from model.loading import open_checkpoint
 from model.sampling import Sampling, sample
 from tasks.label_studio import batch_of, configuration, read_guidelines, task_of
-from tasks.prompts import DEGREES, Prompt, ResponsePair, number_of, parse_prompt, read_prompts
+from tasks.prompts import (
+    DEGREES,
+    Prompt,
+    ResponsePair,
+    number_of,
+    parse_prompt,
+    read_lines,
+    read_prompts,
+    write_lines,
+)
 from tasks.responses import Params, prompts_of, run, slice_of
 from tasks.rounds import Place, Round, round_of
 from tasks.stage import Stage
@@ -111,7 +120,9 @@ def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
     before = [each.prompt.id for each in prompts_of(Place("v1", 0, own), params)]
     second = [each.prompt.id for each in prompts_of(Place("v2", 1, own), params)]
     assert sorted(before + second) == sorted([f"p{number}" for number in range(12)] + [f"s{n}" for n in range(6)])
-    with pytest.raises(ValueError, match=r"v3 is number 3 of `rounds`, and `responses.num_rounds` 2 share the prompts"):
+    with pytest.raises(
+        ValueError, match=r"params.yaml: `rounds.v3`: the prompts are shared out among `responses.num_rounds` 2 rounds"
+    ):
         prompts_of(Place("v3", 2, own), params)
 
 
@@ -127,6 +138,33 @@ def test_a_round_is_found_by_the_name_of_the_entry(place: Path) -> None:
     Path("params.yaml").write_text("rounds: {}\n")
     with pytest.raises(ValueError, match="`rounds` names no round"):
         round_of("responses@v1")
+
+
+def test_a_rounds_number_is_in_its_name(place: Path) -> None:
+    write_rounds(Path("a"), Path("b"), v4={"newest": "c", "earlier": "a", "batches": "data/preferences/v1"})
+    assert round_of("responses@v4").number == 3  # whichever rounds stand before it
+    write_rounds(Path("a"), Path("b"), final={"newest": "c", "earlier": "a", "batches": "data/preferences/v1"})
+    with pytest.raises(ValueError, match=r"`final` is no name of a round: call them v1, v2 and so on, in their order"):
+        round_of("responses@final")
+
+
+def test_messages_are_role_and_content_alone() -> None:
+    message = {"role": "user", "content": "Write.", "turn": 1, "name": None}
+    assert parse_prompt({"messages": [message]}, "own", 1).messages == [{"role": "user", "content": "Write."}]
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\x0cb"])
+def test_a_text_comes_back_whatever_breaks_lines_elsewhere(text: str, tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": text}, {"id": "b", "prompt": text}]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert read_lines(tmp_path / "rows.jsonl") == rows
+    assert [prompt.id for prompt in read_prompts([tmp_path / "rows.jsonl"], "responses.prompts.safety")] == ["a", "b"]
+
+
+def test_half_a_character_is_written_as_jsons_escape(tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows.jsonl", ["cut \ud83d", "é"])
+    assert (tmp_path / "rows.jsonl").read_text() == '"cut \\ud83d"\n"é"\n'
+    assert read_lines(tmp_path / "rows.jsonl") == ["cut \ud83d", "é"]
 
 
 def test_prompts_of_other_shapes_are_read() -> None:

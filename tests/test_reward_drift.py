@@ -119,6 +119,11 @@ def test_an_unknown_comparison_is_explained(place: Path) -> None:
         run(stage_of("reward_drift@v1"))
 
 
+def test_a_batch_that_is_not_later_is_refused(place: Path) -> None:
+    with pytest.raises(ValueError, match=r"`reward_drift.comparisons.v1_on_v2`: batch v1 is not later than model v1"):
+        run(stage_of(comparisons={"v1_on_v2": {"model": "v1", "batch": "v1"}}))
+
+
 def test_a_batch_without_pairs_of_its_own_is_explained(place: Path) -> None:
     write_pairs([PAIRS[8], PAIRS[9]])
     with pytest.raises(ValueError, match=r"validation.jsonl holds no pair of round v2: nothing to compare on"):

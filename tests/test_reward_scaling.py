@@ -102,6 +102,8 @@ def test_a_stopped_study_goes_on_with_the_training_that_it_was_at(place: Path) -
         ),
         ({"num_layers": [0]}, r"`reward_scaling.num_layers` has 0, and chat has 2 layers"),
         ({"shares": [1.5]}, r"`reward_scaling.shares` has 1.5, which is no share of 32 pairs: set it above 0"),
+        ({"num_layers": [1, 1]}, r"`reward_scaling.num_layers` has one model twice \(1, 1\): its repetition would"),
+        ({"shares": [0.5, 0.501]}, r"`reward_scaling.shares` has one model twice \(16, 16\)"),
         ({"shares": [0.001]}, r"`reward_scaling.shares` has 0.001, which is no share of 32 pairs"),
     ],
 )

@@ -4,7 +4,7 @@ Each gives every answer a utility: a weighted sum of what the judge says of it a
 answer. The greater one is chosen; the difference tells the degree. To an adversarial prompt an answer's safety comes
 first, as the annotator sees it.
 
-A label depends on seed, annotator, prompt and the two texts alone, and not on which text stands left.
+A label depends on seed, annotator, prompt and the two answers alone, and not on which stands left.
 """
 
 from __future__ import annotations
