@@ -42,6 +42,7 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
         raise ValueError(f"dvc.yaml can't be read: {error}") from None
     if not graph:
         raise ValueError("dvc.yaml has no stages, or is missing: run from the project's root, where it lies")
+    graph = graph.subgraph([stage for stage in graph if not stage.is_data_source])  # `dvc add` makes no stage to run
     waits_for = networkx.DiGraph()
     for stage in graph.nodes:
         name = stage.addressing.rpartition(":")[2]

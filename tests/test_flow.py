@@ -54,6 +54,18 @@ def test_a_group_of_stages_is_a_target(workspace: Path) -> None:
     assert [node.name for node in read_graph(["again"])] == ["again@v1", "again@v2"]
 
 
+def test_data_that_dvc_tracks_is_no_stage(workspace: Path) -> None:
+    Path("labels.csv").write_text("a\n")
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "labels.csv"], check=True)
+    text = Path("dvc.yaml").read_text().replace("    - tasks/grow.py\n", "    - tasks/grow.py\n    - labels.csv\n")
+    Path("dvc.yaml").write_text(text)
+    Path("labels.csv").write_text("b\n")
+    nodes = read_graph()
+    assert [node.name for node in nodes] == ["grow", "shrink", "publish"]
+    assert nodes[0].after == ()
+    assert find_stale(nodes) == ["grow", "shrink", "publish"]
+
+
 def test_an_entry_of_a_group_may_hold_several_values(workspace: Path) -> None:
     Path("params.yaml").write_text(
         Path("params.yaml").read_text() + "rounds:\n  v1: {newest: data/shrink, again: data/grow}\n"
