@@ -66,6 +66,7 @@ def test_ranks_end_with_their_launcher(ranks: Path, how: signal.Signals) -> None
     process.send_signal(how)
     process.wait(timeout=60)
     wait_for(lambda: not processes_in(ranks))
+    assert not processes_in(ranks)
 
 
 def test_the_launcher_ends_with_the_process_that_started_it(ranks: Path) -> None:
@@ -76,6 +77,7 @@ def test_the_launcher_ends_with_the_process_that_started_it(ranks: Path) -> None
     starter.kill()
     starter.wait()
     wait_for(lambda: not processes_in(ranks))
+    assert not processes_in(ranks)
 
 
 def test_hosts_come_from_the_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +102,7 @@ def test_ranks_end_with_one_of_them(ranks: Path, victim: str) -> None:
     psutil.Process(int(Path(f"pid_{victim}").read_text())).kill()
     assert process.wait(timeout=60) != 0
     wait_for(lambda: not processes_in(ranks))
+    assert not processes_in(ranks)
 
 
 def test_a_stage_has_to_be_named(ranks: Path) -> None:

@@ -202,12 +202,12 @@ def test_a_stage_that_does_not_train_starts_without_heavy_imports(name: str) -> 
 def test_every_profile_gives_valid_parameters(profile: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     params = values.parse(values.compose([profile] if profile else [], {}))
-    parse_section(Machine, params, "machine")
-    parse_section(Tracking, params, "tracking")
-    parse_section(chat.Params, params, "chat")
+    models = {"machine": Machine, "tracking": Tracking, "chat": chat.Params}
     for name in STAGES:
         module = ".".join(start_file(name).relative_to(ROOT).with_suffix("").parts)
-        parse_section(importlib.import_module(module).Params, params, name)
+        models[name] = importlib.import_module(module).Params
+    for name, model in models.items():
+        assert isinstance(parse_section(model, params, name), model)
 
 
 def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
