@@ -126,7 +126,13 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     elif path.suffix == ".csv":
         yield from _csv_rows(path)
     else:
-        for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+        yield from _json_rows(path)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of JSON lines."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
             except ValueError as error:

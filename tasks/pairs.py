@@ -201,11 +201,11 @@ def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
     """A comparison of PandaLM."""
     prompt = f"{_text(values, 'instruction').strip()}\n\n{_text(values, 'input').strip()}".strip()
     responses = {number: _text(values, f"response{number}").strip() for number in (1, 2)}
-    labels = [values.get(f"annotator{number}") for number in (1, 2, 3)]
+    labels: list[Any] = [values.get(f"annotator{number}") for number in (1, 2, 3)]
     for number, label in enumerate(labels, start=1):
         if label not in (0, 1, 2):
             raise ValueError(f"`annotator{number}` is {label!r}, which is none of 0, 1 and 2")
-    ((label, votes),) = Counter(int(label) for label in labels if label is not None).most_common(1)
+    ((label, votes),) = Counter(map(int, labels)).most_common(1)
     if label == 0 or votes == 1:
         raise Tie(f"the three annotators say {', '.join(map(str, labels))}")
     chosen, rejected = responses[label], responses[3 - label]

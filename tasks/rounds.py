@@ -9,6 +9,8 @@ from pydantic import Field
 
 from tasks.stage import Section, parse_section, read_params
 
+NAME = re.compile(r"v([1-9][0-9]*)")
+
 
 class Round(Section):
     """What one round of preferences is made with."""
@@ -16,9 +18,6 @@ class Round(Section):
     newest: str = Field(min_length=1, description="checkpoint of the newest chat model")
     earlier: str = Field(min_length=1, description="checkpoint of an earlier one, whose answers stand beside its")
     batches: str = Field(min_length=1, description="preferences of the round before, or a directory of public pairs")
-
-
-NAME = re.compile(r"v([1-9][0-9]*)")
 
 
 class Place(NamedTuple):

@@ -33,10 +33,6 @@ def stage_here(name: str, params: P, fresh: bool = True) -> Stage[P]:
     return stage
 
 
-def lines_of(path: Path | str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
 class Workspace:
     """A DVC repository with one stage, `name` with its place where it has one: `sft`, `reward_safety v1`."""
 

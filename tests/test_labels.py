@@ -89,6 +89,10 @@ def test_an_annotators_later_label_takes_the_place_of_the_earlier(tmp_path: Path
     assert labels.num_replaced == 1
 
 
+def test_a_file_without_a_line_has_no_label(tmp_path: Path) -> None:
+    assert read_labels(write(tmp_path / "safety.jsonl"), "safety", BATCH, IDS) == Labels({}, {}, 0)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_several_labels_of_a_pair_need_their_annotators(tmp_path: Path, suffix: str) -> None:
     nameless = row(annotator="")

@@ -314,14 +314,12 @@ def test_a_directory_without_a_round_holds_public_pairs(place: Path) -> None:
 
 
 def test_public_files_may_be_called_train_and_validation(place: Path) -> None:
+    rows = [{"chosen": transcript("a", "b"), "rejected": transcript("a", "c")}]
     for name in ("train", "validation"):
-        Path("public/public.jsonl").rename(f"public/{name}.jsonl")
-        write_lines(Path("public/public.jsonl"), [])
-    Path("public/public.jsonl").unlink()
-    write_lines(Path("public/validation.jsonl"), [{"chosen": transcript("a", "b"), "rejected": transcript("a", "c")}])
-    sources = {"public": {**values_of()["sources"]["public"], "files": ["validation.jsonl"]}}
+        write_lines(Path("public", f"{name}.jsonl"), rows)
+    sources = {"public": {**values_of()["sources"]["public"], "files": ["train.jsonl", "validation.jsonl"]}}
     earlier, public, _ = read_earlier(Path("public"), Params.model_validate(values_of(sources=sources)))
-    assert (len(earlier), len(public)) == (0, 1)
+    assert (len(earlier), len(public)) == (0, 2)
 
 
 def test_batches_that_are_no_directory_are_named(place: Path) -> None:

@@ -28,7 +28,6 @@ from tasks.pretrain import Params, Progress, is_spike, run
 from tasks.stage import Stage
 from tasks.stream import Text, read_stream
 
-REPOSITORY = Path(__file__).parent.parent
 WATCHED: dict[str, Any] = {
     "init_from": None, "log_every": 5, "validate_every": 10, "max_validation_tokens": 100000,
     "save_every": 4, "spike_window": 5,

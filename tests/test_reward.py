@@ -15,7 +15,7 @@ import torch
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
-from stages import Workspace, lines_of, stage_here
+from stages import Workspace, stage_here
 
 from model.checkpoint import save_model
 from model.dialogue import encode_dialogue
@@ -28,7 +28,6 @@ from tasks import reward
 from tasks.reward import Params, Preference, plan_steps, run, share_out
 from tasks.stage import Stage, parse_section
 
-REPOSITORY = Path(__file__).parent.parent
 SIDES = ("chosen", "rejected")
 DEGREES = ("significantly", "better", "slightly", "negligibly")
 WATCHED: dict[str, Any] = {
@@ -106,6 +105,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: Path) -> Path:
 
 def stage_of(kind: str = "helpfulness", fresh: bool = True, **changes: Any) -> Stage[Params]:
     return stage_here(f"reward_{kind}@v1", Params.model_validate(params_of(**changes)), fresh)
+
+
+def lines_of(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def metrics_of(name: str) -> list[tuple[int, float]]:

@@ -28,7 +28,6 @@ from tasks.sft import Params, mean_context, plan_steps, run
 from tasks.stage import Stage
 from tasks.training import digest_of, read_base
 
-REPOSITORY = Path(__file__).parent.parent
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
 WATCHED: dict[str, Any] = {
     "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6,
