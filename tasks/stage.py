@@ -333,22 +333,42 @@ def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Map
     assert spec is not None, "a stage is started as a module"
     module = spec.name.removesuffix(".__main__").removeprefix("tasks.")
     name = "@".join([module, *(argument for argument in sys.argv[1:] if not argument.startswith("--"))])
+    status = _status_of(name, module, params_model, run)
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    # A rank leaves without Python's own end: gloo's threads may still let go of the last exchange's tensors, which
+    # takes the interpreter, and one that is being taken down aborts the process (pytorch's issue 190489). To destroy
+    # the process group first is no cure: torch and DeepSpeed hold on to it, and its threads live on.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _status_of(
+    name: str,
+    module: str,
+    params_model: type[ParamsType],
+    run: Callable[[Stage[ParamsType]], Mapping[str, float]],
+) -> int:
+    """Run a stage, say why it failed if it does, and return the exit status."""
     try:
         _run_stage(name, module, params_model, run)
     except ValueError as error:
         sys.stderr.write(f"{name}: {error}\n")
-        sys.exit(1)
+        return 1
     except Waiting as waiting:
         sys.stderr.write(f"{name}: {waiting}\n")
-        sys.exit(WAITING)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.stderr.write(f"{name}: {full_disk(error)}\n")
-        sys.exit(1)
+        return WAITING
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: stopped; earlier results are untouched, the next run goes on from here\n")
-        sys.exit(130)
+        return 130
+    except Exception as error:  # noqa: BLE001 - told in full, and by the exit status
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            sys.stderr.write(f"{name}: {full_disk(error)}\n")
+        else:
+            traceback.print_exc()
+        return 1
+    return 0
 
 
 def full_disk(error: OSError) -> str:

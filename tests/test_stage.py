@@ -276,3 +276,15 @@ def test_a_stage_whose_second_rank_fails_has_failed(workspace: Path) -> None:
     values = json.loads(record.read_text())
     assert (values["status"], values["error"]) == ("FAILED", "rank 1: ValueError: a bad row")
     assert "a bad row" in (record.parent / "artifacts" / "traceback.txt").read_text()
+
+
+@pytest.mark.parametrize(("failure", "status"), [("pass", 0), ("raise ValueError('odd')", 1), ("raise TypeError", 1)])
+def test_what_python_does_at_its_end_changes_no_ranks_status(workspace: Path, failure: str, status: int) -> None:
+    code = Path("tasks/grow.py").read_text()
+    aborting = f"    import atexit, os\n    atexit.register(os.abort)\n    {failure}\n"
+    Path("tasks/grow.py").write_text(code.replace("    state = ", aborting + "    state = ", 1))
+    launched = subprocess.run(
+        [sys.executable, "-m", "tasks.launch", "grow"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert launched.returncode == status
+    assert ("Traceback" in launched.stderr) == ("TypeError" in failure)
