@@ -170,11 +170,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fingerprint(stage_name: str) -> tuple[str, list[dict[str, str]]]:
-    """Return the digest of all that decides the stage's result, and its dependencies that are data.
+def fingerprint(stage_name: str) -> tuple[str, dict[str, Any], list[dict[str, str]]]:
+    """Return the digest of all that decides a stage's result, its parameters, and its dependencies that are data.
 
-    The digest covers what DVC compares: command, digests of the dependencies, parameters. Each data dependency is
-    `{"path", "digest"}`; code is left out of the list (but not out of the digest).
+    The digest covers what DVC compares: command, digests of the dependencies, parameters. These have dotted names.
+    Each data dependency is `{"path", "digest"}`; code is left out of the list (but not out of the digest).
     Raises ValueError when dvc.yaml has no such stage.
     """
     from dvc.exceptions import DvcException
@@ -198,7 +198,7 @@ def fingerprint(stage_name: str) -> tuple[str, list[dict[str, str]]]:
         for dep in entry.get("deps", [])
         if not dep["path"].endswith(".py") and Path(dep["path"]).parts[0] not in ("tasks", "model")
     ]
-    return digest, data
+    return digest, flatten(entry.get("params", {}).get(str(PARAMS_FILE), {})), data
 
 
 @dataclass
@@ -396,7 +396,7 @@ def _run_stage(
     seed = values.get("seed")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"params.yaml: `seed` is {seed!r}: a whole number >= 0 is needed")
-    digest, datasets = fingerprint(name)
+    digest, used, datasets = fingerprint(name)
     place = Path(*name.split("@"))
     scratch = SCRATCH / place / digest
     record = RUNS / place / digest
@@ -416,7 +416,7 @@ def _run_stage(
             "fingerprint": digest,
             "pipeline": pipeline_id(),
             "experiment": tracking.experiment,
-            "params": flatten({"seed": seed, module: params.model_dump()}),
+            "params": used,
             "datasets": datasets,
             "code": code_revision(),
             "output": str(DATA / place),

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Examples are drawn anew at each run by hand, and are the same in CI. No deadline: a machine that stalls is no failure.
+settings.register_profile("arriero", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("arriero")
 
 # What a shell starts in the background ignores Ctrl-C, and so would the processes that tests send it to.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,7 +63,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             raise ValueError(f"grow.fail_at: step {step} was told to fail")
         time.sleep(stage.params.seconds)
         stage.log({"train/loss": 1 / step}, step=step, tokens=10 * step)
-        state.write_text(str(step))
+        write_json(state, step)  # whole, or as it was
     (stage.output / "grown.txt").write_text(f"{step} {stage.seed}\\n")
     (stage.artifacts / "note.txt").write_text("seen\\n")
     (stage.tables / "steps.csv").write_text("step,loss\\n1,1.0\\n")
@@ -93,6 +101,7 @@ stages:
     deps:
     - tasks/grow.py
     params:
+    - machine.num_ranks
     - seed
     - grow
     outs:
@@ -135,10 +144,16 @@ QUIET = {
 }
 
 
-@pytest.fixture(scope="session")
-def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+# What tests that join ranks, and MLflow, leave in this process's environment: a stage must not find it.
+OTHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE")
+OTHERS += ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
+
+
+@cache
+def empty_mlflow() -> Path:
     """An MLflow database with its tables and nothing in them: making one takes MLflow several seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    path = Path(tempfile.mkdtemp(prefix="empty-mlflow-")) / "mlflow.db"
+    atexit.register(shutil.rmtree, path.parent)
     program = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
     subprocess.run(
         [sys.executable, "-c", program, f"sqlite:///{path}"], check=True, cwd=path.parent, env={**os.environ, **QUIET}
@@ -147,7 +162,7 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git and DVC repository of its own with the toy pipeline; the working directory of the test."""
     root = tmp_path / "workspace"
     root.mkdir()
@@ -155,12 +170,12 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Pat
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
-    for name in ("ARRIERO_PIPELINE", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+    for name in OTHERS:
         monkeypatch.delenv(name, raising=False)
     (root / "params.yaml").write_text(TOY_PARAMS)
     (root / "dvc.yaml").write_text(TOY_DVC)
     (root / ".gitignore").write_text(".scratch/\n.runs/\nmlflow.db\nmlartifacts/\n__pycache__/\n")
-    shutil.copy(empty_mlflow, root / "mlflow.db")
+    shutil.copy(empty_mlflow(), root / "mlflow.db")
     (root / "tasks").mkdir()
     for file in (Path(__file__).parent.parent / "tasks").glob("*.py"):
         (root / "tasks" / file.name).symlink_to(file)

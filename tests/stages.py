@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conftest import QUIET
+from conftest import OTHERS, QUIET, empty_mlflow
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -44,8 +44,9 @@ class Workspace:
             YAML().dump(params, file)
         (root / "dvc.yaml").write_text(dvc_stage)
         self.environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
-        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
+        for variable in OTHERS:
             self.environment.pop(variable, None)
+        shutil.copy(empty_mlflow(), root / "mlflow.db")
         for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
             subprocess.run(command, check=True, cwd=root, env=self.environment)
 
@@ -84,5 +85,5 @@ class Workspace:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(how)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         assert process.returncode != 0

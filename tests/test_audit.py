@@ -193,7 +193,7 @@ texts = st.lists(st.sampled_from(["she", "he", "gay", "South African", "bad.", "
 corpora = st.lists(st.tuples(texts, st.sampled_from("ab"), st.sampled_from(["en", "de", None])), max_size=12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=corpora, cuts=st.lists(st.integers(0, 12), max_size=3), backwards=st.booleans())
 def test_counts_of_parts_in_any_order_add_up_to_those_of_one_pass(tmp_path_factory, rows, cuts, backwards):
     directory = tmp_path_factory.mktemp("corpus")

@@ -106,7 +106,7 @@ def test_the_same_question_is_answered_anew_and_the_same_chat_the_same(checkpoin
     assert one.chat.turns[1] != first[1]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ids=st.lists(st.integers(3, 289), max_size=30)
     | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasketch import MinHash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.clean import __main__ as stage_clean
@@ -313,7 +313,6 @@ def test_case_and_blanks_do_not_make_a_text_another_one():
     assert exact_hash("2 + 2") != exact_hash("2 - 2")
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=12))
 def test_edges_connect_exactly_the_components_of_similar_rows(rows):
     signatures = np.array(rows, dtype=np.uint32)

@@ -115,7 +115,7 @@ def test_a_dialogue_of_llama_2_by_hand(llama: Tokenizer) -> None:
     assert is_answer == [False] * 9 + [True] * 3
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(messages=dialogues(PARTS + SPECIALS, "assistant"))
 def test_laws_of_any_dialogue(small: Tokenizer, messages: list[Message]) -> None:
     ids, is_answer = encode_dialogue(messages, small)
@@ -140,7 +140,7 @@ def test_laws_of_any_dialogue(small: Tokenizer, messages: list[Message]) -> None
 
 
 def test_the_mask_of_llama_2s_tokenizer_begins_where_the_prompt_ends(llama: Tokenizer) -> None:
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     @given(messages=dialogues(PARTS + SPECIALS, "assistant"))
     def holds(messages: list[Message]) -> None:
         ids, is_answer = encode_dialogue(messages, llama)
@@ -198,7 +198,7 @@ def test_transformers_applies_the_same_format(tokenizer: Tokenizer, tmp_path: Pa
         ids: list[int] = theirs.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
         return ids
 
-    @settings(deadline=None, max_examples=150)
+    @settings(max_examples=150)
     @example(messages=EXAMPLES[2])
     @example(messages=EXAMPLES[3])
     @given(messages=dialogues(PARTS, "user") | dialogues(PARTS, "assistant"))
@@ -224,7 +224,7 @@ def test_transformers_applies_the_same_format(tokenizer: Tokenizer, tmp_path: Pa
     same()
     anything = st.lists(st.sampled_from(PARTS + SPECIALS + TAGS), max_size=3).map("".join)
     message = st.builds(by, st.sampled_from(["system", "user", "assistant"]), anything)
-    settings(deadline=None, max_examples=150)(given(messages=st.lists(message, min_size=1, max_size=4))(agree))()
+    settings(max_examples=150)(given(messages=st.lists(message, min_size=1, max_size=4))(agree))()
     for part in SPECIALS + TAGS:
         for place in range(3):
             said = ["a", "b", "c"]

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,8 @@ from typing import Any
 import pandas
 import pytest
 import torch
-from conftest import QUIET
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
-from ruamel.yaml import YAML
-from stages import stage_here
+from stages import Workspace, stage_here
 
 from model.checkpoint import load_weights, save_model
 from model.dialogue import decode_answer, encode_prompt
@@ -251,22 +247,12 @@ def test_ranks_share_the_prompts(num_ranks: int, tmp_path: Path, checkpoint: Pat
     root = tmp_path / "workspace"
     write_prompts(root / "prompts" / "asked.jsonl", [asked(number) for number in range(5)])
     shutil.copytree(checkpoint, root / "data" / "sft")
-    machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": num_ranks, "hostfile": None}
     params = params_of(Path("data/sft")).model_dump()
-    with (root / "params.yaml").open("w") as file:
-        YAML().dump({"seed": 1, "tracking": {"experiment": "test"}, "machine": machine, "evaluate": params}, file)
-    (root / "dvc.yaml").write_text(DVC_STAGE)
-    environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
-        environment.pop(name, None)
-    dvc = [sys.executable, "-m", "dvc"]
-    for command in (["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "repro", "-q", "evaluate@sft"]):
-        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, env=environment)
-        assert result.returncode == 0, result.stderr
+    figures = Workspace(root, "evaluate sft", DVC_STAGE, num_ranks, evaluate=params).finish()
     answers = (root / "data/evaluate/sft/answers.jsonl").read_text().splitlines()
     model, tokenizer = open_checkpoint(checkpoint, "fp32", CPU)
     for number, line in enumerate(answers):
         messages = asked(number)["messages"]
         ids = greedy(model, tokenizer, encode_prompt(messages, tokenizer), 8)
         assert json.loads(line)["answer"] == decode_answer(ids, tokenizer)
-    assert json.loads((root / "data/evaluate/sft/metrics.json").read_text())["prompts"] == len(answers) == 5
+    assert figures["prompts"] == len(answers) == 5

@@ -316,7 +316,7 @@ def test_a_stage_that_fails_after_it_waited_is_a_failure(workspace: Path) -> Non
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_flow_leaves_no_process_and_no_half_output(workspace: Path, how: signal.Signals) -> None:
     set_value("seconds: 0.0", "seconds: 0.5")
-    set_value("num_steps: 3", "num_steps: 60")
+    set_value("num_steps: 3", "num_steps: 600")
     flow = subprocess.Popen([sys.executable, "-m", "flows.recipe"], start_new_session=True)
     wait_for(lambda: any(len(list(metric_lines(path))) >= 2 for path in Path(".runs/grow").glob("*")), 120)
     assert "another pipeline runs in this workspace (flow run" in recipe().stderr
@@ -363,17 +363,19 @@ def test_a_scheduled_deployment_is_run_by_a_worker_and_can_be_cancelled(
         wait_for(lambda: "COMPLETED" in flow_run_states(port), 60)
         set_value("num_steps: 3", "num_steps: 500")
         set_value("seconds: 0.0", "seconds: 0.5")
-        wait_for(lambda: any(p.cmdline()[-2:] == ["-m", "tasks.grow"] for p in processes_in(workspace)), 180)
+        wait_for(lambda: any(p.info["cmdline"][-2:] == ["-m", "tasks.grow"] for p in processes_in(workspace)), 180)
+        subprocess.run([*prefect, "work-pool", "pause", pool], check=True)  # or the next minute's run begins meanwhile
+        wait_for(lambda: "RUNNING" in flow_run_states(port))
         running = flow_run_states(port)["RUNNING"]
         subprocess.run([*prefect, "flow-run", "cancel", running], check=True)
-        wait_for(lambda: not any("grow" in p.cmdline() for p in processes_in(workspace)), 90)
+        wait_for(lambda: not any("grow" in " ".join(p.info["cmdline"]) for p in processes_in(workspace)), 90)
         wait_for(lambda: "CANCELLED" in flow_run_states(port), 60)
         assert not Path("data/grow").exists()
     finally:
         for process in reversed(processes):
             process.terminate()
         for process in processes:
-            process.wait(timeout=60)
+            process.wait(timeout=180)
     wait_for(lambda: not processes_in(workspace))
 
 
@@ -390,5 +392,5 @@ def flow_run_states(port: int) -> dict[str, str]:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/api/flow_runs/filter", b"{}", {"Content-Type": "application/json"}, method="POST"
     )
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         return {run["state_type"]: run["id"] for run in json.load(response)}

@@ -98,7 +98,7 @@ def test_ranks_end_with_one_of_them(ranks: Path, victim: str) -> None:
     )
     set_value("num_ranks: 1", "num_ranks: 2")
     process = launch("wait")
-    wait_for(lambda: Path("pid_rank0").exists() and Path("pid_rank1").exists())
+    wait_for(lambda: all(path.exists() and path.read_text() for path in (Path("pid_rank0"), Path("pid_rank1"))))
     psutil.Process(int(Path(f"pid_{victim}").read_text())).kill()
     assert process.wait(timeout=60) != 0
     wait_for(lambda: not processes_in(ranks))

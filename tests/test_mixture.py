@@ -1,7 +1,7 @@
 from itertools import chain, islice, repeat
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.mixture import draw, plan_targets, shuffled
@@ -25,7 +25,6 @@ def test_a_source_that_runs_short_because_of_anothers_share_is_capped_too():
     assert targets == {"a": 10, "b": 40, "c": 50}
 
 
-@settings(deadline=None)
 @given(SOURCES, st.integers(1, 10**9))
 def test_targets_fill_the_stream_within_capacity_and_in_proportion(sources, num_tokens):
     weights = {name: weight for name, (weight, _) in sources.items()}
@@ -64,7 +63,6 @@ def test_the_stream_ends_before_the_document_that_does_not_fit():
 LENGTHS = st.lists(st.lists(st.integers(2, 300), min_size=1, max_size=30), min_size=1, max_size=5)
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.data())
 def test_at_any_point_every_source_has_given_its_part(lengths, data):
     epochs = [data.draw(st.floats(0.3, 3)) for _ in lengths]

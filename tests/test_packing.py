@@ -126,7 +126,7 @@ def test_a_batch_of_which_nothing_or_everything_is_learnt_is_refused() -> None:
         batch_of_examples([example_of(100, 101, 102)], CPU)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 @pytest.mark.parametrize("grouped", [False, True], ids=["heads alike", "grouped"])
 def test_packed_examples_learn_what_each_alone_does(grouped: bool, data: st.DataObject) -> None:

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,11 +11,10 @@ from typing import Any
 
 import pandas
 import pytest
-from conftest import QUIET
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
-from stages import stage_here
+from stages import Workspace, stage_here
 from test_labels import write
 from test_pairs import pair_of, transcript, turns
 
@@ -406,20 +403,10 @@ stages:
 
 
 @pytest.mark.slow
-def test_waiting_ends_with_its_line_and_status_75_and_the_next_run_goes_on(place: Path, empty_mlflow: Path) -> None:
+def test_waiting_ends_with_its_line_and_status_75_and_the_next_run_goes_on(place: Path) -> None:
     pairs = write_responses("v1")
-    shutil.copy(empty_mlflow, "mlflow.db")
-    params = YAML(typ="safe").load(Path("params.yaml"))
-    del params["rounds"]["v2"]
-    machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": 1, "hostfile": None}
-    params |= {"seed": 1, "tracking": {"experiment": "test"}, "machine": machine, "preferences": values_of()}
-    with Path("params.yaml").open("w") as file:
-        YAML().dump(params, file)
-    Path("dvc.yaml").write_text(DVC_STAGE)
-    environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
-    environment.pop("ARRIERO_PIPELINE", None)
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, check=True, env=environment)
+    rounds = {"v1": YAML(typ="safe").load(Path("params.yaml"))["rounds"]["v1"]}
+    environment = Workspace(Path(), "preferences v1", DVC_STAGE, rounds=rounds, preferences=values_of()).environment
     command = [sys.executable, "-m", "tasks.preferences", "v1"]
     waits = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert waits.returncode == 75

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,12 +10,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import QUIET
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import join_alone
 from ruamel.yaml import YAML
-from stages import stage_here
+from stages import Workspace, stage_here
 from test_evaluate import REPOSITORY, asked, write_checkpoint, write_prompts
 
 from model.dialogue import decode_answer, encode_prompt
@@ -383,22 +380,8 @@ def test_ranks_share_the_prompts(place: Path, checkpoints: Path) -> None:
     newest, earlier = Path("data/sft"), Path("data/sft/early")
     shutil.copytree(checkpoints / "sft", newest)
     shutil.copytree(checkpoints / "early", earlier)
-    machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": 2, "hostfile": None}
     own = {"newest": str(newest), "earlier": str(earlier), "batches": "data/pairs"}
-    params = {
-        "seed": 1, "tracking": {"experiment": "test"}, "machine": machine, "rounds": {"v1": own},
-        "responses": values_of(),
-    }  # fmt: skip
-    with Path("params.yaml").open("w") as file:
-        YAML().dump(params, file)
-    Path("dvc.yaml").write_text(DVC_STAGE)
-    environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE"):
-        environment.pop(name, None)
-    dvc = [sys.executable, "-m", "dvc"]
-    for command in (["git", "init", "-q"], [*dvc, "init", "-q"], [*dvc, "repro", "-q", "responses@v1"]):
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert result.returncode == 0, result.stderr
-    assert json.loads(Path("data/responses/v1/metrics.json").read_text()) == alone
+    shared = Workspace(Path(), "responses v1", DVC_STAGE, num_ranks=2, rounds={"v1": own}, responses=values_of())
+    assert shared.finish() == alone
     texts = [[r["text"] for r in pair["responses"]] for pair in pairs_in("data/responses/v1/helpfulness.jsonl")]
     assert texts == [[r["text"] for r in pair["responses"]] for pair in pairs_in("out/helpfulness.jsonl")]

@@ -149,7 +149,7 @@ def test_training_raises_the_chosen_above_the_rejected(zero_stage: int) -> None:
 # --- scores ---
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(3, 32), min_size=1, max_size=12), st.integers(1, 100))
 def test_a_score_is_the_same_alone_and_in_any_batch(lengths: list[int], tokens_at_once: int) -> None:
     model, texts = reward_model(), dialogues(*lengths)

@@ -108,7 +108,7 @@ def test_half_precision_stays_near_a_plain_forward_pass() -> None:
 # --- nothing depends on the company ---
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     max_rows=st.integers(1, 25),
     order=st.permutations(range(len(LENGTHS))),
@@ -299,7 +299,7 @@ def test_equals_are_kept_together() -> None:
         assert probabilities(even, sampling_of(**changes)).tolist() == [[0.25] * 4]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10**6), top_p=st.floats(0.01, 1), top_k=st.integers(0, 40))
 def test_truncation_equals_transformers(seed: int, top_p: float, top_k: int) -> None:
     from transformers import TopKLogitsWarper, TopPLogitsWarper

@@ -159,7 +159,8 @@ def test_a_second_pipeline_in_the_workspace_is_refused(tmp_path: Path, monkeypat
 
 
 def test_the_fingerprint_changes_with_what_dvc_compares_only(workspace: Path) -> None:
-    before, data = fingerprint("grow")
+    before, params, data = fingerprint("grow")
+    assert params == {"machine.num_ranks": 1, "seed": 1, "grow.num_steps": 3, "grow.seconds": 0.0, "grow.fail_at": None}
     assert data == []
     Path("notes.txt").write_text("no dependency")
     assert fingerprint("grow")[0] == before
@@ -181,7 +182,7 @@ def test_data_is_what_a_stage_reads_that_is_no_code(workspace: Path) -> None:
     Path("data/grow/grown.txt").write_text("")
     text = Path("dvc.yaml").read_text()
     Path("dvc.yaml").write_text(text.replace("- tasks/shrink.py", "- tasks/shrink.py\n    - tasks/shrink"))
-    _, data = fingerprint("shrink")
+    *_, data = fingerprint("shrink")
     assert [dataset["path"] for dataset in data] == ["data/grow"]
 
 
@@ -218,7 +219,7 @@ def wait_for(condition: object, seconds: float = 60) -> None:
 
 def processes_in(folder: Path) -> list[psutil.Process]:
     found = []
-    for process in psutil.process_iter(["cwd", "pid", "status"]):
+    for process in psutil.process_iter(["cwd", "pid", "status", "cmdline"]):
         if process.info["cwd"] == str(folder) and process.pid != os.getpid() and process.info["status"] != "zombie":
             found.append(process)
     return found
@@ -234,7 +235,7 @@ def test_killing_dvc_ends_the_stage_and_the_next_run_resumes(workspace: Path, ho
     dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", "grow"], start_new_session=True)
     wait_for(lambda: any(len(list(metric_lines(path))) >= 3 for path in Path(".runs/grow").glob("*")))
     os.killpg(dvc.pid, how) if how == signal.SIGINT else dvc.send_signal(how)
-    dvc.wait(timeout=30)
+    dvc.wait(timeout=180)
     wait_for(lambda: not processes_in(workspace))
     assert not Path("data/grow").exists()
     (record,) = Path(".runs/grow").glob("*/run.json")
@@ -266,11 +267,19 @@ def test_a_disk_that_is_full_ends_the_stage_with_this_message(workspace: Path) -
 
 
 def test_a_stage_whose_second_rank_fails_has_failed(workspace: Path) -> None:
-    body = "    if stage.rank == 1:\n        raise ValueError('a bad row')\n    time.sleep(60)\n"
+    body = """
+    ready = stage.scratch / "ready"
+    if stage.rank == 1:
+        while not ready.exists():
+            time.sleep(0.01)
+        raise ValueError("a bad row")
+    ready.touch()
+    time.sleep(120)
+"""
     code = Path("tasks/grow.py").read_text()
     Path("tasks/grow.py").write_text(code.replace("    state = ", body + "    state = "))
     set_value("num_ranks: 1", "num_ranks: 2")
-    launched = subprocess.run([sys.executable, "-m", "tasks.launch", "grow"], check=False, timeout=120)
+    launched = subprocess.run([sys.executable, "-m", "tasks.launch", "grow"], check=False, timeout=180)
     assert launched.returncode != 0
     (record,) = Path(".runs/grow").glob("*/run.json")
     values = json.loads(record.read_text())
@@ -284,7 +293,7 @@ def test_what_python_does_at_its_end_changes_no_ranks_status(workspace: Path, fa
     aborting = f"    import atexit, os\n    atexit.register(os.abort)\n    {failure}\n"
     Path("tasks/grow.py").write_text(code.replace("    state = ", aborting + "    state = ", 1))
     launched = subprocess.run(
-        [sys.executable, "-m", "tasks.launch", "grow"], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-m", "tasks.launch", "grow"], capture_output=True, text=True, check=False, timeout=180
     )
     assert launched.returncode == status
     assert ("Traceback" in launched.stderr) == ("TypeError" in failure)

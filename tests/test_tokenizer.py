@@ -80,13 +80,11 @@ def open_in_transformers(directory):
     return AutoTokenizer.from_pretrained(directory)
 
 
-@settings(deadline=None)
 @given(ANY_TEXT)
 def test_every_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)) == text
 
 
-@settings(deadline=None)
 @given(TRICKY_TEXT)
 def test_bos_and_eos_stand_around_the_text_and_never_in_it(tokenizer, text):
     ids = tokenizer.encode(text, bos=True, eos=True)
@@ -142,7 +140,7 @@ def test_transformers_gives_the_same_ids_to_any_text(which, request, tmp_path):
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
     assert theirs.vocab_size == ours.vocab_size
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(ANY_TEXT | TRICKY_TEXT)
     def same(text):
         ids = ours.encode(text, bos=True, eos=False)

@@ -108,7 +108,7 @@ def test_attention_in_blocks_equals_attention_per_document(changes: dict[str, in
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=5), changed=st.integers(0, 4))
 def test_a_token_changes_only_what_follows_it_in_its_document(
     dtype: torch.dtype, lengths: list[int], changed: int
