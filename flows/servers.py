@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
+from tasks.launch import free_port
 from tasks.stage import SCRATCH, die_with_parent
 
 PREFECT_PORT = 4200  # where Prefect's own commands look for a server
@@ -41,13 +42,6 @@ def port_is_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def any_free_port() -> int:
-    """Return a port of 127.0.0.1 on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -98,7 +92,7 @@ def prefect_server() -> Iterator[str]:
     elif answers(f"{local}/health"):
         yield local
     else:
-        with start_prefect(any_free_port()) as url:
+        with start_prefect(free_port()) as url:
             yield url
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tasks.stage import (
@@ -27,12 +29,19 @@ from tasks.stage import (
     read_params,
 )
 
+PORTS = range(20000, 32000)
+
 
 def free_port() -> int:
-    """Return a port of this host on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of 127.0.0.1 on which nothing listens.
+
+    It is none of those that systems give to outgoing connections: one of these could take it before a server does.
+    """
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def command_line(stage: str, items: Sequence[str], machine: Machine) -> list[str]:

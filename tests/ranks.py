@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from model.engine import EngineParams, build_model, draw_weights, join_ranks, start_engine
 from model.transformer import Llama, ModelConfig
+from tasks.launch import free_port
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -25,12 +25,6 @@ TRAINED: dict[str, Any] = {
     "micro_batch_rows": 4, "learning_rate": 1e-2, "final_learning_rate_ratio": 0.1, "warmup_steps": 4,
     "warmup_ratio": 0.0, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-5, "weight_decay": 0.1, "gradient_clipping": 1.0,
 }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def join_alone() -> torch.device:

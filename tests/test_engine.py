@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import TRAINED, free_port, join_alone, small_engine
+from ranks import TRAINED, join_alone, small_engine
 
 import model.engine
 from model.engine import (
@@ -29,6 +29,7 @@ from model.engine import (
 )
 from model.packing import Batch, Shards, batch_of_rows
 from model.sampling import Sampling, sample
+from tasks.launch import free_port
 
 CPU = torch.device("cpu")
 CONTEXT = 16

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from test_stage import processes_in, set_value, wait_for
 
 from flows.graph import find_stale, read_graph
 from flows.summary import format_number, main_figures, summarize
+from tasks.launch import free_port
 from tasks.stage import metric_lines
 
 
@@ -327,12 +327,6 @@ def test_an_interrupted_flow_leaves_no_process_and_no_half_output(workspace: Pat
     wait_for(lambda: not processes_in(workspace))
     assert not Path("data/grow").exists()
     assert not Path("dvc.lock").exists()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import psutil
 import pytest
 from test_stage import processes_in, set_value, wait_for
 
-from tasks.launch import command_line
+from tasks import launch as launch_module
+from tasks.launch import PORTS, command_line, free_port
 from tasks.stage import PIPELINE_VARIABLE, Machine
 
 RANKS = """
@@ -114,3 +116,14 @@ def test_a_stage_has_to_be_named(ranks: Path) -> None:
 def test_a_missing_hostfile_is_named() -> None:
     with pytest.raises(ValueError, match=r"`machine.hostfile` is nowhere, which does not exist: write one line a host"):
         command_line("ppo", [], machine(8, "nowhere"))
+
+
+def test_a_port_is_free_and_no_outgoing_connection_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert not set(PORTS) & set(range(first, last + 1))
+    one = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", one))
+        other = free_port()
+        monkeypatch.setattr(launch_module, "PORTS", [one, other])
+        assert {free_port() for _ in range(20)} == {other}

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from flows import servers
+from tasks.launch import free_port
 
 
 def test_a_busy_port_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +19,7 @@ def test_a_busy_port_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: p
         taken.listen()
         port = taken.getsockname()[1]
         monkeypatch.setattr(servers, "MLFLOW_PORT", port)
-        monkeypatch.setattr(servers, "PREFECT_PORT", servers.any_free_port())
+        monkeypatch.setattr(servers, "PREFECT_PORT", free_port())
         assert not servers.port_is_free(port)
         assert servers.main() == 1
     assert f"port {port} of 127.0.0.1 is busy: perhaps `make ui` runs already" in capsys.readouterr().err
@@ -41,7 +42,7 @@ def test_two_flows_do_not_share_a_server_that_ends_with_one_of_them(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(servers, "PREFECT_PORT", servers.any_free_port())
+    monkeypatch.setattr(servers, "PREFECT_PORT", free_port())
     with servers.prefect_server() as first, servers.prefect_server() as second:
         assert first != second
 
@@ -52,7 +53,7 @@ def test_a_server_that_does_not_start_is_explained(tmp_path: Path, monkeypatch: 
     message = r"the toy server did not start, see .scratch/toy.log: no room at the inn"
     with (
         pytest.raises(RuntimeError, match=message),
-        servers.server("toy", command, {}, f"http://127.0.0.1:{servers.any_free_port()}/"),
+        servers.server("toy", command, {}, f"http://127.0.0.1:{free_port()}/"),
     ):
         pass
 
@@ -61,7 +62,7 @@ def test_a_server_lives_as_long_as_its_block_and_not_longer_than_its_starter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    port = servers.any_free_port()
+    port = free_port()
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
     with servers.server("files", command, {}, f"http://127.0.0.1:{port}/"):
         assert servers.answers(f"http://127.0.0.1:{port}/")
@@ -86,8 +87,8 @@ def test_both_pages_answer_on_this_machine_only(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     with (
-        servers.start_mlflow(servers.any_free_port()) as mlflow,
-        servers.start_prefect(servers.any_free_port()) as prefect,
+        servers.start_mlflow(free_port()) as mlflow,
+        servers.start_prefect(free_port()) as prefect,
     ):
         assert servers.answers(f"{mlflow}/")
         assert servers.answers(f"{prefect}/health")
