@@ -29,7 +29,7 @@ chat: setup
 ui: setup
 	python -m flows.servers
 
-deploy worker: export PREFECT_API_URL ?= http://127.0.0.1:4200/api
+deploy worker: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(PREFECT_SERVER_API_PORT),4200)/api
 
 deploy: setup
 	prefect work-pool inspect arriero > /dev/null 2>&1 || prefect work-pool create arriero --type process

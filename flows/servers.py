@@ -19,7 +19,8 @@ from pathlib import Path
 from tasks.launch import free_port
 from tasks.stage import SCRATCH, die_with_parent
 
-PREFECT_PORT = 4200  # where Prefect's own commands look for a server
+# Prefect's own variable and default: its commands look for a server there.
+PREFECT_PORT = int(os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
 MLFLOW_PORT = 5000
 SECONDS_TO_START = 120
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tasks.launch import free_port
+
 # Examples are drawn anew at each run by hand, and are the same in CI. No deadline: a machine that stalls is no failure.
 settings.register_profile("arriero", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("arriero")
@@ -170,6 +172,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    monkeypatch.setenv("PREFECT_SERVER_API_PORT", str(free_port()))  # not the one of a `make ui` beside the tests
     for name in OTHERS:
         monkeypatch.delenv(name, raising=False)
     (root / "params.yaml").write_text(TOY_PARAMS)

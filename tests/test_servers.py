@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -33,6 +34,14 @@ def test_what_speaks_no_http_is_not_taken_for_a_server() -> None:
         speaker.start()
         assert not servers.answers(f"http://127.0.0.1:{other.getsockname()[1]}/")
         speaker.join()
+
+
+def test_prefects_variable_chooses_the_port_of_its_server() -> None:
+    program = "from flows import servers; print(servers.PREFECT_PORT)"
+    environment = {**os.environ, "PREFECT_SERVER_API_PORT": "4321"}
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment, text=True) == "4321\n"
+    environment.pop("PREFECT_SERVER_API_PORT")
+    assert subprocess.check_output([sys.executable, "-c", program], env=environment, text=True) == "4200\n"
 
 
 @pytest.mark.slow
