@@ -147,8 +147,10 @@ QUIET = {
 
 
 # What tests that join ranks, and MLflow, leave in this process's environment: a stage must not find it.
-OTHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE")
-OTHERS += ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")
+LEFT_BEHIND = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE",
+    "MLFLOW_TRACKING_URI", "PREFECT_API_URL",
+)  # fmt: skip
 
 
 @cache
@@ -173,7 +175,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
     monkeypatch.setenv("PREFECT_SERVER_API_PORT", str(free_port()))  # not the one of a `make ui` beside the tests
-    for name in OTHERS:
+    for name in LEFT_BEHIND:
         monkeypatch.delenv(name, raising=False)
     (root / "params.yaml").write_text(TOY_PARAMS)
     (root / "dvc.yaml").write_text(TOY_DVC)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, TypeVar
 
-from conftest import OTHERS, QUIET, empty_mlflow
+from conftest import LEFT_BEHIND, QUIET, empty_mlflow
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -44,7 +44,7 @@ class Workspace:
             YAML().dump(params, file)
         (root / "dvc.yaml").write_text(dvc_stage)
         self.environment = {**os.environ, **QUIET, "PYTHONPATH": str(REPOSITORY)}
-        for variable in OTHERS:
+        for variable in LEFT_BEHIND:
             self.environment.pop(variable, None)
         shutil.copy(empty_mlflow(), root / "mlflow.db")
         for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
@@ -69,8 +69,20 @@ class Workspace:
         process = self.start()
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
+        return self.figures()
+
+    def figures(self) -> dict[str, float]:
         figures: dict[str, float] = json.loads((self.output / "metrics.json").read_text())
         return figures
+
+    def repro(self) -> dict[str, float]:
+        """The figures of the run, which DVC starts."""
+        command = [sys.executable, "-m", "dvc", "repro", "-q", "@".join(self.arguments)]
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=self.root, env=self.environment
+        )
+        assert result.returncode == 0, result.stderr
+        return self.figures()
 
     def saved_steps(self) -> list[int]:
         states = self.root.joinpath(".scratch", *self.arguments).glob("*/resume/step-*")

@@ -382,6 +382,6 @@ def test_ranks_share_the_prompts(place: Path, checkpoints: Path) -> None:
     shutil.copytree(checkpoints / "early", earlier)
     own = {"newest": str(newest), "earlier": str(earlier), "batches": "data/pairs"}
     shared = Workspace(Path(), "responses v1", DVC_STAGE, num_ranks=2, rounds={"v1": own}, responses=values_of())
-    assert shared.finish() == alone
+    assert shared.repro() == alone
     texts = [[r["text"] for r in pair["responses"]] for pair in pairs_in("data/responses/v1/helpfulness.jsonl")]
     assert texts == [[r["text"] for r in pair["responses"]] for pair in pairs_in("out/helpfulness.jsonl")]
