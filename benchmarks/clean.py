@@ -33,8 +33,9 @@ from flows.values import override, read_profile
 from tasks.clean.__main__ import run
 from tasks.clean.language import identify
 from tasks.clean.partition import Params
-from tasks.sources import Document, find_files, read
-from tasks.stage import Machine, Stage, parse_section, read_params
+from tasks.reading.sources import Document, find_files, read
+from tasks.running.params import Machine, parse_section, read_params
+from tasks.running.stage import Stage
 
 SOURCES = ("c4", "stackexchange", "peps", "commoncrawl")
 RULES = "web"

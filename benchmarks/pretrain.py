@@ -32,18 +32,18 @@ import numpy as np
 import torch
 
 from benchmarks.turns import Clock, run_parts, train_in_turns
-from model.engine import (
+from model.network.packing import Batch, Shards, Starts, batch_of_rows
+from model.network.ranks import join_ranks
+from model.network.transformer import Llama, ModelConfig, first_weights, num_parameters
+from model.training.engine import (
     EngineParams,
     build_model,
     draw_weights,
     evaluating,
-    join_ranks,
     start_engine,
     token_loss,
     train_step,
 )
-from model.packing import Batch, Shards, Starts, batch_of_rows
-from model.transformer import Llama, ModelConfig, first_weights, num_parameters
 
 CPU = torch.device("cpu")
 CONTEXT, ROWS, HELD_OUT_ROWS, VOCABULARY = 256, 8, 16, 2048

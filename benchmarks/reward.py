@@ -38,10 +38,11 @@ from benchmarks.pretrain import (
     learning_rate_ratio,
 )
 from benchmarks.turns import Clock, run_parts, train_in_turns
-from model.engine import build_model, fill_weights, start_engine, train_step
-from model.losses import MARGINS
-from model.reward import Pair, RewardModel, batch_of_pairs, pair_losses
-from model.transformer import first_weights, num_parameters
+from model.network.transformer import first_weights, num_parameters
+from model.network.weights import fill_weights
+from model.scoring.pairs import MARGINS, Pair, batch_of_pairs, pair_losses
+from model.scoring.reward import RewardModel
+from model.training.engine import build_model, start_engine, train_step
 
 PAIRS, NUM_HELD_OUT, NUM_WARM_UP = 8, 64, 2  # pairs of a step, pairs held out, steps that are not timed
 BOS, EOS, PAD = 1, 2, 0

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.turns import run_parts
-from model.sampling import Sampling, sample
-from model.transformer import Llama, ModelConfig, first_weights, num_parameters
+from model.network.transformer import Llama, ModelConfig, first_weights, num_parameters
+from model.sampling.sampler import Sampling, sample
 
 TURNS = 5
 SIZES: dict[str, dict[str, int]] = {

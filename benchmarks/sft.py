@@ -43,9 +43,9 @@ from benchmarks.pretrain import (
     their_model,
 )
 from benchmarks.turns import Clock, run_parts, train_in_turns
-from model.engine import token_loss, train_step
-from model.packing import IGNORED, Example, batch_of_examples
-from model.transformer import Llama, num_parameters
+from model.network.packing import IGNORED, Example, batch_of_examples
+from model.network.transformer import Llama, num_parameters
+from model.training.engine import token_loss, train_step
 
 NUM_DIALOGUES, NUM_HELD_OUT = 600, 60
 

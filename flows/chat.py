@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from tasks.stage import DATA, Machine, Section, parse_section, read_params
+from tasks.running.params import Machine, Section, parse_section, read_params
+from tasks.running.places import DATA
 
 if TYPE_CHECKING:
-    from model.dialogue import Message
-    from model.tokenizer import Tokenizer
-    from model.transformer import Llama
+    from model.network.transformer import Llama
+    from model.text.dialogue import Message
+    from model.text.tokenizer import Tokenizer
 
 COMMANDS = """\
 /system TEXT      set the system's message, which holds for the whole dialogue; without a text: none
@@ -73,7 +74,7 @@ class Chat:
     @property
     def used(self) -> int:
         """Tokens that the dialogue takes of the context."""
-        from model.dialogue import encode_dialogue
+        from model.text.dialogue import encode_dialogue
 
         return len(encode_dialogue(self.messages, self.tokenizer).ids) if self.turns else 0
 
@@ -86,8 +87,8 @@ def say(chat: Chat, text: str) -> None:
 
     Raises ValueError when the text can't be asked: it contains a tag of the format, or the context has no room.
     """
-    from model.dialogue import check, decode_answer, encode_prompt
-    from model.sampling import Sampling, sample
+    from model.sampling.sampler import Sampling, sample
+    from model.text.dialogue import check, decode_answer, encode_prompt
 
     asked: Message = {"role": "user", "content": text}
     ids = encode_prompt([*chat.messages, asked], chat.tokenizer)
@@ -145,7 +146,7 @@ def visible(ids: Sequence[int], tokenizer: Tokenizer) -> str:
 
     Characters of several bytes may come as several tokens, and what a text ends with is not known before it ends.
     """
-    from model.dialogue import decode_answer
+    from model.text.dialogue import decode_answer
 
     return decode_answer(ids, tokenizer).rstrip(REPLACEMENT).rstrip()
 
@@ -178,7 +179,7 @@ def obey(chat: Chat, line: str) -> None:
 
 def set_system(chat: Chat, text: str) -> None:
     """Set the system's message; the dialogue goes on as if it had begun with it."""
-    from model.dialogue import check
+    from model.text.dialogue import check
 
     if text:
         check([{"role": "system", "content": text}, {"role": "user", "content": ""}])
@@ -309,7 +310,7 @@ def open_chat(directory: Path, params: Params, threads: int, seed: int) -> Chat:
     """Open a checkpoint; what takes seconds to import is imported here, after the greeting."""
     import torch
 
-    from model.loading import open_checkpoint
+    from model.network.checkpoint import open_checkpoint
 
     if sys.stdin.isatty():
         import readline  # noqa: F401 - `input` then has history and editing

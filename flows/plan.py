@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.stage import Machine, Section, parse_section
+from tasks.running.params import Machine, Section, parse_section
 
 MIB = 2**20
 GIB = 2**30
@@ -78,7 +78,7 @@ def bytes_a_parameter(precision: Precision, zero_stage: int) -> dict[str, int]:
     """Return what Adam takes for each parameter: ZeRO's 2 + 2 + 12 bytes in mixed precision, 4 + 4 + 8 in fp32.
 
     The 12 are fp32 master weights and two moments; fp32 needs no masters. With bf16 weights, gradients take 2 bytes at
-    stage 0 and 4 above: there model/engine.py has them added up in fp32.
+    stage 0 and 4 above: there model/training/engine.py has them added up in fp32.
     """
     if precision == "fp32":
         return {"weights": 4, "gradients": 4, "optimizer": 8}
@@ -143,7 +143,7 @@ def token_flops(sizes: Sizes) -> int:
 
     6N for the matrices, forward and backward; the rest for attention over a full context of T tokens, not halved for
     being causal. What activation checkpointing computes again doesn't count: MFU looks at useful work.
-    model/transformer.py counts less for the MFU it measures: no embedding, and the causal half of attention.
+    model/network/transformer.py counts less for the MFU it measures: no embedding, and the causal half of attention.
     """
     attention = 12 * sizes.num_hidden_layers * sizes.hidden_size * sizes.max_position_embeddings
     return 6 * num_parameters(sizes) + attention

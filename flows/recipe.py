@@ -23,8 +23,9 @@ from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import graph, servers, summary, values
-from tasks.reproduce import WAITING, allow_stages, reproduce, stop_all
-from tasks.stage import PARAMS_FILE, PIPELINE_VARIABLE, pipeline_lock
+from tasks.running.params import PARAMS_FILE
+from tasks.running.processes import PIPELINE_VARIABLE, pipeline_lock
+from tasks.steering.reproduce import WAITING, allow_stages, reproduce, stop_all
 
 if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
@@ -109,7 +110,7 @@ def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, 
 
 def check_parameters(stages: Sequence[str]) -> None:
     """Raise ValueError when a value that one of the stages reads is wrong, before DVC removes an output for it."""
-    command = [sys.executable, "-m", "tasks.check", *stages]
+    command = [sys.executable, "-m", "tasks.steering.check", *stages]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise ValueError(result.stderr.strip())

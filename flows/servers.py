@@ -16,8 +16,9 @@ from contextlib import ExitStack, contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
-from tasks.launch import free_port
-from tasks.stage import SCRATCH, die_with_parent
+from tasks.running.places import SCRATCH
+from tasks.running.processes import die_with_parent
+from tasks.workers.launch import free_port
 
 # Prefect's own variable and default: its commands look for a server there.
 PREFECT_PORT = int(os.environ.get("PREFECT_SERVER_API_PORT", "4200"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.stage import DATA
+from tasks.running.places import DATA
 
 if TYPE_CHECKING:
     from flows.graph import Node

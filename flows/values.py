@@ -13,7 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from tasks.stage import PARAMS_FILE, flatten, read_params
+from tasks.running.params import PARAMS_FILE, flatten, read_params
 
 PROFILES = Path("profiles")
 NULL_TAG = "tag:yaml.org,2002:null"

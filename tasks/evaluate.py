@@ -22,14 +22,16 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field
 
-from model.dialogue import decode_answer, encode_prompt
-from model.engine import from_all_ranks, join_ranks
-from model.loading import open_checkpoint
-from model.sampling import Response, Sampling, sample
-from model.tokenizer import Tokenizer
-from model.transformer import Llama
-from tasks.prompts import Prompt, as_text, read_prompts, write_lines
-from tasks.stage import Section, Stage, start
+from model.network.checkpoint import open_checkpoint
+from model.network.ranks import from_all_ranks, join_ranks
+from model.network.transformer import Llama
+from model.sampling.sampler import Response, Sampling, sample
+from model.text.dialogue import decode_answer, encode_prompt
+from model.text.tokenizer import Tokenizer
+from tasks.reading.prompts import Prompt, as_text, read_prompts
+from tasks.running.files import write_lines
+from tasks.running.params import Section
+from tasks.running.stage import Stage, start
 from tasks.world.judge import Judgement, Truth, judge, read_truth
 
 HEADLINES = (

@@ -3,17 +3,17 @@
 A round's own batch is the pairs of stage `responses`, labelled by `preferences.annotators`:
 
 - world: simulated annotators who know the truth and err (tasks/world/annotators.py).
-- files: people; the stage waits until their labels are there (tasks/labels.py says where, and what counts).
+- files: people; the stage waits until their labels are there (tasks/judging/labels.py says where, and what counts).
 - dataset: nobody; the round has public pairs alone, and response pairs are kept aside as unlabelled.
 
-To these come the preferences of the round before, or, in the first round, public pairs (tasks/pairs.py). What nothing
-should be learned from is kept aside with its reason: no pair is lost. Prompts that open alike are on one side of the
-split into training and validation, in every round the same one.
+To these come the preferences of the round before, or, in the first round, public pairs (tasks/reading/pairs.py). What
+nothing should be learned from is kept aside with its reason: no pair is lost. Prompts that open alike are on one side
+of the split into training and validation, in every round the same one.
 
 Run once for each round (`preferences@v1`). Reads data/responses/<round>, the batches before, labels or truth, and the
 evaluations' prompts, to keep pairs aside that ask the same.
-Writes train.jsonl, validation.jsonl (tasks/pairs.py: Preference), aside.jsonl (Aside), plots/degrees.csv; for MLflow
-also tables of examples and of what is kept aside.
+Writes train.jsonl, validation.jsonl (tasks/reading/pairs.py: Preference), aside.jsonl (Aside), plots/degrees.csv; for
+MLflow also tables of examples and of what is kept aside.
 """
 
 from __future__ import annotations
@@ -25,23 +25,15 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from tasks.agreement import report_agreement
-from tasks.labels import Decision, Labels, decide, find_labels, read_labels
-from tasks.pairs import Aside, PairSource, Preference, plain, read_pairs, sift
-from tasks.prompts import (
-    DEGREES,
-    KINDS,
-    Kind,
-    Prompt,
-    ResponsePair,
-    as_text,
-    number_of,
-    read_lines,
-    read_prompts,
-    write_lines,
-)
-from tasks.rounds import round_of
-from tasks.stage import DATA, Section, Stage, start
+from tasks.judging.agreement import report_agreement
+from tasks.judging.labels import Decision, Labels, decide, find_labels, read_labels
+from tasks.reading.pairs import Aside, PairSource, Preference, plain, read_pairs, sift
+from tasks.reading.prompts import DEGREES, KINDS, Kind, Prompt, ResponsePair, as_text, number_of, read_prompts
+from tasks.reading.rounds import round_of
+from tasks.running.files import read_lines, write_lines
+from tasks.running.params import Section
+from tasks.running.places import DATA
+from tasks.running.stage import Stage, start
 from tasks.world.annotators import Annotators, annotate
 from tasks.world.judge import read_truth
 
@@ -133,7 +125,7 @@ def read_responses(directory: Path) -> dict[Kind, list[ResponsePair]]:
 
 
 def label_batches(pairs: Mapping[Kind, list[ResponsePair]], round_name: str, params: Params, seed: int) -> list[Batch]:
-    """Return the batches that have pairs, with their labels. Raises Waiting and ValueError as tasks/labels.py does."""
+    """Return the batches that have pairs, with their labels; raises Waiting and ValueError as `judging.labels` does."""
     names = {kind: own[0]["batch"] for kind, own in pairs.items() if own}
     labels = {kind: Labels({}, {}, 0) for kind in names}
     if params.annotators == "world":

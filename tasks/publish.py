@@ -19,8 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from tasks import tracking
-from tasks.stage import DATA, RUNS, SCRATCH, Section, Stage, code_revision, flatten, pipeline_id, read_params, start
+from tasks.running.params import Section, flatten, read_params
+from tasks.running.places import DATA, RUNS, SCRATCH
+from tasks.running.processes import pipeline_id
+from tasks.running.record import code_revision
+from tasks.running.stage import Stage, start
+from tasks.steering import tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

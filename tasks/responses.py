@@ -5,7 +5,7 @@ order. A prompt belongs to one round, by a hash of its id, so that rounds share 
 Where the variants say the same, the earlier one draws again. A prompt without room for an answer is left out.
 
 Run once for each round (`responses@v1`). Reads both checkpoints, the files of prompts, the guidelines.
-Writes helpfulness.jsonl and safety.jsonl, and label_studio/<kind>/, a project to label each in (tasks/label_studio.py).
+Writes helpfulness.jsonl and safety.jsonl, and label_studio/<kind>/, a project to label each in (tasks/judging).
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 
-from model.checkpoint import read_config, read_tokenizer
-from model.dialogue import decode_answer, encode_prompt
-from model.engine import from_all_ranks, join_ranks
-from model.loading import open_checkpoint
-from model.sampling import Sampling, sample
-from model.tokenizer import Tokenizer
-from model.transformer import Llama
-from tasks.label_studio import batch_of, read_guidelines, write_project
-from tasks.prompts import KINDS, Answer, Kind, Prompt, ResponsePair, as_text, number_of, read_prompts, write_lines
-from tasks.rounds import Place, round_of
-from tasks.stage import Section, Stage, start
+from model.network.checkpoint import open_checkpoint, read_config, read_tokenizer
+from model.network.ranks import from_all_ranks, join_ranks
+from model.network.transformer import Llama
+from model.sampling.sampler import Sampling, sample
+from model.text.dialogue import decode_answer, encode_prompt
+from model.text.tokenizer import Tokenizer
+from tasks.judging.label_studio import batch_of, read_guidelines, write_project
+from tasks.reading.prompts import KINDS, Answer, Kind, Prompt, ResponsePair, as_text, number_of, read_prompts
+from tasks.reading.rounds import Place, round_of
+from tasks.running.files import write_lines
+from tasks.running.params import Section
+from tasks.running.stage import Stage, start
 
 
 class Files(Section):

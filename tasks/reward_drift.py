@@ -16,15 +16,16 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field
 
-from model.dialogue import Message, encode_prompt
-from model.engine import from_all_ranks, join_ranks
-from model.loading import open_reward
-from model.reward import RewardModel, score
-from tasks.prompts import write_lines
-from tasks.reward import Preference, ids_of, read_preferences
-from tasks.rounds import round_number
-from tasks.scoring import accuracies_of, accuracy_figures, accuracy_table, draw_by_degree, scored_pair
-from tasks.stage import DATA, Section, Stage, start
+from model.network.ranks import from_all_ranks, join_ranks
+from model.scoring.reward import RewardModel, open_reward, score
+from model.text.dialogue import Message, encode_prompt
+from tasks.judging.scores import accuracies_of, accuracy_figures, accuracy_table, draw_by_degree, scored_pair
+from tasks.reading.preferences import Preference, ids_of, read_preferences
+from tasks.reading.rounds import round_number
+from tasks.running.files import write_lines
+from tasks.running.params import Section
+from tasks.running.places import DATA
+from tasks.running.stage import Stage, start
 
 MODELS = ("reward_helpfulness", "reward_safety")
 
@@ -92,7 +93,7 @@ def score_pairs(
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the pairs with their scores, and how many are left out, too long for the model; the ranks share them.
 
-    Raises ValueError as `model.loading` does, and when all are too long.
+    Raises ValueError as `model.network.checkpoint` does, and when all are too long.
     """
     model, tokenizer = open_reward(checkpoint, params.precision, device)
     context = model.config.max_position_embeddings

@@ -1,7 +1,7 @@
-"""Train the round's reward model for helpfulness: `reward_helpfulness@v1`; all of it is in tasks/reward.py."""
+"""Train the round's reward model for helpfulness: `reward_helpfulness@v1`; all of it is in tasks/learning/reward.py."""
 
-from tasks.reward import Params, run
-from tasks.stage import start
+from tasks.learning.reward import Params, run
+from tasks.running.stage import start
 
 if __name__ == "__main__":
     start(Params, run)

@@ -24,14 +24,17 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from model.checkpoint import load_weights
-from model.engine import build_model, join_ranks, start_engine
-from model.reward import RewardModel, draw_heads
-from model.transformer import ModelConfig, num_parameters
-from tasks import reward
-from tasks.scoring import higher
-from tasks.stage import Section, Stage, parse_section, read_params, start, write_json
-from tasks.training import progress_bar, read_base
+from model.network.checkpoint import load_weights
+from model.network.ranks import join_ranks
+from model.network.transformer import ModelConfig, num_parameters
+from model.scoring.reward import RewardModel, draw_heads
+from model.training.engine import build_model, start_engine
+from tasks.judging.scores import higher
+from tasks.learning import reward
+from tasks.learning.loop import progress_bar, read_base
+from tasks.running.files import write_json
+from tasks.running.params import Section, parse_section, read_params
+from tasks.running.stage import Stage, start
 
 CONFIDENCE = 0.95
 

@@ -29,29 +29,30 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from model.checkpoint import load_weights, save_model
-from model.dialogue import decode_answer, encode_dialogue, encode_prompt
-from model.engine import (
+from model.network.checkpoint import load_weights, save_model
+from model.network.packing import IGNORED, Batch, Example, batch_of_examples, fill_rows
+from model.network.ranks import join_ranks
+from model.network.transformer import Llama, flops_per_token, num_parameters
+from model.sampling.sampler import Sampling, sample
+from model.text.dialogue import decode_answer, encode_dialogue, encode_prompt
+from model.text.tokenizer import Tokenizer
+from model.training.engine import (
     EngineParams,
     build_model,
     evaluating,
     gathered,
-    join_ranks,
-    load_state,
     num_micro_batches,
-    save_state,
     start_engine,
     token_loss,
     train_step,
 )
-from model.packing import IGNORED, Batch, Example, batch_of_examples, fill_rows
-from model.sampling import Sampling, sample
-from model.tokenizer import Tokenizer
-from model.transformer import Llama, flops_per_token, num_parameters
-from tasks.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
-from tasks.prompts import as_text, write_lines
-from tasks.stage import Section, Stage, start
-from tasks.training import digest_of, log_training, peak_flops, progress_bar, read_base, write_curves
+from model.training.states import load_state, save_state
+from tasks.learning.loop import digest_of, log_training, peak_flops, progress_bar, read_base, write_curves
+from tasks.reading.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
+from tasks.reading.prompts import as_text
+from tasks.running.files import write_lines
+from tasks.running.params import Section
+from tasks.running.stage import Stage, start
 
 EARLY = "early"
 

@@ -19,8 +19,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from model.tokenizer import Tokenizer
-from tasks.stage import DATA, Section, Stage, start
+from model.text.tokenizer import Tokenizer
+from tasks.running.params import Section
+from tasks.running.places import DATA
+from tasks.running.stage import Stage, start
 
 DOCUMENTS = DATA / "clean" / "documents"
 ROWS_AT_ONCE = 256  # documents held in memory while reading; decides no result

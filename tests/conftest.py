@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tasks.launch import free_port
+from tasks.workers.launch import free_port
 
 # Examples are drawn anew at each run by hand, and are the same in CI. No deadline: a machine that stalls is no failure.
 settings.register_profile("arriero", deadline=None, derandomize="CI" in os.environ)
@@ -47,7 +47,9 @@ TOY_STAGES = {
     "grow.py": """
 import time
 from pydantic import Field
-from tasks.stage import Section, Stage, start, write_json
+from tasks.running.params import Section
+from tasks.running.stage import Stage, start
+from tasks.running.files import write_json
 
 
 class Params(Section):
@@ -78,7 +80,8 @@ if __name__ == "__main__":
     "shrink.py": """
 from pathlib import Path
 from pydantic import Field
-from tasks.stage import Section, Stage, start
+from tasks.running.params import Section
+from tasks.running.stage import Stage, start
 
 
 class Params(Section):
@@ -182,8 +185,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / ".gitignore").write_text(".scratch/\n.runs/\nmlflow.db\nmlartifacts/\n__pycache__/\n")
     shutil.copy(empty_mlflow(), root / "mlflow.db")
     (root / "tasks").mkdir()
-    for file in (Path(__file__).parent.parent / "tasks").glob("*.py"):
-        (root / "tasks" / file.name).symlink_to(file)
+    for shared in (Path(__file__).parent.parent / "tasks").iterdir():
+        (root / "tasks" / shared.name).symlink_to(shared)
     for name, text in TOY_STAGES.items():
         (root / "tasks" / name).write_text(text)
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):

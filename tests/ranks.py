@@ -10,9 +10,10 @@ from typing import Any
 import sentencepiece
 import torch
 
-from model.engine import EngineParams, build_model, draw_weights, join_ranks, start_engine
-from model.transformer import Llama, ModelConfig
-from tasks.launch import free_port
+from model.network.ranks import join_ranks
+from model.network.transformer import Llama, ModelConfig
+from model.training.engine import EngineParams, build_model, draw_weights, start_engine
+from tasks.workers.launch import free_port
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -16,7 +16,8 @@ from conftest import LEFT_BEHIND, QUIET, empty_mlflow
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from tasks.stage import Machine, Stage
+from tasks.running.params import Machine
+from tasks.running.stage import Stage
 
 REPOSITORY = Path(__file__).parent.parent
 P = TypeVar("P", bound=BaseModel)
@@ -61,7 +62,7 @@ class Workspace:
         return {str(path.relative_to(self.output)): path.read_bytes() for path in paths}
 
     def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tasks.launch", *self.arguments]
+        command = [sys.executable, "-m", "tasks.workers.launch", *self.arguments]
         return subprocess.Popen(command, cwd=self.root, env=self.environment, stderr=subprocess.PIPE, text=True)
 
     def finish(self) -> dict[str, float]:

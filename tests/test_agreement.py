@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from tasks.agreement import STEPS, Agreement, gwet, ordinal_weights, report_agreement, step_of
+from tasks.judging.agreement import STEPS, Agreement, gwet, ordinal_weights, report_agreement, step_of
 from tasks.world.annotators import Label
 
 # Twelve units, up to four raters, five categories: the worked example of Gwet's handbook, without its last unit, which

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tasks.audit import corpus, mentions, report, toxicity
 from tasks.audit.__main__ import Params, run
-from tasks.stage import Machine, Stage
+from tasks.running.params import Machine
+from tasks.running.stage import Stage
 
 TERMS = Path("data/seeds/demographic_terms.csv").resolve()
 TOXIGEN = Path("../shared/datasets/evaluation/toxigen").resolve()

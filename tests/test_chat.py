@@ -18,9 +18,9 @@ from test_evaluate import write_checkpoint
 from test_stage import wait_for
 
 from flows.chat import COMMANDS, HARMLESS, Chat, Params, main, newest_checkpoint, open_chat, room, say, talk, visible
-from model.dialogue import Message, decode_answer, encode_dialogue, encode_prompt
-from model.sampling import Response, Sampling, sample
-from model.tokenizer import Tokenizer
+from model.sampling.sampler import Response, Sampling, sample
+from model.text.dialogue import Message, decode_answer, encode_dialogue, encode_prompt
+from model.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6}

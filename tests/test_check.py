@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from test_stage import set_value
 
-from tasks.check import problems
+from tasks.steering.check import problems
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,12 +16,13 @@ import torch
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import import_llama2c, load_weights, main, read_config, read_tokenizer, save_model
-from model.engine import EngineParams, build_model, draw_weights
-from model.packing import documents_of
-from model.sampling import Sampling, sample
-from model.tokenizer import Tokenizer
-from model.transformer import Llama, ModelConfig
+from model.importing.llama2c import import_llama2c, main
+from model.network.checkpoint import load_weights, read_config, read_tokenizer, save_model
+from model.network.packing import documents_of
+from model.network.transformer import Llama, ModelConfig
+from model.sampling.sampler import Sampling, sample
+from model.text.tokenizer import Tokenizer
+from model.training.engine import EngineParams, build_model, draw_weights
 
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 STORIES, STORIES_TOKENIZER = DATASETS / "interop" / "stories260K.bin", DATASETS / "interop" / "tok512.model"
@@ -332,7 +333,7 @@ def logits_of_llama2c(weights: dict[str, Floats], ids: list[int]) -> Floats:
 def test_a_checkpoint_of_llama2c_computes_what_llama2c_does(tied: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
     weights = draw_llama2c(tied)
     write_llama2c(tmp_path / "source.bin", weights)
-    main(["import", str(tmp_path / "source.bin"), str(tokenizer.path), str(tmp_path / "imported")])
+    main([str(tmp_path / "source.bin"), str(tokenizer.path), str(tmp_path / "imported")])
     model = open_here(tmp_path / "imported")
     expected = torch.from_numpy(logits_of_llama2c(weights, list(range(5, 25))))
     assert (logits_of(model) - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -347,7 +348,7 @@ def test_a_checkpoint_of_llama2c_computes_what_llama2c_does(tied: bool, tokenize
 def test_llama2cs_stories_are_told(tmp_path: Path) -> None:
     if not STORIES.exists():
         pytest.skip(f"llama2.c's smallest model isn't at {STORIES}")
-    command = [sys.executable, "-m", "model.checkpoint", "import", STORIES, STORIES_TOKENIZER, tmp_path / "stories"]
+    command = [sys.executable, "-m", "model.importing.llama2c", STORIES, STORIES_TOKENIZER, tmp_path / "stories"]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
     model = open_here(tmp_path / "stories")
     tokenizer = read_tokenizer(tmp_path / "stories", model.config)
@@ -405,6 +406,8 @@ def test_an_import_overwrites_nothing(checkpoint: Path, tokenizer: Tokenizer, tm
 
 
 def test_another_command_is_answered_with_the_one_that_there_is(tmp_path: Path) -> None:
-    for arguments in ([], ["import", "a", "b"], ["export", "a", "b", "c"]):
-        with pytest.raises(ValueError, match=r"what to do\? `python -m model\.checkpoint import SOURCE\.bin TOKENIZER"):
+    for arguments in ([], ["a", "b"], ["a", "b", "c", "d"]):
+        with pytest.raises(
+            ValueError, match=r"three names are needed: `python -m model\.importing\.llama2c SOURCE\.bin T"
+        ):
             main(arguments)

@@ -29,7 +29,8 @@ from tasks.clean.personal_data import PersonalData, find_personal_data, is_rich,
 from tasks.clean.quality import C4, Gopher, drop_lines, judge_page, judge_words
 from tasks.clean.repair import repair
 from tasks.clean.repetition import Repetition, encode, extend, judge_repetition, repeated_share, top_share
-from tasks.stage import Machine, Stage
+from tasks.running.params import Machine
+from tasks.running.stage import Stage
 
 C4_OFF = {
     "terminal_punctuation": False,

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks import cluster
-from tasks.stage import Machine
+from tasks.running.params import Machine
+from tasks.workers import cluster
 
 
 @pytest.mark.parametrize("address", ["nowhere://here", "tcp://127.0.0.1:9"])

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ranks import train_tokenizer
 
-from model.dialogue import Message, check, decode_answer, encode_dialogue, encode_prompt
-from model.tokenizer import Tokenizer
+from model.text.dialogue import Message, check, decode_answer, encode_dialogue, encode_prompt
+from model.text.tokenizer import Tokenizer
 
 LLAMA = Path(__file__).parents[2] / "shared" / "datasets" / "interop" / "tokenizer.model"
 TEXTS = [

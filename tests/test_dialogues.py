@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from tasks.dialogues import Dialogue, DialogueSource, read_dialogues, split_dialogues
+from tasks.reading.dialogues import Dialogue, DialogueSource, read_dialogues, split_dialogues
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "datasets" / "sft"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data sets are not in {REAL}")

@@ -15,21 +15,21 @@ import pytest
 import torch
 from ranks import TRAINED, join_alone, small_engine
 
-import model.engine
-from model.engine import (
+import model.network.ranks
+import model.training.states
+from model.network.packing import Batch, Shards, batch_of_rows
+from model.sampling.sampler import Sampling, sample
+from model.training.engine import (
     EngineParams,
     Step,
     deepspeed_config,
     gathered,
-    load_state,
     num_micro_batches,
-    save_state,
     token_loss,
     train_step,
 )
-from model.packing import Batch, Shards, batch_of_rows
-from model.sampling import Sampling, sample
-from tasks.launch import free_port
+from model.training.states import load_state, save_state
+from tasks.workers.launch import free_port
 
 CPU = torch.device("cpu")
 CONTEXT = 16
@@ -251,7 +251,7 @@ class Malicious:
 def test_pickled_code_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"module": Malicious()}, tmp_path / "state.pt")
     with pytest.raises(pickle.UnpicklingError):
-        model.engine.StateFiles().load(str(tmp_path / "state.pt"))
+        model.training.states.StateFiles().load(str(tmp_path / "state.pt"))
     assert capsys.readouterr().out == ""
 
 
@@ -297,7 +297,7 @@ def samples_of(engine: Any) -> list[list[int]]:
 def sample_on_a_rank(rank: int, port: int, path: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    model.engine.join_ranks()
+    model.network.ranks.join_ranks()
     engine = small_engine(20, zero_stage=3)
     begun = samples_of(engine)
     held = sum(weight.numel() for weight in engine.module.parameters())

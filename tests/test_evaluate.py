@@ -13,24 +13,14 @@ import torch
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from stages import Workspace, stage_here
 
-from model.checkpoint import load_weights, save_model
-from model.dialogue import decode_answer, encode_prompt
-from model.engine import EngineParams, build_model, draw_weights
-from model.loading import open_checkpoint
-from model.tokenizer import Tokenizer
-from model.transformer import Llama, ModelConfig
-from tasks.evaluate import (
-    Answer,
-    Judged,
-    Params,
-    figures_of,
-    metric_name,
-    outcomes_of,
-    run,
-    shares_of,
-)
-from tasks.prompts import Prompt
-from tasks.stage import Stage
+from model.network.checkpoint import load_weights, open_checkpoint, save_model
+from model.network.transformer import Llama, ModelConfig
+from model.text.dialogue import decode_answer, encode_prompt
+from model.text.tokenizer import Tokenizer
+from model.training.engine import EngineParams, build_model, draw_weights
+from tasks.evaluate import Answer, Judged, Params, figures_of, metric_name, outcomes_of, run, shares_of
+from tasks.reading.prompts import Prompt
+from tasks.running.stage import Stage
 from tasks.world.judge import Judgement
 
 REPOSITORY = Path(__file__).parent.parent
@@ -90,7 +80,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def greedy(model: Llama, tokenizer: Tokenizer, ids: list[int], num_tokens: int) -> list[int]:
     """What the likeliest next token gives, one whole forward pass a token."""
-    from model.packing import documents_of
+    from model.network.packing import documents_of
 
     answer: list[int] = []
     while len(answer) < num_tokens and tokenizer.eos_id not in answer:
@@ -230,7 +220,7 @@ stages:
   evaluate:
     foreach: ${{evaluate.checkpoints}}
     do:
-      cmd: exec {sys.executable} -m tasks.launch evaluate ${{key}}
+      cmd: exec {sys.executable} -m tasks.workers.launch evaluate ${{key}}
       deps:
       - ${{item}}
       - ${{evaluate.root}}

@@ -18,8 +18,8 @@ from test_stage import processes_in, set_value, wait_for
 
 from flows.graph import find_stale, read_graph
 from flows.summary import format_number, main_figures, summarize
-from tasks.launch import free_port
-from tasks.stage import metric_lines
+from tasks.running.record import metric_lines
+from tasks.workers.launch import free_port
 
 
 def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -219,7 +219,8 @@ def test_a_failed_stage_fails_the_flow_with_its_own_message(workspace: Path) -> 
 LABEL = """\
 from pathlib import Path
 from pydantic import Field
-from tasks.stage import Section, Stage, Waiting, start
+from tasks.running.params import Section
+from tasks.running.stage import Stage, Waiting, start
 
 
 class Params(Section):

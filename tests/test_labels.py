@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.labels import Decision, Labels, decide, find_labels, read_labels
-from tasks.prompts import DEGREES
-from tasks.stage import Waiting
+from tasks.judging.labels import Decision, Labels, decide, find_labels, read_labels
+from tasks.reading.prompts import DEGREES
+from tasks.running.stage import Waiting
 from tasks.world.annotators import Label
 
 BATCH = "v1-safety-0123456789ab"

@@ -10,15 +10,16 @@ import psutil
 import pytest
 from test_stage import processes_in, set_value, wait_for
 
-from tasks import launch as launch_module
-from tasks.launch import PORTS, command_line, free_port
-from tasks.stage import PIPELINE_VARIABLE, Machine
+from tasks.running.params import Machine
+from tasks.running.processes import PIPELINE_VARIABLE
+from tasks.workers import launch as launch_module
+from tasks.workers.launch import PORTS, command_line, free_port
 
 RANKS = """
 import os, sys, time
 from pathlib import Path
 
-from tasks.stage import die_with_parent
+from tasks.running.processes import die_with_parent
 
 die_with_parent()
 Path(f"rank{os.environ['RANK']}").write_text(
@@ -41,7 +42,7 @@ def ranks(workspace: Path) -> Path:
 
 
 def launch(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "tasks.launch", "ranks", *arguments])
+    return subprocess.Popen([sys.executable, "-m", "tasks.workers.launch", "ranks", *arguments])
 
 
 def test_one_rank_is_this_very_process(ranks: Path) -> None:
@@ -73,7 +74,7 @@ def test_ranks_end_with_their_launcher(ranks: Path, how: signal.Signals) -> None
 
 def test_the_launcher_ends_with_the_process_that_started_it(ranks: Path) -> None:
     set_value("num_ranks: 1", "num_ranks: 2")
-    program = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'tasks.launch', 'ranks', 'wait'])"
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'tasks.workers.launch', 'ranks', 'wait'])"
     starter = subprocess.Popen([sys.executable, "-c", program])
     wait_for(lambda: Path("rank0").exists() and Path("rank1").exists())
     starter.kill()
@@ -108,9 +109,9 @@ def test_ranks_end_with_one_of_them(ranks: Path, victim: str) -> None:
 
 
 def test_a_stage_has_to_be_named(ranks: Path) -> None:
-    result = subprocess.run([sys.executable, "-m", "tasks.launch"], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-m", "tasks.workers.launch"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "launch: name the training stage to start: `python -m tasks.launch pretrain`\n"
+    assert result.stderr == "launch: name the training stage to start: `python -m tasks.workers.launch pretrain`\n"
 
 
 def test_a_missing_hostfile_is_named() -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.mixture import draw, plan_targets, shuffled
+from tasks.tokenize.mixture import draw, plan_targets, shuffled
 
 SOURCES = st.dictionaries(
     st.sampled_from("abcdef"),

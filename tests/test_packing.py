@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import SMALL
 
-from model.packing import (
+from model.network.packing import (
     IGNORED,
     Example,
     Shards,
@@ -16,7 +16,7 @@ from model.packing import (
     num_rows,
     num_targets,
 )
-from model.transformer import Llama, ModelConfig, first_weights
+from model.network.transformer import Llama, ModelConfig, first_weights
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,18 @@ from typing import Any
 
 import pytest
 
-from model.dialogue import Message
-from tasks.pairs import Aside, PairSource, Preference, asks_the_same, evaluation_prompts, fault_of, read_pairs, sift
-from tasks.prompts import Prompt
+from model.text.dialogue import Message
+from tasks.reading.pairs import (
+    Aside,
+    PairSource,
+    Preference,
+    asks_the_same,
+    evaluation_prompts,
+    fault_of,
+    read_pairs,
+    sift,
+)
+from tasks.reading.prompts import Prompt
 
 REAL = Path(__file__).parent.parent.parent / "shared" / "datasets" / "preferences"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data sets are not in {REAL}")

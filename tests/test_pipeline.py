@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import chat, values
-from tasks.stage import Machine, Tracking, parse_section
+from tasks.running.params import Machine, Tracking, parse_section
 
 ROOT = Path(__file__).parent.parent
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
@@ -126,7 +126,7 @@ def test_a_stage_depends_on_the_code_it_imports_and_on_no_other(name: str) -> No
             listed.update(path.glob("*.py"))
     needed = {path for path in imported_files(start_file(name)) if path.read_text().count("\n") > 1}
     if name in LAUNCHED:
-        needed.add(ROOT / "tasks" / "launch.py")
+        needed.add(ROOT / "tasks" / "workers" / "launch.py")
     listed = {path for path in listed if path.read_text().count("\n") > 1}
     # a package's directory may hold what other stages alone import, and list
     others = {ROOT / path for other in set(STAGES) - {name} for path in stage_definition(other)["deps"]}
@@ -183,7 +183,7 @@ def test_what_comes_last_waits_for_every_round(reader: str) -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_a_command_holds_no_value_and_no_double_space(name: str) -> None:
     command = stage_definition(name)["cmd"]
-    module = f"tasks.launch {name}" if name in LAUNCHED else f"tasks.{name}"
+    module = f"tasks.workers.launch {name}" if name in LAUNCHED else f"tasks.{name}"
     module += " ${key}" if "do" in DVC["stages"][name] else ""
     # `exec`: without it some shells stay between DVC and the stage, which then neither dies with DVC nor knows it
     assert command == f"exec python -m {module}"

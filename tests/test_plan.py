@@ -138,7 +138,7 @@ MEASURED = {
 def bytes_kept(checkpointing, num_layers, dtype):
     import torch
 
-    from model.packing import documents_of
+    from model.network.packing import documents_of
 
     class Kept:  # what the backward pass needs, held where the garbage collector sees it
         def __init__(self, tensor):
@@ -163,7 +163,7 @@ def bytes_kept(checkpointing, num_layers, dtype):
 def module(sizes, checkpointing, device):
     import torch
 
-    from model.transformer import Llama, ModelConfig
+    from model.network.transformer import Llama, ModelConfig
 
     config = ModelConfig(**sizes.model_dump(), rms_norm_eps=1e-5, rope_theta=1e4, initializer_range=0.02)
     with torch.device(device):
@@ -186,7 +186,7 @@ def test_flops_of_a_token_are_six_a_parameter_and_attention():
 
 
 def test_flops_differ_from_those_of_training_by_the_embedding_and_the_masked_half_of_attention():
-    from model.transformer import flops_per_token
+    from model.network.transformer import flops_per_token
 
     sizes = toy()
     masked = 6 * sizes.num_hidden_layers * sizes.hidden_size * sizes.max_position_embeddings

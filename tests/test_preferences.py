@@ -18,9 +18,8 @@ from stages import Workspace, stage_here
 from test_labels import write
 from test_pairs import pair_of, transcript, turns
 
-from tasks.label_studio import batch_of
-from tasks.labels import Labels
-from tasks.pairs import plain
+from tasks.judging.label_studio import batch_of
+from tasks.judging.labels import Labels
 from tasks.preferences import (
     Batch,
     Params,
@@ -32,8 +31,10 @@ from tasks.preferences import (
     safety_bins,
     split,
 )
-from tasks.prompts import KINDS, Kind, write_lines
-from tasks.stage import Stage, Waiting
+from tasks.reading.pairs import plain
+from tasks.reading.prompts import KINDS, Kind
+from tasks.running.files import write_lines
+from tasks.running.stage import Stage, Waiting
 from tasks.world.annotators import Label
 
 REPOSITORY = Path(__file__).parent.parent

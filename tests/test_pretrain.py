@@ -19,14 +19,14 @@ import torch
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from stages import Workspace, stage_here
 
-from model.checkpoint import read_config
-from model.engine import Step
-from model.packing import documents_of
-from model.transformer import Llama
-from tasks import pretrain
-from tasks.pretrain import Params, Progress, is_spike, run
-from tasks.stage import Stage
-from tasks.stream import Text, read_stream
+from model.network.checkpoint import read_config
+from model.network.packing import documents_of
+from model.network.transformer import Llama
+from model.training.engine import Step
+from tasks.pretrain import __main__ as pretrain
+from tasks.pretrain.__main__ import Params, Progress, is_spike, run
+from tasks.pretrain.stream import Text, read_stream
+from tasks.running.stage import Stage
 
 WATCHED: dict[str, Any] = {
     "init_from": None, "log_every": 5, "validate_every": 10, "max_validation_tokens": 100000,
@@ -252,7 +252,7 @@ def test_a_missing_or_damaged_stream_is_named(place: Path) -> None:
 DVC_STAGE = f"""\
 stages:
   pretrain:
-    cmd: exec {sys.executable} -m tasks.launch pretrain
+    cmd: exec {sys.executable} -m tasks.workers.launch pretrain
     deps:
     - data/tokenize
     - data/train_tokenizer/tokenizer.model

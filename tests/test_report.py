@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.report import Params, draw, stage_figures
+from tasks.report.__main__ import Params, draw, stage_figures
 
 PARAMS = Params(plot_width=6, line_plot_height=3, bar_height=0.3, max_bars=2)
 

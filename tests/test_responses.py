@@ -17,23 +17,15 @@ from ruamel.yaml import YAML
 from stages import Workspace, stage_here
 from test_evaluate import REPOSITORY, asked, write_checkpoint, write_prompts
 
-from model.dialogue import decode_answer, encode_prompt
-from model.loading import open_checkpoint
-from model.sampling import Sampling, sample
-from tasks.label_studio import batch_of, configuration, read_guidelines, task_of
-from tasks.prompts import (
-    DEGREES,
-    Prompt,
-    ResponsePair,
-    number_of,
-    parse_prompt,
-    read_lines,
-    read_prompts,
-    write_lines,
-)
+from model.network.checkpoint import open_checkpoint
+from model.sampling.sampler import Sampling, sample
+from model.text.dialogue import decode_answer, encode_prompt
+from tasks.judging.label_studio import batch_of, configuration, read_guidelines, task_of
+from tasks.reading.prompts import DEGREES, Prompt, ResponsePair, number_of, parse_prompt, read_prompts
+from tasks.reading.rounds import Place, Round, round_of
 from tasks.responses import Params, prompts_of, run, slice_of
-from tasks.rounds import Place, Round, round_of
-from tasks.stage import Stage
+from tasks.running.files import read_lines, write_lines
+from tasks.running.stage import Stage
 
 GUIDELINES = REPOSITORY / "data" / "seeds" / "guidelines"
 
@@ -361,7 +353,7 @@ stages:
   responses:
     foreach: ${{rounds}}
     do:
-      cmd: exec {sys.executable} -m tasks.launch responses ${{key}}
+      cmd: exec {sys.executable} -m tasks.workers.launch responses ${{key}}
       deps:
       - ${{item.newest}}
       - ${{item.earlier}}

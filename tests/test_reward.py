@@ -17,16 +17,17 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from stages import Workspace, stage_here
 
-from model.checkpoint import save_model
-from model.dialogue import encode_dialogue
-from model.engine import EngineParams, Step, build_model, draw_weights
-from model.loading import open_reward
-from model.reward import score
-from model.tokenizer import Tokenizer
-from model.transformer import Llama, ModelConfig
-from tasks import reward
-from tasks.reward import Params, Preference, plan_steps, run, share_out
-from tasks.stage import Stage, parse_section
+from model.network.checkpoint import save_model
+from model.network.transformer import Llama, ModelConfig
+from model.scoring.reward import open_reward, score
+from model.text.dialogue import encode_dialogue
+from model.text.tokenizer import Tokenizer
+from model.training.engine import EngineParams, Step, build_model, draw_weights
+from tasks.learning import reward
+from tasks.learning.reward import Params, plan_steps, run, share_out
+from tasks.reading.preferences import Preference
+from tasks.running.params import parse_section
+from tasks.running.stage import Stage
 
 SIDES = ("chosen", "rejected")
 DEGREES = ("significantly", "better", "slightly", "negligibly")
@@ -366,7 +367,7 @@ stages:
   reward_safety:
     foreach: ${{rounds}}
     do:
-      cmd: exec {sys.executable} -m tasks.launch reward_safety ${{key}}
+      cmd: exec {sys.executable} -m tasks.workers.launch reward_safety ${{key}}
       deps:
       - ${{item.newest}}
       - data/preferences/${{key}}

@@ -12,15 +12,15 @@ import torch
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from stages import stage_here
 
-from model.checkpoint import save_model
-from model.dialogue import encode_dialogue
-from model.engine import EngineParams, build_model, fill_weights
-from model.loading import open_reward
-from model.reward import RewardModel, draw_heads, score
-from model.tokenizer import Tokenizer
-from model.transformer import ModelConfig, first_weights
+from model.network.checkpoint import save_model
+from model.network.transformer import ModelConfig, first_weights
+from model.network.weights import fill_weights
+from model.scoring.reward import RewardModel, draw_heads, open_reward, score
+from model.text.dialogue import encode_dialogue
+from model.text.tokenizer import Tokenizer
+from model.training.engine import EngineParams, build_model
 from tasks.reward_drift import MODELS, Params, run
-from tasks.stage import Stage
+from tasks.running.stage import Stage
 
 WORDS = ["the", "llama", "walks", "over", "a", "hill", "and", "yes", "or", "no"]
 

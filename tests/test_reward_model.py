@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from safetensors.torch import load_file
 
-from model.checkpoint import load_weights, save_model
-from model.engine import EngineParams, build_model, draw_weights, fill_weights, start_engine, train_step
-from model.loading import open_checkpoint, open_reward
-from model.losses import MARGINS, ranking_losses
-from model.reward import Pair, RewardModel, batch_of_pairs, draw_heads, pair_losses, plan_batches, score
-from model.tokenizer import Tokenizer
-from model.transformer import Llama, ModelConfig, first_weights
+from model.network.checkpoint import load_weights, open_checkpoint, save_model
+from model.network.transformer import Llama, ModelConfig, first_weights
+from model.network.weights import fill_weights
+from model.scoring.pairs import MARGINS, Pair, batch_of_pairs, pair_losses, ranking_losses
+from model.scoring.reward import RewardModel, draw_heads, open_reward, plan_batches, save_reward, score
+from model.text.tokenizer import Tokenizer
+from model.training.engine import EngineParams, build_model, draw_weights, start_engine, train_step
 
 CPU = torch.device("cpu")
 NO_LIMIT = 2**40
@@ -173,7 +173,7 @@ def test_transformers_gives_the_same_scores(
     from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
     model, texts = reward_model(tells_safety=True, **changes), dialogues(5, 9, 30, 12)
-    save_model(model, tokenizer, tmp_path / "reward", {"step": 7}, max_shard_bytes)
+    save_reward(model, tokenizer, tmp_path / "reward", {"step": 7}, max_shard_bytes)
     theirs, found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", output_loading_info=True)
     assert isinstance(theirs, LlamaForSequenceClassification)
     assert theirs.config.num_labels == 1
@@ -218,7 +218,7 @@ def test_a_reward_model_begins_as_the_chat_model_with_a_head_of_its_own(tokenize
 
 
 def test_a_reward_model_and_a_chat_model_are_not_taken_for_each_other(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    save_model(reward_model(), tokenizer, tmp_path / "reward", {}, NO_LIMIT)
+    save_reward(reward_model(), tokenizer, tmp_path / "reward", {}, NO_LIMIT)
     assert not (tmp_path / "reward" / "safety_head.safetensors").exists()
     with pytest.raises(ValueError, match="reward is a reward model, which scores answers and gives none"):
         open_checkpoint(tmp_path / "reward", "fp32", CPU)

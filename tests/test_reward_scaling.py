@@ -13,9 +13,9 @@ from ranks import join_alone
 from stages import stage_here
 from test_reward import TRAIN, chat, params_of, write_inputs, write_params, write_preferences  # noqa: F401 - a fixture
 
-from tasks import reward
+from tasks.learning import reward
 from tasks.reward_scaling import Params, accuracy_of, interval, read_study, run, train
-from tasks.stage import Stage
+from tasks.running.stage import Stage
 
 TRAINED = params_of(epochs=2, other_share=0.25, warmup_steps=2)
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_transformer import config_of, ids_of, model_of
 from torch import Tensor
 
-from model.packing import documents_of
-from model.sampling import Response, Sampling, draw, probabilities, sample, uniform_numbers
-from model.transformer import Llama
+from model.network.packing import documents_of
+from model.network.transformer import Llama
+from model.sampling.sampler import Response, Sampling, draw, probabilities, sample, uniform_numbers
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -219,7 +219,7 @@ def test_prompts_that_enter_together_are_read_in_pieces(monkeypatch: pytest.Monk
     model = model_with()
     prompts = prompts_of(model, [5, 20, 10, 40, 7])
     expected = responses_of(model, prompts, max_rows=15)
-    monkeypatch.setattr("model.sampling.PREFILL", 30)
+    monkeypatch.setattr("model.sampling.sampler.PREFILL", 30)
     found: list[list[list[Response]]] = []
     counts = rows_forwarded(model, lambda: found.append(responses_of(model, prompts, max_rows=15)))
     assert counts[:4] == [25, 10, 40, 7]

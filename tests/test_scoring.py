@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from tasks.scoring import (
+from tasks.judging.scores import (
     accuracy_of,
     expected_calibration_error,
     length_figures,
@@ -23,7 +23,8 @@ from tasks.scoring import (
     scored_pair,
     wilson,
 )
-from tasks.stage import Machine, Section, Stage
+from tasks.running.params import Machine, Section
+from tasks.running.stage import Stage
 
 
 class Params(Section):

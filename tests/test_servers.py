@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from flows import servers
-from tasks.launch import free_port
+from tasks.workers.launch import free_port
 
 
 def test_a_busy_port_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,17 +16,16 @@ import torch
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from stages import Workspace, stage_here
 
-from model.checkpoint import load_weights, read_config, save_model
-from model.dialogue import encode_dialogue, encode_prompt
-from model.engine import EngineParams, Step, build_model, draw_weights
-from model.loading import open_checkpoint
-from model.packing import Example, documents_of
-from model.tokenizer import Tokenizer
-from model.transformer import Llama, ModelConfig
+from model.network.checkpoint import load_weights, open_checkpoint, read_config, save_model
+from model.network.packing import Example, documents_of
+from model.network.transformer import Llama, ModelConfig
+from model.text.dialogue import encode_dialogue, encode_prompt
+from model.text.tokenizer import Tokenizer
+from model.training.engine import EngineParams, Step, build_model, draw_weights
 from tasks import sft
+from tasks.learning.loop import digest_of, read_base
+from tasks.running.stage import Stage
 from tasks.sft import Params, mean_context, plan_steps, run
-from tasks.stage import Stage
-from tasks.training import digest_of, read_base
 
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
 WATCHED: dict[str, Any] = {
@@ -307,7 +306,7 @@ def test_nothing_to_train_or_validate_on_is_refused(place: Path) -> None:
 DVC_STAGE = f"""\
 stages:
   sft:
-    cmd: exec {sys.executable} -m tasks.launch sft
+    cmd: exec {sys.executable} -m tasks.workers.launch sft
     deps:
     - base
     - dialogues

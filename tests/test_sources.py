@@ -14,7 +14,7 @@ import zstandard
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from tasks.sources import Document, File, Malformed, Source, find_files, partitions, read
+from tasks.reading.sources import Document, File, Malformed, Source, find_files, partitions, read
 
 TEXTS = ["The first text, with a comma.", "A second one\nof two lines.", "Größe, 漢字, and “quotes”."]
 

@@ -13,18 +13,13 @@ import pytest
 from conftest import repro
 from pydantic import Field
 
-from tasks import stage as stage_module
-from tasks.stage import (
-    Machine,
-    Section,
-    Stage,
-    fingerprint,
-    flatten,
-    metric_lines,
-    parse_section,
-    pipeline_lock,
-    read_params,
-)
+from tasks.running import record as record_module
+from tasks.running import stage as stage_module
+from tasks.running.fingerprint import fingerprint
+from tasks.running.params import Machine, Section, flatten, parse_section, read_params
+from tasks.running.processes import pipeline_lock
+from tasks.running.record import metric_lines
+from tasks.running.stage import Stage
 
 
 class Inner(Section):
@@ -128,11 +123,11 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_line_cut_off_does_not_spoil_the_next(tmp_path: Path) -> None:
-    stage_module._open_record(tmp_path, {})
+    record_module.open_record(tmp_path, {})
     make_stage(tmp_path).log({"loss": 1}, step=1)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "metr')  # the disk was full, or the machine stopped
-    stage_module._open_record(tmp_path, {})
+    record_module.open_record(tmp_path, {})
     make_stage(tmp_path).log({"loss": 2}, step=2)
     assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2]
 
@@ -151,7 +146,7 @@ def test_only_the_first_rank_logs(tmp_path: Path) -> None:
 
 def test_a_second_pipeline_in_the_workspace_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    program = "from tasks.stage import pipeline_lock\nwith pipeline_lock('flow run x'): pass"
+    program = "from tasks.running.processes import pipeline_lock\nwith pipeline_lock('flow run x'): pass"
     with pipeline_lock("flow run first"):
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert f"another pipeline runs in this workspace (flow run first, process {os.getpid()})" in result.stderr
@@ -279,7 +274,7 @@ def test_a_stage_whose_second_rank_fails_has_failed(workspace: Path) -> None:
     code = Path("tasks/grow.py").read_text()
     Path("tasks/grow.py").write_text(code.replace("    state = ", body + "    state = "))
     set_value("num_ranks: 1", "num_ranks: 2")
-    launched = subprocess.run([sys.executable, "-m", "tasks.launch", "grow"], check=False, timeout=180)
+    launched = subprocess.run([sys.executable, "-m", "tasks.workers.launch", "grow"], check=False, timeout=180)
     assert launched.returncode != 0
     (record,) = Path(".runs/grow").glob("*/run.json")
     values = json.loads(record.read_text())
@@ -293,7 +288,7 @@ def test_what_python_does_at_its_end_changes_no_ranks_status(workspace: Path, fa
     aborting = f"    import atexit, os\n    atexit.register(os.abort)\n    {failure}\n"
     Path("tasks/grow.py").write_text(code.replace("    state = ", aborting + "    state = ", 1))
     launched = subprocess.run(
-        [sys.executable, "-m", "tasks.launch", "grow"], capture_output=True, text=True, check=False, timeout=180
+        [sys.executable, "-m", "tasks.workers.launch", "grow"], capture_output=True, text=True, check=False, timeout=180
     )
     assert launched.returncode == status
     assert ("Traceback" in launched.stderr) == ("TypeError" in failure)

@@ -7,10 +7,11 @@ import pandas
 import pytest
 import sentencepiece
 
-from model.tokenizer import Tokenizer
-from tasks.encoding import Index, open_tokens
-from tasks.stage import Machine, Stage, parse_section
-from tasks.tokenize import Params, Source, check_sources, hold_out, plan_stream, run, write_validation
+from model.text.tokenizer import Tokenizer
+from tasks.running.params import Machine, parse_section
+from tasks.running.stage import Stage
+from tasks.tokenize.__main__ import Params, Source, check_sources, hold_out, plan_stream, run, write_validation
+from tasks.tokenize.encoding import Index, open_tokens
 
 WORDS = ["the", "llama", "walks", "over", "a", "high", "mountain", "and", "then", "it", "rests", "1999", "times", "é"]
 SHARES = {"web": (67.0, 2.0, 0.1), "books": (4.5, 1.0, 0.2), "wiki": (20.0, 3.0, 0.1), "questions": (0.0, 0.0, 1.0)}

@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.tokenizer import Tokenizer
+from model.text.tokenizer import Tokenizer
 
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 LLAMA = DATASETS / "interop" / "tokenizer.model"

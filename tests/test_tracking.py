@@ -12,9 +12,11 @@ import pytest
 from conftest import repro
 from test_stage import processes_in, set_value, wait_for
 
-from tasks import publish, tracking
-from tasks import stage as stage_module
-from tasks.stage import fingerprint, metric_lines
+from tasks import publish
+from tasks.running import record as record_module
+from tasks.running.fingerprint import fingerprint
+from tasks.running.record import metric_lines
+from tasks.steering import tracking
 
 
 def runs() -> dict[str, list[Any]]:
@@ -142,7 +144,7 @@ def open_record(stage: str, pipeline: str) -> Path:
         "code": {"commit": "c0ffee", "changed": "false"},
         "output": f"data/{stage}",
     }
-    stage_module._open_record(record, header)
+    record_module.open_record(record, header)
     return record
 
 
@@ -150,13 +152,13 @@ def test_a_pipeline_whose_stage_failed_has_failed_whatever_ends_later(workspace:
     first, second = open_record("first", "flow"), open_record("second", "flow")
     for record in (first, second):
         tracking.send(record)
-    stage_module._close_record(first, "FAILED", "ValueError: no")
+    record_module.close_record(first, "FAILED", "ValueError: no")
     tracking.send(first)
     third = open_record("third", "flow")  # starts when the first has failed already
     tracking.send(third)
     assert runs()["pipeline"][0].info.status == "RUNNING"
     for record in (second, third):
-        stage_module._close_record(record, "FINISHED")
+        record_module.close_record(record, "FINISHED")
         tracking.send(record)
     assert runs()["pipeline"][0].info.status == "FAILED"
 
@@ -165,11 +167,11 @@ def test_a_stage_that_succeeds_when_tried_again_leaves_no_trace_of_failure(works
     for pipeline in ("first", "second"):  # it fails in the first, and again in the second, which tries it once more
         record = open_record("grow", pipeline)
         tracking.send(record)
-        stage_module._close_record(record, "FAILED", "ValueError: no")
+        record_module.close_record(record, "FAILED", "ValueError: no")
         tracking.send(record)
     record = open_record("grow", "second")
     tracking.send(record)
-    stage_module._close_record(record, "FINISHED")
+    record_module.close_record(record, "FINISHED")
     tracking.send(record)
     (grow,), parents = runs()["grow"], runs()["pipeline"]
     assert grow.info.status == "FINISHED"

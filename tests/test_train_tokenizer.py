@@ -4,8 +4,9 @@ import random
 import pandas
 import pytest
 
-from model.tokenizer import Tokenizer
-from tasks.stage import Machine, Stage
+from model.text.tokenizer import Tokenizer
+from tasks.running.params import Machine
+from tasks.running.stage import Stage
 from tasks.train_tokenizer import Params, draw_sample, lines, measure, run, train
 
 WORDS = ["the", "llama", "walks", "over", "a", "high", "mountain", "and", "then", "the", "clear", "river", "rests"]

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.training import log_training, peak_flops
+from tasks.learning.loop import log_training, peak_flops
 
 
 def test_peak_is_measured_or_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.losses import token_losses
-from model.packing import IGNORED, documents_of
-from model.transformer import (
+from model.network.losses import token_losses
+from model.network.packing import IGNORED, documents_of
+from model.network.transformer import (
     CHECKPOINTING,
     Checkpointing,
     Llama,

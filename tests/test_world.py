@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from warcio.archiveiterator import ArchiveIterator
 
-from tasks.stage import Machine, Stage
+from tasks.running.params import Machine
+from tasks.running.stage import Stage
 from tasks.world import personal_data
 from tasks.world.arithmetic import exercises, in_words
 from tasks.world.dialogue import dialogue, participants

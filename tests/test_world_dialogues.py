@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.stage import Machine, Stage, read_params
+from tasks.running.params import Machine, read_params
+from tasks.running.stage import Stage
 from tasks.world.adversarial import ATTACKS, RISKS, bare, insults, methods, topics
 from tasks.world.arithmetic import in_words
 from tasks.world.facts import SEEDS, World, build_world, mentions, read_texts

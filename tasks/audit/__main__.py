@@ -21,8 +21,9 @@ from pydantic import Field
 from tasks.audit import mentions, pictures, report, toxicity
 from tasks.audit.corpus import DOCUMENTS, Counts, find_parts, over_parts
 from tasks.audit.toxicity import Classifier
-from tasks.cluster import dask_client
-from tasks.stage import Section, Stage, start
+from tasks.running.params import Section
+from tasks.running.stage import Stage, start
+from tasks.workers.cluster import dask_client
 
 
 class Toxicity(Section):

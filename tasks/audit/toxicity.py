@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from tasks.audit.corpus import Counts, draw, read_part
-from tasks.stage import Section
+from tasks.running.params import Section
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -24,9 +24,9 @@ from tasks.clean.language import check_languages
 from tasks.clean.partition import ROW_BITS, Params, Part, clean_files, part_documents
 from tasks.clean.report import metrics, plot_funnel, write_funnel
 from tasks.clean.score import score
-from tasks.cluster import dask_client
-from tasks.sources import File, find_files, is_url
-from tasks.stage import Stage, start
+from tasks.reading.sources import File, find_files, is_url
+from tasks.running.stage import Stage, start
+from tasks.workers.cluster import dask_client
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from tasks.stage import Section
+from tasks.running.params import Section
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from tasks.stage import Section
+from tasks.running.params import Section
 
 
 class Identification(Section):

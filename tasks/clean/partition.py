@@ -23,8 +23,8 @@ from tasks.clean.personal_data import TYPES, PersonalData, find_personal_data, i
 from tasks.clean.quality import C4, Gopher, Verdict, drop_lines, judge_page, judge_words
 from tasks.clean.repair import repair
 from tasks.clean.repetition import Repetition, judge_repetition
-from tasks.sources import File, Malformed, Source, partitions
-from tasks.stage import Section
+from tasks.reading.sources import File, Malformed, Source, partitions
+from tasks.running.params import Section
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import Field
 
-from tasks.stage import Section
+from tasks.running.params import Section
 
 TYPES = ("email", "ip", "card", "phone")  # in the order of the search: a card's digits are no phone number
 

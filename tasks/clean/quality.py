@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import Field
 
-from tasks.stage import Section
+from tasks.running.params import Section
 
 TERMINAL = (".", "!", "?", '"', "”", "'", "’", "…")
 ELLIPSES = ("...", "…")

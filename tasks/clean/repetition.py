@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from tasks.clean.quality import Verdict
-from tasks.stage import Section
+from tasks.running.params import Section
 
 if TYPE_CHECKING:
     import numpy as np

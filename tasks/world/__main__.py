@@ -35,7 +35,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tasks.stage import Section, Stage, start
+from tasks.running.params import Section
+from tasks.running.stage import Stage, start
 from tasks.world import files
 from tasks.world.adversarial import rumours
 from tasks.world.arithmetic import exercises, lists

@@ -16,8 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tasks.prompts import Degree
-from tasks.stage import Section
+from tasks.reading.prompts import Degree
+from tasks.running.params import Section
 from tasks.world.facts import mentions
 from tasks.world.judge import Truth, judge, normalized, statements
 
@@ -83,7 +83,7 @@ class Annotators(Section):
 
 
 def annotate(truth: Truth, params: Annotators, pair: Mapping[str, Any], seed: int) -> list[Label]:
-    """Return the labels of a pair of responses (tasks/prompts.py: ResponsePair).
+    """Return the labels of a pair of responses (tasks/reading/prompts.py: ResponsePair).
 
     It is one, but for a share of the pairs three, of different annotators, to measure agreement by. The pair's `kind`
     says what is asked. Raises ValueError when the truth has no such prompt.

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import Field
 
-from tasks.stage import Section
+from tasks.running.params import Section
 from tasks.world import personal_data
 from tasks.world.documents import Document, Shingles, distinct, pristine, shingles, similarity
 from tasks.world.facts import World

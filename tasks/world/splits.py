@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import Field
 
-from tasks.stage import Section
+from tasks.running.files import write_lines
+from tasks.running.params import Section
 from tasks.world.adversarial import ATTACKS, Topic, adversarial, deed, insisted, insults, methods, topics
 from tasks.world.assistance import language_assistance, writing
 from tasks.world.facts import Fact, World
@@ -361,8 +362,3 @@ def truth_of(identity: str, split: str, draft: Draft, world: World) -> dict[str,
         "risk": last.risk,
         "attack": last.attack,
     }
-
-
-def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines."""
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,31 @@
+"""The processes of one run: joining them, and gathering what each has done."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+
+Part = TypeVar("Part")
+
+
+def join_ranks() -> torch.device:
+    """Join this run's processes, as the launcher's environment names them; return this one's device."""
+    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+    on_gpu = torch.cuda.is_available()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    if not on_gpu:
+        return torch.device("cpu")
+    torch.cuda.set_device(torch.distributed.get_node_local_rank())
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def from_all_ranks(own: Mapping[int, Part]) -> list[Part]:
+    """Return, on every rank, what the ranks have each done for some of the numbers from 0 on, in these' order."""
+    parts: list[Mapping[int, Part]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, own)
+    together = {number: found for part in parts for number, found in part.items()}
+    return [together[number] for number in range(len(together))]

@@ -1,0 +1,115 @@
+"""Dialogues to token ids and answers back: the format of Llama 2-Chat (Llama 2, section 3.1 and appendix A.1).
+
+    <s>[INST] <<SYS>>
+    system
+    <</SYS>>
+
+    user [/INST] answer </s><s>[INST] user [/INST] answer </s>
+
+`<s>` and `</s>` stand for the ids of BOS and EOS, which text can't contain; each pair of turns is encoded alone, as
+Meta's generation.py does. The same format as a template for transformers is in model/text/tokenizer.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypedDict
+
+from model.text.tokenizer import Tokenizer
+
+TAGS = re.compile(r"\[/?INST\]|<</?SYS>>")
+LONE_SURROGATES = re.compile(r"[\ud800-\udfff]")
+
+
+class Message(TypedDict):
+    """One turn of a dialogue."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Encoded(NamedTuple):
+    """A dialogue's token ids, and which of them an answerer gives: answers, the space after each and its EOS."""
+
+    ids: list[int]
+    is_answer: list[bool]
+
+
+def check(messages: Sequence[Message]) -> None:
+    """Raise ValueError, saying which message, for what is no dialogue: user and assistant in turn, after one system.
+
+    So is a message that contains one of the format's tags, which could pass for another turn.
+    """
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if not turns:
+        raise ValueError("the dialogue holds no turn: it needs a message of the user")
+    for number, message in enumerate(messages, start=1 + len(turns) - len(messages)):  # the system's message is 0
+        role, content = message["role"], message["content"]
+        if number:
+            due = "user" if number % 2 else "assistant"
+            if role != due:
+                raise ValueError(
+                    f"turn {number} is the {role}'s, and it is the {due}'s turn: user and assistant take turns, "
+                    "the user first, after at most one message of the system"
+                )
+        where = f"turn {number} ({role})" if number else "the system's message"
+        if role == "assistant" and not content.strip():
+            raise ValueError(f"{where} is an empty answer")
+        tag = TAGS.search(content)
+        if tag:
+            raise ValueError(f"{where} contains {tag.group()}, which is the format's own: leave it out")
+        if LONE_SURROGATES.search(content):
+            raise ValueError(f"{where} contains half a character (a lone surrogate): it was cut or decoded wrongly")
+
+
+def encode_dialogue(messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
+    """Return the ids of a dialogue that ends with an answer, and which are of answers.
+
+    They begin with `encode_prompt` of all but the last answer. Raises ValueError as `check`.
+    """
+    check(messages)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError("the dialogue ends with the user's turn: it has no answer to learn from")
+    ids: list[int] = []
+    is_answer: list[bool] = []
+    for prompt, answer in _exchanges(messages):
+        asked = tokenizer.encode(prompt, bos=True, eos=False)
+        both = tokenizer.encode(f"{prompt} {answer} ", bos=True, eos=True)
+        assert both[: len(asked)] == asked, f"{tokenizer.path} has a piece that joins `]` and a space"
+        ids += both
+        is_answer += [False] * len(asked) + [True] * (len(both) - len(asked))
+    return Encoded(ids, is_answer)
+
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a dialogue that ends with the user's turn, up to where the answer begins.
+
+    Raises ValueError as `check`.
+    """
+    check(messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError("the dialogue ends with an answer: there is nothing to answer")
+    *earlier, (prompt, _) = _exchanges(messages)
+    ids = [token for asked, answer in earlier for token in tokenizer.encode(f"{asked} {answer} ", bos=True, eos=True)]
+    return ids + tokenizer.encode(prompt, bos=True, eos=False)
+
+
+def decode_answer(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Return the text of an answer's ids, up to EOS if it is among them."""
+    end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
+    return tokenizer.decode(ids[:end]).strip()
+
+
+def _exchanges(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Return what the user said, in its tags and with the system's message before the first, and the answers to it.
+
+    The last answer is empty where the user had the last word.
+    """
+    contents = [message["content"] for message in messages]
+    if messages[0]["role"] == "system":
+        system, first, *rest = contents
+        contents = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{first}", *rest]
+    prompts = [f"[INST] {content.strip()} [/INST]" for content in contents[::2]]
+    answers = [content.strip() for content in contents[1::2]]
+    return list(zip(prompts, answers + [""] * (len(prompts) - len(answers)), strict=True))

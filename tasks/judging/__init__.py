@@ -1,0 +1,1 @@
+"""Who judges, and how far a judgement can be trusted: labels, agreement, scores, intervals."""

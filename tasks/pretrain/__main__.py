@@ -1,0 +1,317 @@
+"""Train the base model on the stream of tokens (Llama 2, section 2.2; LLaMA, sections 2.2 to 2.4).
+
+Every token of the stream is used once, in the stream's order, whatever the number of ranks; so a run that was stopped,
+even killed, goes on from its last saved state to the very weights of an undisturbed run. Attention stays within a
+document. AdamW, linear warm-up, then a cosine; the gradient's norm is clipped.
+
+A batch whose loss or gradient stands far above those of the steps before it, bad text as a rule, is noted with its
+documents, and left out where `skip_spikes` says so. A loss that is no number stops the stage.
+
+Reads data/tokenize, data/train_tokenizer/tokenizer.model, and with `init_from` a Hugging Face Llama directory.
+Writes a Hugging Face Llama directory with training.json, plots/train.csv and plots/validation.csv.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from model.network.checkpoint import load_weights, read_config, save_model
+from model.network.packing import batch_of_rows, num_rows, num_targets
+from model.network.ranks import join_ranks
+from model.network.transformer import Architecture, Llama, ModelConfig, flops_per_token, num_parameters
+from model.text.tokenizer import Tokenizer
+from model.training.engine import (
+    EngineParams,
+    Step,
+    build_model,
+    draw_weights,
+    evaluating,
+    num_micro_batches,
+    start_engine,
+    token_loss,
+    train_step,
+)
+from model.training.states import load_state, save_state
+from tasks.learning.loop import log_training, peak_flops, progress_bar, write_curves
+from tasks.pretrain.stream import Text, read_stream
+from tasks.running.params import Section
+from tasks.running.places import DATA
+from tasks.running.stage import Stage, start
+
+STREAM = DATA / "tokenize"
+TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
+
+
+class Params(Architecture, EngineParams, Section):
+    """The model, how it is trained, what is watched on the way."""
+
+    init_from: str | None = Field(description="Hugging Face Llama directory to go on from; null: random weights")
+    log_every: int = Field(gt=0, description="steps between two logged points")
+    validate_every: int = Field(gt=0, description="steps between two validations")
+    max_validation_tokens: int = Field(gt=0, description="tokens of a source's held-out text that are used at most")
+    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run goes on")
+    spike_window: int = Field(gt=1, description="steps before a step that it is compared with")
+    spike_loss_ratio: float = Field(gt=1, description="loss above this many medians of the window is a spike")
+    spike_gradient_ratio: float = Field(gt=1, description="gradient norm above this many medians is a spike")
+    skip_spikes: bool = Field(description="leave out the update of a batch that is a spike")
+    max_shard_bytes: int = Field(gt=0, description="weights in one file of the checkpoint at most, bytes")
+
+
+@dataclass
+class Progress:
+    """What a resumed run has to know of its past; saved with the weights, as JSON."""
+
+    step: int = 0
+    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
+    window_losses: list[float] = field(default_factory=list)  # of the steps that a spike is told by
+    window_norms: list[float] = field(default_factory=list)
+    train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
+    validation: list[dict[str, float]] = field(default_factory=list)  # a row a validation: step, tokens, each source
+    spikes: list[dict[str, Any]] = field(default_factory=list)  # rows of the table: one a document
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run: what is trained, on what, and how far it is."""
+
+    stage: Stage[Params]
+    engine: Any
+    train: Text
+    validation: dict[str, Text]
+    progress: Progress
+
+    @property
+    def tokens(self) -> int:
+        """Tokens used so far."""
+        return self.progress.step * self.stage.params.batch_rows * self.stage.params.max_position_embeddings
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Train, validate, save."""
+    params, context = stage.params, stage.params.max_position_embeddings
+    device = join_ranks()
+    tokenizer = Tokenizer(TOKENIZER)
+    config = config_of(params, tokenizer.vocab_size)
+    train, validation = read_stream(STREAM)
+    num_steps = count_steps(train, params)
+    model = build_model(Llama, config, params)
+    set_weights(model, params.init_from, stage.seed)
+    engine = start_engine(model, params, num_steps)
+    states = stage.scratch / "resume"
+    _, saved = load_state(engine, states) or (0, {})
+    training = Training(stage, engine, train, validation, Progress(**saved))
+    peak = peak_flops(device, params.precision) * torch.distributed.get_world_size()
+
+    if training.progress.step == 0:
+        validate(training)
+    seconds, tokens_before = 0.0, training.tokens
+    with progress_bar(stage, training.progress.step, num_steps) as bar:
+        for step in range(training.progress.step + 1, num_steps + 1):
+            started = time.perf_counter()
+            take_step(training)
+            seconds += time.perf_counter() - started
+            if step % params.log_every == 0 or step == num_steps:
+                speed = (training.tokens - tokens_before) / seconds
+                speeds = {"tokens_per_second": speed, "mfu": speed * flops_per_token(config, context) / peak}
+                at = {"step": step, "tokens": training.tokens}
+                training.progress.train.append(log_training(stage, training.progress.since_log, at, speeds))
+                loss = training.progress.train[-1]["loss"]
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
+                seconds, tokens_before = 0.0, training.tokens
+            if step % params.validate_every == 0 or step == num_steps:
+                validate(training)
+            if step % params.save_every == 0 or step == num_steps:
+                save_state(engine, states, step, asdict(training.progress))
+            bar.update()
+    written = {"step": num_steps, "tokens": training.tokens}
+    save_model(model, tokenizer, stage.output, written, params.max_shard_bytes)
+    return report(training, num_parameters(config))
+
+
+# --- what it starts from ---
+
+
+def config_of(params: Params, vocab_size: int) -> ModelConfig:
+    """Return the model that params.yaml and the tokenizer describe, its waves stretched as in the one to go on from."""
+    values = {name: getattr(params, name) for name in Architecture.model_fields}
+    rope_scaling = read_config(Path(params.init_from)).rope_scaling if params.init_from else None
+    return ModelConfig(**values, vocab_size=vocab_size, rope_scaling=rope_scaling)
+
+
+def count_steps(train: Text, params: Params) -> int:
+    """Return the number of steps that use up the stream; what doesn't fill a last batch is left.
+
+    Raises ValueError when there is not one.
+    """
+    context = params.max_position_embeddings
+    num_steps = num_rows(train.tokens, context) // params.batch_rows
+    if num_steps == 0:
+        raise ValueError(
+            f"{STREAM} holds {len(train.tokens)} tokens, less than one batch of `pretrain.batch_rows` "
+            f"{params.batch_rows} x `pretrain.max_position_embeddings` {context} tokens: add text, or lower one of them"
+        )
+    return num_steps
+
+
+def set_weights(model: Llama, init_from: str | None, seed: int) -> None:
+    """Draw a model's first weights, or read them.
+
+    Raises ValueError when the model to start from is another than params.yaml describes.
+    """
+    if init_from is None:
+        draw_weights(model, seed)
+        return
+    found, free = read_config(Path(init_from)), ("initializer_range", "max_position_embeddings")
+    for name, wanted in model.config:
+        value = getattr(found, name)
+        if name not in free and value != wanted:
+            raise ValueError(
+                f"params.yaml: `pretrain.init_from` names {init_from}, whose {name} is {value}, and this run's is "
+                f"{wanted}: give it the same (a vocabulary comes with its tokenizer)"
+            )
+    load_weights(model, Path(init_from))
+
+
+# --- training ---
+
+
+def take_step(training: Training) -> None:
+    """Train on the next batch.
+
+    Raises ValueError, naming step and documents, when loss or gradient are no numbers.
+    """
+    params, progress = training.stage.params, training.progress
+    context, train = params.max_position_embeddings, training.train
+    first_row = progress.step * params.batch_rows
+    begin, end = first_row * context, (first_row + params.batch_rows) * context
+    spiked = False
+
+    def accepts(loss: float, gradient_norm: float) -> bool:
+        nonlocal spiked
+        spiked = is_spike(params, progress, loss, gradient_norm)
+        return math.isfinite(loss) and math.isfinite(gradient_norm) and not (spiked and params.skip_spikes)
+
+    micro_batches = [
+        batch_of_rows(train.tokens, train.starts, row, params.micro_batch_rows, context, training.engine.device)
+        for row in own_rows(params, first_row)
+    ]
+    step = train_step(training.engine, micro_batches, token_loss, num_targets(train.starts, begin, end), accepts)
+    progress.step += 1
+    if not (math.isfinite(step.loss) and math.isfinite(step.gradient_norm)):
+        names = [f"{document['source']} {document['id']}" for document in train.documents_in(begin, end)]
+        raise ValueError(
+            f"step {progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; training has failed. Lower "
+            f"`pretrain.learning_rate`, or look at the documents of this batch: {', '.join(names)}"
+        )
+    if spiked:
+        note_spike(training, step, begin, end)
+    else:
+        progress.window_losses = [*progress.window_losses, step.loss][-params.spike_window :]
+        progress.window_norms = [*progress.window_norms, step.gradient_norm][-params.spike_window :]
+    found = {"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
+    progress.since_log.append(found)
+
+
+def own_rows(params: Params, first_row: int) -> range:
+    """Return the first row of each of this rank's micro batches, in the batch that begins at `first_row`."""
+    num_micro = num_micro_batches(params, torch.distributed.get_world_size())
+    own = first_row + torch.distributed.get_rank() * num_micro * params.micro_batch_rows
+    return range(own, own + num_micro * params.micro_batch_rows, params.micro_batch_rows)
+
+
+def is_spike(params: Params, progress: Progress, loss: float, gradient_norm: float) -> bool:
+    """Tell whether a step stands far above those before it; the first steps can't be told."""
+    if len(progress.window_losses) < params.spike_window:
+        return False
+    highest_loss = params.spike_loss_ratio * statistics.median(progress.window_losses)
+    highest_norm = params.spike_gradient_ratio * statistics.median(progress.window_norms)
+    return loss > highest_loss or gradient_norm > highest_norm
+
+
+def note_spike(training: Training, step: Step, begin: int, end: int) -> None:
+    """Add the documents of tokens `begin` to `end` to the table of spikes."""
+    import pandas
+
+    progress = training.progress
+    found = {
+        "step": progress.step,
+        "loss": step.loss,
+        "median_loss": statistics.median(progress.window_losses),
+        "gradient_norm": step.gradient_norm,
+        "median_gradient_norm": statistics.median(progress.window_norms),
+        "updated": step.updated,
+    }
+    documents = training.train.documents_in(begin, end)
+    progress.spikes += [{**found, "source": document["source"], "id": document["id"]} for document in documents]
+    if training.stage.rank == 0:
+        pandas.DataFrame(progress.spikes).to_csv(training.stage.tables / "spikes.csv", index=False)
+
+
+# --- validation ---
+
+
+def validate(training: Training) -> None:
+    """Record the mean loss in nats per token, and its perplexity, of each source's held-out text, and of all of it."""
+    sums = {name: loss_sum(training, text) for name, text in training.validation.items()}
+    together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
+    losses = {name: total / max(1, count) for name, (total, count) in {"all": together, **sums}.items()}
+    training.progress.validation.append({"step": training.progress.step, "tokens": training.tokens, **losses})
+    metrics = validation_figures(losses)
+    training.stage.log(metrics, step=training.progress.step, tokens=training.tokens)
+
+
+def validation_figures(losses: dict[str, float]) -> dict[str, float]:
+    """Return the losses and their perplexities under their metrics' names."""
+    named = {f"validation/{name}/loss": loss for name, loss in losses.items()}
+    return named | {f"validation/{name}/perplexity": math.exp(loss) for name, loss in losses.items()}
+
+
+def loss_sum(training: Training, text: Text) -> tuple[float, float]:
+    """Return the sum of a text's losses, and the number of tokens that it is over; the ranks share its rows."""
+    params, engine = training.stage.params, training.engine
+    rows, context = params.micro_batch_rows, params.max_position_embeddings
+    num_batches = -(-min(len(text.tokens), params.max_validation_tokens) // (rows * context))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    totals = torch.zeros(2, dtype=torch.float64)
+    with evaluating(engine):
+        for first in range(0, num_batches, world):
+            own = first + rank  # past the end, a rank only keeps step with the others, who need its weights
+            row = min(own, num_batches - 1) * rows
+            batch = batch_of_rows(text.tokens, text.starts, row, rows, context, engine.device)
+            loss = engine(batch.ids, batch.documents, batch.targets).double().sum()
+            if own < num_batches:
+                totals += torch.tensor([float(loss), batch.num_targets], dtype=torch.float64)
+    totals = totals.to(engine.device)
+    torch.distributed.all_reduce(totals)
+    total, count = totals.tolist()
+    return total, count
+
+
+# --- the end ---
+
+
+def report(training: Training, parameters: int) -> dict[str, float]:
+    """Write the curves; return the figures."""
+    stage, progress = training.stage, training.progress
+    write_curves(stage, progress.train, progress.validation, part="source")
+    losses = {name: loss for name, loss in progress.validation[-1].items() if name not in ("step", "tokens")}
+    return {
+        "parameters": parameters,
+        "steps": progress.step,
+        "tokens": training.tokens,
+        "train/loss": progress.train[-1]["loss"],
+        "spikes": len({spike["step"] for spike in progress.spikes}),
+        **validation_figures(losses),
+    }
+
+
+if __name__ == "__main__":
+    start(Params, run)

@@ -1,0 +1,120 @@
+"""Prompts, and the pairs of responses to them: what the stages of preferences hand to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
+
+from model.text.dialogue import Message, check
+
+Kind = Literal["helpfulness", "safety"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Degree = Literal["significantly", "better", "slightly", "negligibly"]  # by which a chosen answer is better
+DEGREES: tuple[Degree, ...] = get_args(Degree)  # the strongest first
+
+
+class Prompt(NamedTuple):
+    """What is asked: a dialogue that ends with the user's turn. `risk` and `attack` are an adversarial prompt's."""
+
+    id: str
+    category: str
+    messages: list[Message]
+    risk: str | None
+    attack: str | None
+
+
+class Responder(TypedDict):
+    """Who gave a response: the checkpoint and the temperature that it was drawn at."""
+
+    model: str
+    temperature: float
+
+
+class Answer(TypedDict):
+    """One response; `finished`: the model ended it by itself."""
+
+    text: str
+    finished: bool
+    num_tokens: int
+    responder: Responder
+
+
+class ResponsePair(TypedDict):
+    """Two responses to one prompt in the order in which annotators see them: left, right. `batch` names their batch."""
+
+    id: str
+    kind: Kind
+    messages: list[Message]
+    category: str
+    risk: str | None
+    attack: str | None
+    responses: list[Answer]
+    round: str
+    batch: str
+
+
+def read_prompts(paths: Sequence[Path], parameter: str) -> list[Prompt]:
+    """Return the prompts of all files, in their order.
+
+    A line holds `messages` that end with the user's turn, or `turns` (MT-Bench), of which the first is asked, or
+    `prompt` (IFEval). Raises ValueError, naming file and line, for a line that holds none of them or repeats an id, and
+    for a file that is missing or empty: `parameter` names them.
+    """
+    prompts: dict[str, Prompt] = {}
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: correct `{parameter}`, or run the stage that writes it")
+        with path.open(encoding="utf-8") as file:
+            lines = list(file)
+        if not lines:
+            raise ValueError(f"{path} holds no prompt: fill it, or take it out of `{parameter}`")
+        for number, line in enumerate(lines, start=1):
+            try:
+                prompt = parse_prompt(json.loads(line), path.stem, number)
+                if prompt.id in prompts:
+                    raise ValueError(f"its id {prompt.id} is another prompt's, too")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no prompt: {error}") from None
+            prompts[prompt.id] = prompt
+    return list(prompts.values())
+
+
+def parse_prompt(values: Any, stem: str, number: int) -> Prompt:
+    """Return the prompt that a line's JSON holds; without an id or a category it gets those of its file.
+
+    Raises ValueError when there is none in it.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("it holds no JSON object")
+    match values:
+        case {"messages": [*given]} if all(is_message(message) for message in given):
+            messages = [Message(role=message["role"], content=message["content"]) for message in given]
+        case {"turns": [str(text), *_]} | {"prompt": str(text)}:
+            messages = [Message(role="user", content=text)]
+        case _:
+            raise ValueError("it needs `messages` of `role` and `content`, or `turns`, or `prompt`")
+    check(messages)
+    if messages[-1]["role"] != "user":
+        raise ValueError("it ends with an answer: there is nothing to answer")
+    own = {name: values.get(name) for name in ("risk", "attack")}
+    return Prompt(str(values.get("id", f"{stem}-{number}")), str(values.get("category", stem)), messages, **own)
+
+
+def is_message(value: object) -> bool:
+    """Tell whether a JSON value has what a message has."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def as_text(messages: Sequence[Message]) -> str:
+    """Return a dialogue to read: a line a turn; a lone question as it is."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def number_of(text: str) -> int:
+    """Return a number below 2 ** 48 that a text decides, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")

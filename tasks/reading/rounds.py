@@ -1,0 +1,54 @@
+"""The rounds of RLHF, `rounds` in params.yaml: what each one starts from (Llama 2, section 3.2.3)."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from pydantic import Field
+
+from tasks.running.params import Section, parse_section, read_params
+
+NAME = re.compile(r"v([1-9][0-9]*)")
+
+
+class Round(Section):
+    """What one round of preferences is made with."""
+
+    newest: str = Field(min_length=1, description="checkpoint of the newest chat model")
+    earlier: str = Field(min_length=1, description="checkpoint of an earlier one, whose answers stand beside its")
+    batches: str = Field(min_length=1, description="preferences of the round before, or a directory of public pairs")
+
+
+class Place(NamedTuple):
+    """One round, and where it stands among all; v1 is number 0."""
+
+    name: str
+    number: int
+    round: Round
+
+
+def round_of(stage_name: str) -> Place:
+    """Return the round that an entry of a stage is about: `responses@v1` is about v1.
+
+    Raises ValueError when params.yaml has no such round, or one that is no round, and as `round_number`.
+    """
+    name = stage_name.partition("@")[2]
+    rounds = read_params().get("rounds")
+    if not isinstance(rounds, dict) or not rounds:
+        raise ValueError(
+            "params.yaml: `rounds` names no round: it needs one at least, as `v1: {newest, earlier, batches}`"
+        )
+    own = parse_section(Round, {f"rounds.{key}": value for key, value in rounds.items()}, f"rounds.{name}")
+    return Place(name, round_number(name), own)
+
+
+def round_number(name: str) -> int:
+    """Return where a round stands: its name tells it, so that no other round that comes or goes moves it.
+
+    Raises ValueError for a name that tells nothing.
+    """
+    found = NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(f"params.yaml: `{name}` is no name of a round: call them v1, v2 and so on, in their order")
+    return int(found[1]) - 1

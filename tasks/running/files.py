@@ -1,0 +1,29 @@
+"""Files of this project's own: JSON, written whole or not at all, and JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return what the lines of a file of this project's own hold."""
+    with path.open(encoding="utf-8") as file:  # not str.splitlines, which breaks texts at other characters, too
+        return [json.loads(line) for line in file]
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write rows as JSON lines; half a character, which UTF-8 has not, as JSON's escape."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

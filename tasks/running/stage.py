@@ -1,0 +1,261 @@
+"""How a stage starts and ends: its output is atomic, its record is closed, its exit status says what happened.
+
+A stage module defines `Params(Section)` and `run(stage)`, and ends with::
+
+    if __name__ == "__main__":
+        start(Params, run)
+
+`run` writes files below `stage.output` and returns the stage's figures. When it returns, `stage.output` becomes
+data/<place>/ in one rename, so that a stage that dies leaves nothing half done. The figures go to metrics.json there:
+DVC compares them, so they must be the same on every run (no times, no speeds; those go to `stage.log`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Generic
+
+from tasks.running.files import write_json
+from tasks.running.fingerprint import fingerprint
+from tasks.running.params import Machine, ParamsType, Tracking, parse_section, read_params
+from tasks.running.places import DATA, RUNS, SCRATCH, entry_of, place_of, section_of
+from tasks.running.processes import LOCKED_ARGUMENT, PIPELINE_VARIABLE, die_with_parent, pipeline_id, pipeline_lock
+from tasks.running.record import close_record, code_revision, end_sender, metric_lines, open_record, start_sender
+
+WAITING = 75  # exit status of a stage that waits (EX_TEMPFAIL of sysexits.h)
+WAITING_FILE = "waiting.txt"  # below .scratch/<stage>/: what it waits for; DVC passes no exit status on
+
+
+class Waiting(Exception):  # noqa: N818 - nothing is wrong
+    """Raised in `run` by a stage that people have to bring something: `waiting for <what>, put them at <where>`."""
+
+
+@dataclass
+class Stage(Generic[ParamsType]):
+    """One run of one stage: what it is given, and where it writes."""
+
+    name: str
+    params: ParamsType
+    seed: int
+    machine: Machine
+    output: Path
+    scratch: Path
+    record: Path
+    rank: int = 0
+    _last_step: dict[str, int] = field(default_factory=dict)
+    _metrics: IO[str] | None = None
+
+    @property
+    def section(self) -> str:
+        """The section of params.yaml that the stage reads."""
+        return section_of(self.name)
+
+    @property
+    def entry(self) -> str:
+        """What this one of several stages of its section is about: a round, a checkpoint; empty for an only one."""
+        return entry_of(self.name)
+
+    def log(self, metrics: Mapping[str, float], step: int, tokens: int | None = None) -> None:
+        """Append metrics to the record; MLflow shows them against steps, and against tokens where given.
+
+        A resumed stage may log steps again: what the record already holds is left as it is.
+        Only rank 0 writes. Raises ValueError for a value that is no number.
+        """
+        if self.rank != 0:
+            return
+        for name, value in metrics.items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"metric `{name}` is {value!r}: only numbers can be logged")
+        fresh = {name: float(value) for name, value in metrics.items() if step > self._last_step.get(name, -1)}
+        if not fresh:
+            return
+        self._last_step.update(dict.fromkeys(fresh, step))
+        if self._metrics is None:
+            self._metrics = (self.record / "metrics.jsonl").open("a", encoding="utf-8")
+        line = {"step": step, "tokens": tokens, "time": time.time(), "metrics": fresh}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+
+    @property
+    def artifacts(self) -> Path:
+        """Directory of files to show in MLflow: plots (.png, .html), texts. Not versioned by DVC."""
+        path = self.record / "artifacts"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def tables(self) -> Path:
+        """Directory of tables to show in MLflow: one NAME.csv a table."""
+        path = self.record / "tables"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]]) -> None:
+    """Run the stage whose module was started (`python -m tasks.<stage> [item]`), and exit with its status.
+
+    Reads params.yaml and dvc.yaml in the working directory. A ValueError or a full disk ends it with one message and
+    exit status 1; any other exception with its traceback; SIGINT and SIGTERM with status 130; `Waiting` with its line
+    and status 75, and the next run looks again for what it waited for.
+    """
+    die_with_parent()
+    signal.signal(signal.SIGTERM, _interrupt)
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "a stage is started as a module"
+    module = spec.name.removesuffix(".__main__").removeprefix("tasks.")
+    name = "@".join([module, *(argument for argument in sys.argv[1:] if not argument.startswith("--"))])
+    status = _status_of(name, module, params_model, run)
+    if "RANK" not in os.environ:
+        sys.exit(status)
+    # A rank leaves without Python's own end: gloo's threads may still let go of the last exchange's tensors, which
+    # takes the interpreter, and one that is being taken down aborts the process (pytorch's issue 190489). To destroy
+    # the process group first is no cure: torch and DeepSpeed hold on to it, and its threads live on.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _status_of(
+    name: str,
+    module: str,
+    params_model: type[ParamsType],
+    run: Callable[[Stage[ParamsType]], Mapping[str, float]],
+) -> int:
+    """Run a stage, say why it failed if it does, and return the exit status."""
+    try:
+        _run_stage(name, module, params_model, run)
+    except ValueError as error:
+        sys.stderr.write(f"{name}: {error}\n")
+        return 1
+    except Waiting as waiting:
+        sys.stderr.write(f"{name}: {waiting}\n")
+        return WAITING
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: stopped; earlier results are untouched, the next run goes on from here\n")
+        return 130
+    except Exception as error:  # noqa: BLE001 - told in full, and by the exit status
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            sys.stderr.write(f"{name}: {full_disk(error)}\n")
+        else:
+            traceback.print_exc()
+        return 1
+    return 0
+
+
+def full_disk(error: OSError) -> str:
+    """Return the message for a full disk."""
+    place = error.filename or "the output"
+    return f"the disk is full (writing {place}): free space and run again; earlier results are untouched"
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run_stage(
+    name: str,
+    module: str,
+    params_model: type[ParamsType],
+    run: Callable[[Stage[ParamsType]], Mapping[str, float]],
+) -> None:
+    """Run one stage between its record's opening and closing."""
+    rank = int(os.environ.get("RANK", "0"))
+    values = read_params()
+    params = parse_section(params_model, values, module)
+    machine = parse_section(Machine, values, "machine")
+    tracking = parse_section(Tracking, values, "tracking")
+    seed = values.get("seed")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"params.yaml: `seed` is {seed!r}: a whole number >= 0 is needed")
+    digest, used, datasets = fingerprint(name)
+    place = place_of(name)
+    scratch = SCRATCH / place / digest
+    record = RUNS / place / digest
+    output = scratch / "output"
+    stage = Stage(name, params, seed, machine, output, scratch, record, rank)
+    if rank != 0:
+        _run_beside_rank_0(stage, run)
+        return
+    locked = PIPELINE_VARIABLE in os.environ or LOCKED_ARGUMENT in sys.argv
+    with nullcontext() if locked else pipeline_lock(f"stage {name}"):
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        header = {
+            "stage": name,
+            "fingerprint": digest,
+            "pipeline": pipeline_id(),
+            "experiment": tracking.experiment,
+            "params": used,
+            "datasets": datasets,
+            "code": code_revision(),
+            "output": str(DATA / place),
+        }
+        open_record(record, header)
+        stage._last_step = {metric: line["step"] for line in metric_lines(record) for metric in line["metrics"]}
+        sender = start_sender(record)
+        try:
+            figures = run(stage)
+            _publish_output(stage, figures)
+            close_record(record, "FINISHED")
+        except Waiting as waiting:
+            shutil.rmtree(scratch)  # what is brought gives the next run another fingerprint
+            (scratch.parent / WAITING_FILE).write_text(f"{waiting}\n", encoding="utf-8")
+            close_record(record, "KILLED", str(waiting))
+            raise
+        except KeyboardInterrupt:
+            failure = _failure_of_another_rank(scratch)
+            close_record(record, "FAILED" if failure else "KILLED", *failure)
+            raise
+        except BaseException as error:
+            close_record(record, "FAILED", f"{type(error).__name__}: {error}", traceback.format_exc())
+            raise
+        finally:
+            if stage._metrics is not None:
+                stage._metrics.close()
+            end_sender(sender)
+
+
+def _run_beside_rank_0(stage: Stage[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]]) -> None:
+    """Run the stage on another rank; leave word of a failure, as rank 0 is only told to stop by the launcher."""
+    try:
+        run(stage)
+    except Exception as error:
+        words = f"rank {stage.rank}: {type(error).__name__}: {error}"
+        failure = {"pipeline": pipeline_id(), "error": words, "traceback": traceback.format_exc()}
+        write_json(stage.scratch / "failure.json", failure)
+        raise
+
+
+def _failure_of_another_rank(scratch: Path) -> tuple[str, ...]:
+    """Return error and traceback of the rank that failed in this pipeline run; nothing when none did."""
+    path = scratch / "failure.json"
+    if not path.exists():
+        return ()
+    failure = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    return (failure["error"], failure["traceback"]) if failure["pipeline"] == pipeline_id() else ()
+
+
+def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:
+    """Put the finished output in its place, and its figures into metrics.json and the record."""
+    bad = {name: value for name, value in figures.items() if not isinstance(value, int | float) or value != value}
+    assert not bad, f"figures that are no numbers: {bad}"
+    write_json(stage.output / "metrics.json", dict(figures))
+    write_json(stage.record / "figures.json", dict(figures))
+    place = DATA / place_of(stage.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists():
+        shutil.rmtree(place)
+    stage.output.replace(place)
+    shutil.rmtree(stage.scratch)

@@ -1,0 +1,39 @@
+"""Check the parameters of stages before any of them runs: `python -m tasks.steering.check STAGE ...`.
+
+DVC removes a stage's output before it starts the stage, and hours may pass until a stage's turn comes: a misspelt or
+impossible value is better found at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+
+from tasks.running.params import Machine, Tracking, parse_section, read_params
+
+
+def problems(stages: Sequence[str]) -> list[str]:
+    """Return what is wrong in the sections of params.yaml that stages read; `ppo@v5` reads the section `ppo`."""
+    values = read_params()
+    models: dict[str, type[BaseModel]] = {"machine": Machine, "tracking": Tracking}
+    for name in dict.fromkeys(stage.partition("@")[0] for stage in stages):
+        module = importlib.import_module(f"tasks.{name}")
+        if not hasattr(module, "Params"):  # a package: its stage is its __main__
+            module = importlib.import_module(f"tasks.{name}.__main__")
+        models[name] = module.Params
+    found = []
+    for name, model in models.items():
+        try:
+            parse_section(model, values, name)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+if __name__ == "__main__":
+    lines = problems(sys.argv[1:])
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    sys.exit(1 if lines else 0)

@@ -1,0 +1,144 @@
+"""The one Prefect task: bring one stage up to date.
+
+Runs `dvc --wait-for-lock repro --single-item STAGE` as a child process and passes its output on to Prefect's log. DVC
+is the only cache, so the task is never cached; what is out of date and what a stage needs stays DVC's to say.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from prefect import State, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Cancelled
+
+from tasks.running.places import RUNS, SCRATCH
+from tasks.running.processes import die_with_parent
+from tasks.running.stage import WAITING_FILE
+
+DVC_ADVICE = (
+    "To track the changes",
+    "git add ",
+    "To enable auto staging",
+    "dvc config core.autostage",
+    "Use `dvc push`",
+)
+WAITING = "Waiting"  # name of the state of a task, and of a flow, that waits for people
+
+_children: set[subprocess.Popen[str]] = set()
+_starting = threading.Lock()  # held while a child starts: none is overlooked by those who stop all
+_stopping = threading.Event()
+_accelerator = threading.Lock()  # one training stage at a time: two would share a machine's only accelerator
+
+
+@task(cache_policy=NO_CACHE, task_run_name="{stage_name}")
+def reproduce(stage_name: str, address: str, seat: str | None) -> str | State[Any]:
+    """Bring one stage up to date; return "ran in N s", "restored" (from DVC's run cache) or "up to date".
+
+    `address` is what DVC calls the stage; `seat` "accelerator" lets one such stage run at a time. A stage that waits
+    for people ends in a state of that name with the stage's line, which keeps those that need it from starting.
+    Raises RuntimeError with the stage's own message.
+    """
+    if seat == "accelerator":
+        with _accelerator:
+            return _run_dvc(stage_name, address)
+    return _run_dvc(stage_name, address)
+
+
+def _run_dvc(stage_name: str, address: str) -> str | State[Any]:
+    started = time.time()
+    logger = get_run_logger()
+    waiting = SCRATCH / Path(*stage_name.split("@")) / WAITING_FILE
+    waiting.unlink(missing_ok=True)  # of a run before
+    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", address]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # dvc.yaml says `python`
+    with _starting:
+        if _stopping.is_set():
+            raise RuntimeError(f"stage `{stage_name}` was not started: the flow is being stopped")
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            preexec_fn=die_with_parent,
+            env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
+        )
+        _children.add(process)
+    outcome = None
+    last_lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            text = line.rstrip()
+            if text.endswith("didn't change, skipping"):
+                outcome = "up to date"
+            elif text.endswith("is cached - skipping run, checking out outputs"):
+                outcome = "restored"
+            if text and not text.strip().startswith(DVC_ADVICE):
+                logger.info(text)
+                last_lines = [*last_lines[-4:], text]
+        status = process.wait()
+    finally:
+        _children.discard(process)
+    if status != 0 and waiting.exists():
+        return Cancelled(name=WAITING, message=waiting.read_text(encoding="utf-8").strip())
+    if status != 0:
+        raise RuntimeError(f"stage `{stage_name}` failed: {failure(stage_name, started) or ' / '.join(last_lines)}")
+    return outcome or f"ran in {time.time() - started:.0f} s"
+
+
+def failure(stage_name: str, since: float) -> str | None:
+    """Return how the stage ended, from the record that it opened since a time (seconds of the epoch), if it did.
+
+    DVC passes on neither a stage's exit status nor its words.
+    """
+    for path in (RUNS / Path(*stage_name.split("@"))).glob("*/run.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["started"] >= since and run["status"] not in ("RUNNING", "FINISHED"):
+            return str(run["error"] or run["status"])
+    return None
+
+
+def allow_stages() -> None:
+    """Let stages start again, in a process that ran a flow before and stopped it."""
+    _stopping.clear()
+
+
+def stop_all(seconds: float = 25.0) -> None:
+    """End every stage that runs, with all its processes: asked first, killed when the time is up.
+
+    DVC dies of SIGTERM at once and leaves its child behind, so the whole tree is told.
+    """
+    import psutil
+
+    with _starting:
+        _stopping.set()
+        children = list(_children)
+    deadline = time.monotonic() + seconds
+    descendants: list[psutil.Process] = []
+    for child in children:
+        with suppress(psutil.NoSuchProcess):  # it ended by itself in the meantime
+            descendants += psutil.Process(child.pid).children(recursive=True)
+        child.terminate()
+    for process in descendants:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(descendants, timeout=seconds)
+    for process in alive:
+        process.kill()
+    for child in children:  # by Popen and not psutil, which would take the exit status away from it
+        try:
+            child.wait(timeout=max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.kill()

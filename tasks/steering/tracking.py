@@ -1,0 +1,292 @@
+"""Send the records of stage runs to MLflow.
+
+A stage writes what happened into .runs/<stage>/<fingerprint>/ (tasks/running/record.py) and never talks to MLflow
+itself: a server that is away, slow or restarted can't disturb training, and nothing is lost. This module reads a record
+and makes MLflow agree with it; sending twice changes nothing. It has two callers:
+
+- `python -m tasks.steering.tracking RECORD STARTED`, a process beside each running stage, so that curves grow while a
+  model trains. It ends when the stage does: the stage holds the other end of its standard input, and when that closes,
+  however the stage ended, the run gets its true state (a stage that left no state behind was killed).
+- the stage `publish`, which sends what could not be sent before.
+
+MLflow holds one parent run per pipeline run and below it one run per stage run, known by the tags `stage`,
+`fingerprint` and `begun` (when the stage was first started; a resumed run keeps it).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import select
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.running.files import write_json
+from tasks.running.places import SCRATCH
+from tasks.running.record import metric_lines
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SECONDS_BETWEEN_SENDS = 3.0
+LINES_PER_BATCH = 1000  # MLflow's limit on metrics in one request
+PARAMS_PER_BATCH = 100  # MLflow's limit on parameters in one request
+LONGEST_PARAM = 6000  # MLflow's limit on the characters of a parameter's value
+LONGEST_DIGEST = 36  # MLflow's limit on the characters of a dataset's digest
+
+
+def connect(experiment: str) -> tuple[MlflowClient, str]:
+    """Return a client and the id of the experiment, created at need.
+
+    MLFLOW_TRACKING_URI chooses the server. Without it, runs go to mlflow.db and mlartifacts/ in the working directory.
+    Raises MlflowException when the server does not answer.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from filelock import FileLock
+    from mlflow import MlflowClient, set_tracking_uri
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    artifacts = None
+    if uri is None:
+        uri = f"sqlite:///{Path('mlflow.db').absolute()}"
+        artifacts = Path("mlartifacts").absolute().as_uri()
+    SCRATCH.mkdir(exist_ok=True)
+    # A new SQLite store is set up by whoever opens it first, and two at once would spoil it.
+    with FileLock(SCRATCH / "mlflow.lock"):
+        set_tracking_uri(uri)
+        client = MlflowClient()
+        found = client.get_experiment_by_name(experiment)
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the page opens on training runs
+        experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts, kind)
+    return client, experiment_id
+
+
+def without_password(error: Exception) -> str:
+    """Return an error's first line; MLflow quotes the server's whole address, which may hold a password."""
+    return re.sub(r"://[^/\s]*@", "://", str(error).splitlines()[0][:200])
+
+
+def find_run(client: MlflowClient, experiment_id: str, tags: dict[str, str], condition: str = "") -> str | None:
+    """Return the id of the newest run with these tags for which MLflow's search condition holds, or None."""
+    query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in sorted(tags.items())) + condition
+    runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
+    return runs[0].info.run_id if runs else None
+
+
+def parent_run(client: MlflowClient, experiment_id: str, pipeline: str, started_ms: int) -> str:
+    """Return the id of the pipeline run's own MLflow run, created at need (once, however many stages ask)."""
+    from filelock import FileLock
+
+    with FileLock(SCRATCH / "mlflow.lock"):
+        tags = {"pipeline": pipeline, "level": "pipeline"}
+        run_id = find_run(client, experiment_id, tags)
+        if run_id is None:
+            name = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started_ms / 1000))
+            run_id = client.create_run(experiment_id, started_ms, tags, name).info.run_id
+    return run_id
+
+
+def send(record: Path) -> None:
+    """Make MLflow agree with one record; call it as often as you like.
+
+    What was sent is remembered in mlflow.json beside it, so that only what is new travels.
+    """
+    from filelock import FileLock
+    from mlflow.entities import Metric
+
+    with FileLock(record.parent / f"{record.name}.lock"):
+        run = json.loads((record / "run.json").read_text(encoding="utf-8"))
+        client, experiment_id = connect(run["experiment"])
+        state_file = record / "mlflow.json"
+        state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else {}
+        run_id, parent = _open_run(client, experiment_id, run, state)
+        lines = list(metric_lines(record))
+        points = [
+            Metric(key, value, int(line["time"] * 1000), step)
+            for line in lines[state.get("lines", 0) :]
+            for name, value in line["metrics"].items()
+            for key, step in _axes(name, line)
+        ]
+        known = {} if "lines" in state else _last_steps(client, run_id)
+        metrics = [point for point in points if point.step > known.get(point.key, -1)]
+        for first in range(0, len(metrics), LINES_PER_BATCH):
+            client.log_batch(run_id, metrics=metrics[first : first + LINES_PER_BATCH])
+        state = {"run_id": run_id, "lines": len(lines), "opened": run["started"], "ended": None}
+        write_json(state_file, state)
+        if run["status"] == "RUNNING":
+            return
+        _end_run(client, experiment_id, record, run, run_id, lines)
+        _end_parent(client, experiment_id, parent, int(run["ended"] * 1000))
+        write_json(state_file, {**state, "ended": run["ended"]})
+
+
+def _axes(name: str, line: dict[str, Any]) -> list[tuple[str, int]]:
+    """Each metric is shown against steps, and once more against tokens where they are known."""
+    axes = [(name, line["step"])]
+    if line["tokens"] is not None:
+        axes.append((f"by_tokens/{name}", line["tokens"]))
+    return axes
+
+
+def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
+    """The last step that MLflow has of each metric, asked for when our own note of what was sent is lost."""
+    keys = client.get_run(run_id).data.metrics
+    return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
+
+
+def _open_run(client: MlflowClient, experiment_id: str, run: dict[str, Any], state: dict[str, Any]) -> tuple[str, str]:
+    """Find or create the stage's run and its parent; a resumed run goes on in the pipeline that resumed it."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    parent = parent_run(client, experiment_id, run["pipeline"], int(run["started"] * 1000))
+    identity = {"stage": run["stage"], "fingerprint": run["fingerprint"], "begun": str(run["begun"])}
+    run_id: str | None = state.get("run_id")
+    if run_id is None:
+        module, _, item = run["stage"].partition("@")
+        tags = {
+            **identity,
+            "mlflow.source.name": f"tasks/{module}.py",
+            "mlflow.source.git.commit": run["code"]["commit"],
+            "code_changed_since_commit": run["code"]["changed"],
+            **({"round": item} if item else {}),
+        }
+        run_id = find_run(client, experiment_id, identity)
+        if run_id is None:
+            run_id = str(client.create_run(experiment_id, int(run["begun"] * 1000), tags, run["stage"]).info.run_id)
+        params = [Param(name, str(value)[:LONGEST_PARAM]) for name, value in sorted(run["params"].items())]
+        for first in range(0, len(params), PARAMS_PER_BATCH):
+            client.log_batch(run_id, params=params[first : first + PARAMS_PER_BATCH])
+        inputs = [
+            DatasetInput(
+                Dataset(dataset["path"], dataset["digest"][:LONGEST_DIGEST], "dvc", dataset["path"]),
+                [InputTag("mlflow.data.context", run["stage"])],
+            )
+            for dataset in run["datasets"]
+        ]
+        if inputs:
+            client.log_inputs(run_id, inputs)
+    if state.get("opened") != run["started"]:
+        client.set_tag(run_id, "pipeline", run["pipeline"])
+        client.set_tag(run_id, "mlflow.parentRunId", parent)
+        if "error" in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, "error")
+        if run["status"] == "RUNNING":
+            client.update_run(run_id, "RUNNING")
+            client.update_run(parent, "RUNNING")
+    return run_id, parent
+
+
+def _end_run(
+    client: MlflowClient,
+    experiment_id: str,
+    record: Path,
+    run: dict[str, Any],
+    run_id: str,
+    lines: list[dict[str, Any]],
+) -> None:
+    """Send figures, tables, files and the checkpoint of a run that ended, and its state."""
+    import mlflow
+    import pandas as pd
+    from mlflow.entities import Metric
+
+    ended = int(run["ended"] * 1000)
+    last_step = max((line["step"] for line in lines), default=0)
+    figures_file = record / "figures.json"
+    figures = json.loads(figures_file.read_text(encoding="utf-8")) if figures_file.exists() else {}
+    model_id = None
+    if run["status"] == "FINISHED" and (Path(run["output"]) / "config.json").exists():
+        models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+        tags = {"path": run["output"], "stage": run["stage"], "fingerprint": run["fingerprint"], "step": str(last_step)}
+        model_id = (
+            models[0].model_id
+            if models
+            else mlflow.create_external_model(
+                run["stage"].replace("@", "-"), run_id, tags, experiment_id=experiment_id
+            ).model_id
+        )
+    logged = {name for line in lines for name in line["metrics"]}
+    final = [Metric(key, value, ended, last_step, model_id) for key, value in figures.items() if key not in logged]
+    for first in range(0, len(final), LINES_PER_BATCH):
+        client.log_batch(run_id, metrics=final[first : first + LINES_PER_BATCH])
+    shown = []
+    for table in sorted((record / "tables").glob("*.csv")):  # log_table would append the rows when it is sent again
+        shown.append({"path": f"tables/{table.stem}.json", "type": "table"})
+        client.log_text(run_id, pd.read_csv(table).to_json(orient="split", index=False), shown[-1]["path"])
+    if shown:
+        client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(shown))
+    if (record / "artifacts").exists():
+        client.log_artifacts(run_id, str(record / "artifacts"))
+    if run["error"]:
+        client.set_tag(run_id, "error", run["error"][:LONGEST_PARAM])
+    client.set_terminated(run_id, run["status"], ended)
+
+
+def _end_parent(client: MlflowClient, experiment_id: str, parent: str, ended_ms: int) -> None:
+    """The pipeline's run ends when none of its stages is left running: as badly as the worst of them."""
+    stages = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    states = {stage.info.status for stage in stages}
+    if "RUNNING" not in states:
+        client.set_terminated(parent, next(s for s in ("FAILED", "KILLED", "FINISHED") if s in states), ended_ms)
+
+
+def end_killed(record: Path) -> None:
+    """Note that the stage which wrote a record died without a word."""
+    run_file = record / "run.json"
+    run = json.loads(run_file.read_text(encoding="utf-8"))
+    write_json(run_file, {**run, "status": "KILLED", "error": "killed", "ended": time.time()})
+
+
+def forget(record: Path) -> None:
+    """Remove a record that MLflow has whole."""
+    shutil.rmtree(record)
+    (record.parent / f"{record.name}.lock").unlink(missing_ok=True)
+
+
+def fully_sent(record: Path) -> bool:
+    """Return whether MLflow has all of a record, its end included."""
+    state_file = record / "mlflow.json"
+    if not state_file.exists():
+        return False
+    run = json.loads((record / "run.json").read_text(encoding="utf-8"))
+    state = json.loads(state_file.read_text(encoding="utf-8"))
+    return bool(run["status"] != "RUNNING" and state["ended"] == run["ended"])
+
+
+def follow(record: Path, started: float) -> None:
+    """Send the record of the stage that started then, again and again until it ends, then once more."""
+    from mlflow.exceptions import MlflowException
+
+    run_file = record / "run.json"
+    ended = False
+    while not ended:
+        readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_SENDS)
+        ended = bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
+        run = json.loads(run_file.read_text(encoding="utf-8"))
+        if run["started"] != started:
+            return  # the stage died and was started again: the newer run has its own sender
+        if ended and run["status"] == "RUNNING":
+            end_killed(record)
+        try:
+            send(record)
+        except MlflowException as error:
+            if ended:
+                sys.stderr.write(
+                    f"MLflow can't be reached, the record of {run['stage']} stays in {record}: "
+                    f"the next `publish` sends it, or now `dvc repro -f -s publish` ({without_password(error)})\n"
+                )
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage decides; this process ends when the stage has
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    follow(Path(sys.argv[1]), float(sys.argv[2]))

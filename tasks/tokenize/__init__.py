@@ -1,0 +1,1 @@
+"""Stage `tokenize`: the mixture of sources as one stream of tokens."""

@@ -1,0 +1,355 @@
+"""Turn the corpus into one stream of tokens, mixed by weight (LLaMA section 2.1 and table 1).
+
+Every document becomes BOS, its tokens, EOS. A share of each source is held out for validation, chosen by the
+document's id, so that a held-out document stays held out when others are added. The rest is cut into pieces, lest a
+whole book fill batch after batch, and drawn into the stream: the sources in proportion to their weights, each
+source's pieces in a new random order every epoch.
+
+A source that can't fill its share within `max_epochs` gives what is missing to the others, in proportion to their
+weights. That is settled before the first piece is drawn, so the proportions are the same all along the stream.
+
+Reads data/clean/documents/part-*.parquet, data/train_tokenizer/tokenizer.model.
+Writes train-*.npy (one stream, cut into shards), documents.parquet (where in it each piece starts),
+validation-<source>.npy, validation.parquet, mixture.json, plots/mixture.csv.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, model_validator
+
+from model.text.tokenizer import Tokenizer
+from tasks.running.files import write_json
+from tasks.running.params import Section
+from tasks.running.places import DATA
+from tasks.running.stage import Stage, start
+from tasks.tokenize.encoding import Index, Tokens, encode_parts, open_tokens, read_index
+from tasks.tokenize.mixture import draw, plan_targets, shuffled
+
+DOCUMENTS = DATA / "clean" / "documents"
+TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
+
+
+class Source(Section):
+    """What part one source has in the mixture."""
+
+    weight: float = Field(ge=0, description="its part of the stream's tokens, relative to the other sources' weights")
+    max_epochs: float = Field(ge=0, description="how often its text may be used at most")
+    validation_share: float = Field(ge=0, le=1, description="share of its documents held out of the stream")
+
+    @model_validator(mode="after")
+    def _is_trained_on_or_not(self) -> Source:
+        if len({self.weight == 0, self.max_epochs == 0, self.validation_share == 1}) > 1:
+            raise ValueError(
+                "a source for validation only has weight 0, max_epochs 0 and validation_share 1, "
+                "a source to train on has none of these"
+            )
+        return self
+
+
+class Params(Section):
+    """The stream and what it is mixed from."""
+
+    num_tokens: int = Field(gt=0, description="tokens to draw at most")
+    min_filled_share: float = Field(
+        gt=0, le=1, description="share of num_tokens that the sources must fill within their max_epochs"
+    )
+    max_piece_tokens: int = Field(gt=1, description="longer documents are cut into pieces, in tokens")
+    shard_tokens: int = Field(gt=0, description="tokens in one file of the stream")
+    mixture: dict[str, Source] = Field(min_length=1, description="the sources and their parts in the stream")
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Encode the documents, hold some out, plan the mixture, write the stream."""
+    params = stage.params
+    tokenizer = Tokenizer(TOKENIZER)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    documents = sorted(DOCUMENTS.glob("part-*.parquet"))
+    ids = read_ids(documents)
+    check_sources(params.mixture, set(ids))
+    held_out = {name: hold_out(ids[name], name, params.mixture[name].validation_share) for name in sorted(ids)}
+
+    started = time.monotonic()
+    parts = encode_parts(documents, TOKENIZER, stage.scratch / "encoded", dtype, stage.machine)
+    encoded = [open_tokens(part, dtype) for part in parts]
+    stage.log({"encoded_tokens_per_second": sum(map(len, encoded)) / (time.monotonic() - started)}, step=0)
+
+    index = read_index(parts)
+    train = {name: index[name].select(~held_out[name]).cut(params.max_piece_tokens) for name in held_out}
+    validation = {name: index[name].select(held_out[name]) for name in held_out}
+    plan = plan_stream(params, train, stage.seed)
+
+    started = time.monotonic()
+    write_stream(stage.output, params.shard_tokens, plan, train, encoded)
+    write_validation(stage.output, validation, encoded)
+    stage.log({"stream_tokens_per_second": plan.num_tokens / (time.monotonic() - started)}, step=0)
+    return report(stage, plan, train, validation)
+
+
+# --- the sources ---
+
+
+def read_ids(documents: list[Path]) -> dict[str, npt.NDArray[np.uint64]]:
+    """Return the ids of every source's documents, in ascending order.
+
+    Raises ValueError when there is no document at all, or one twice: it could then be held out and trained on.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    tables = [pyarrow.parquet.read_table(part, columns=["id", "source"]) for part in documents]
+    if not any(len(table) for table in tables):
+        raise ValueError(f"{DOCUMENTS} holds no documents: see data/clean/rejected for the rules that rejected them")
+    rows = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    twice = rows["id"][rows["id"].duplicated()]
+    if len(twice):
+        raise ValueError(
+            f"{DOCUMENTS} holds document {twice.min()} more than once ({len(twice)} surplus copies): identical texts "
+            "have to be removed before, see `clean.deduplication` in params.yaml"
+        )
+    rows["id"] = [int(document, 16) for document in rows["id"]]
+    return {str(name): np.sort(group.to_numpy(np.uint64)) for name, group in rows.groupby("source")["id"]}
+
+
+def check_sources(mixture: dict[str, Source], found: set[str]) -> None:
+    """Raise ValueError when the mixture and the corpus don't name the same sources."""
+    for name in sorted(set(mixture) - found):
+        near = get_close_matches(name, sorted(found - set(mixture)) or sorted(found), n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"the corpus has {', '.join(sorted(found))}"
+        raise ValueError(
+            f"params.yaml: `tokenize.mixture.{name}` names a source without documents in {DOCUMENTS}; {hint}"
+        )
+    for name in sorted(found - set(mixture)):
+        raise ValueError(
+            f"params.yaml: `tokenize.mixture` doesn't name the source `{name}` that {DOCUMENTS} has: add "
+            f"`tokenize.mixture.{name}` (weight 0 keeps it for validation), or take it out of clean's sources"
+        )
+    if not any(source.weight for source in mixture.values()):
+        raise ValueError("params.yaml: `tokenize.mixture` gives every source weight 0: nothing is left to train on")
+
+
+def hold_out(ids: npt.NDArray[np.uint64], name: str, share: float) -> npt.NDArray[np.bool_]:
+    """Tell which documents of a source are held out: a hash of each one's id decides, and nothing else.
+
+    Raises ValueError when the source has none to hold out, or none to train on, and should.
+    """
+    digests = (hashlib.sha256(f"held out {document:016x}".encode()).digest() for document in ids.tolist())
+    numbers = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.float64, len(ids))
+    held_out: npt.NDArray[np.bool_] = numbers < share * 2.0**64 if share < 1 else np.ones(len(ids), bool)
+    for wanted, chosen, kind, change in (
+        (share > 0, held_out, "held out", "raise"),
+        (share < 1, ~held_out, "left to train on", "lower"),
+    ):
+        if wanted and not chosen.any():
+            raise ValueError(
+                f"params.yaml: `tokenize.mixture.{name}.validation_share` is {share:g}, and of the source's "
+                f"{len(ids)} documents none is {kind}: {change} it, or add documents"
+            )
+    return held_out
+
+
+# --- the mixture ---
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stream's pieces in their order: the number of the source in `names`, and the piece's number in the source."""
+
+    names: list[str]
+    sources: npt.NDArray[np.int16]
+    pieces: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the stream."""
+        return int(self.lengths.sum())
+
+    def tokens_of(self, name: str) -> int:
+        """Return the tokens that a source gives."""
+        return int(self.lengths[self.sources == self.names.index(name)].sum()) if name in self.names else 0
+
+
+def plan_stream(params: Params, train: dict[str, Index], seed: int) -> Plan:
+    """Decide the order of all pieces in the stream.
+
+    Raises ValueError when a source gives nothing, or all together give too little.
+    """
+    names = sorted(name for name, source in params.mixture.items() if source.weight > 0)
+    capacities = {name: int(params.mixture[name].max_epochs * train[name].num_tokens) for name in names}
+    weights = {name: params.mixture[name].weight for name in names}
+    targets = plan_targets(weights, capacities, params.num_tokens)
+    drawn = draw(
+        [train[name].lengths.tolist() for name in names],
+        [targets[name] for name in names],
+        [capacities[name] for name in names],
+        params.num_tokens,
+        [shuffled(len(train[name]), name, seed) for name in names],
+    )
+    order = np.fromiter(drawn, np.dtype([("source", np.int16), ("piece", np.int64)]))
+    lengths = np.zeros(len(order), np.int64)
+    for number, name in enumerate(names):
+        chosen = order["source"] == number
+        lengths[chosen] = train[name].lengths[order["piece"][chosen]]
+        if not chosen.any():
+            shortest, longest = train[name].lengths.min(), train[name].lengths.max()
+            raise ValueError(
+                f"params.yaml: `tokenize.num_tokens` is {params.num_tokens}, of which source `{name}` may give "
+                f"{targets[name]:.0f}, too little for its next piece (they have {shortest} to {longest} tokens): "
+                f"raise num_tokens, or weight or max_epochs in `tokenize.mixture.{name}`"
+            )
+    plan = Plan(names, order["source"], order["piece"], lengths)
+    share = plan.num_tokens / params.num_tokens
+    if share < params.min_filled_share:
+        raise ValueError(
+            f"params.yaml: `tokenize.num_tokens` is {params.num_tokens}, but the sources give {plan.num_tokens} within "
+            f"their max_epochs: a share of {share:.3f}, below `tokenize.min_filled_share` ({params.min_filled_share}); "
+            "add text, raise max_epochs, or lower num_tokens"
+        )
+    return plan
+
+
+# --- the files ---
+
+
+def write_stream(output: Path, shard_tokens: int, plan: Plan, train: dict[str, Index], encoded: list[Tokens]) -> None:
+    """Write train-*.npy, the stream in shards, and documents.parquet."""
+    from tqdm import tqdm
+
+    total, dtype = plan.num_tokens, encoded[0].dtype
+    by_number = [train[name] for name in plan.names]
+    rest = np.empty(0, dtype)
+    pieces = zip(plan.sources.tolist(), plan.pieces.tolist(), strict=True)
+    with tqdm(total=total, desc="writing the stream", unit="token", unit_scale=True) as progress:
+        for number, begin in enumerate(range(0, total, shard_tokens)):
+            shape = (min(shard_tokens, total - begin),)
+            shard = np.lib.format.open_memmap(output / f"train-{number:05d}.npy", "w+", dtype, shape)
+            filled = 0
+            while filled < len(shard):
+                if not len(rest):
+                    source, piece = next(pieces)
+                    rest = by_number[source].read(piece, encoded)
+                taken = min(len(rest), len(shard) - filled)
+                shard[filled : filled + taken] = rest[:taken]
+                filled, rest = filled + taken, rest[taken:]
+            shard.flush()
+            progress.update(len(shard))
+    ids, numbers = np.zeros(len(plan.pieces), np.uint64), np.zeros(len(plan.pieces), np.int32)
+    for number, index in enumerate(by_number):
+        chosen = plan.sources == number
+        ids[chosen] = index.ids[plan.pieces[chosen]]
+        numbers[chosen] = index.pieces[plan.pieces[chosen]]
+    starts = np.cumsum(plan.lengths) - plan.lengths
+    write_table(output / "documents.parquet", plan.names, plan.sources, starts, ids, numbers)
+
+
+def write_validation(output: Path, validation: dict[str, Index], encoded: list[Tokens]) -> None:
+    """Write validation-<source>.npy, and validation.parquet with each document's start in its source's file."""
+    validation = {name: index for name, index in validation.items() if len(index)}
+    names = list(validation)
+    for name, index in validation.items():
+        shape = (index.num_tokens,)
+        tokens = np.lib.format.open_memmap(output / f"validation-{name}.npy", "w+", encoded[0].dtype, shape)
+        for document, end in enumerate(np.cumsum(index.lengths)):
+            tokens[end - index.lengths[document] : end] = index.read(document, encoded)
+        tokens.flush()
+    sources = np.repeat(np.arange(len(names), dtype=np.int16), [len(index) for index in validation.values()])
+    starts = [np.cumsum(index.lengths) - index.lengths for index in validation.values()]
+    ids, pieces = [index.ids for index in validation.values()], [index.pieces for index in validation.values()]
+    empty = [np.empty(0, np.int64)]
+    columns = [np.concatenate(column or empty) for column in (starts, ids, pieces)]
+    write_table(output / "validation.parquet", names, sources, *columns)
+
+
+def write_table(
+    path: Path,
+    names: list[str],
+    sources: npt.NDArray[np.int16],
+    starts: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.uint64],
+    pieces: npt.NDArray[np.int32],
+) -> None:
+    """Write where documents start: `source`, `start` (in tokens), `id`, `piece` (of a document that was cut)."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {
+        "source": pa.DictionaryArray.from_arrays(pa.array(sources), pa.array(names, pa.string())),
+        "start": pa.array(starts, pa.int64()),
+        "id": pa.array([f"{document:016x}" for document in ids.tolist()], pa.string()),
+        "piece": pa.array(pieces, pa.int32()),
+    }
+    pyarrow.parquet.write_table(pa.table(columns), path)
+
+
+def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], validation: dict[str, Index]) -> dict[str, float]:
+    """Write the mixture as it was asked and as it came out (JSON, table, plot); return its figures."""
+    import pandas
+
+    mixture = stage.params.mixture
+    total_weight = sum(source.weight for source in mixture.values())
+    rows: list[dict[str, Any]] = []
+    for name, source in sorted(mixture.items()):
+        tokens = plan.tokens_of(name)
+        rows.append(
+            {
+                "source": name,
+                "share_asked": source.weight / total_weight,
+                "share_reached": tokens / plan.num_tokens,
+                "tokens": tokens,
+                "epochs": tokens / train[name].num_tokens if source.weight else 0.0,
+                "max_epochs": source.max_epochs,
+                "source_tokens": train[name].num_tokens,
+                "source_documents": len(np.unique(train[name].ids)),
+                "validation_tokens": validation[name].num_tokens,
+                "validation_documents": len(validation[name]),
+            }
+        )
+    summary = {"tokens": plan.num_tokens, "tokens_asked": stage.params.num_tokens, "pieces": len(plan.pieces)}
+    write_json(stage.output / "mixture.json", {**summary, "sources": {row["source"]: row for row in rows}})
+    table = pandas.DataFrame(rows)
+    (stage.output / "plots").mkdir()
+    table.to_csv(stage.output / "plots" / "mixture.csv", index=False)
+    table.to_csv(stage.tables / "mixture.csv", index=False)
+    _plot(table, stage.artifacts / "mixture.png")
+    figures: dict[str, float] = {
+        "tokens": plan.num_tokens,
+        "documents": sum(row["source_documents"] for row in rows if row["max_epochs"]),
+        "filled_share": plan.num_tokens / stage.params.num_tokens,
+        "validation_tokens": sum(index.num_tokens for index in validation.values()),
+        "validation_documents": sum(map(len, validation.values())),
+    }
+    for row in rows:
+        if row["max_epochs"]:
+            figures[f"epochs/{row['source']}"] = row["epochs"]
+            figures[f"share/{row['source']}"] = row["share_reached"]
+            figures[f"tokens/{row['source']}"] = row["tokens"]
+    return figures
+
+
+def _plot(table: Any, path: Path) -> None:
+    """Draw the shares asked and reached as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    trained = table[table["max_epochs"] > 0].set_index("source")
+    axes = trained[["share_asked", "share_reached"]].plot.bar(figsize=(8, 4), ylabel="share of the stream's tokens")
+    for place, epochs in enumerate(trained["epochs"]):
+        axes.text(place, trained["share_reached"].iloc[place], f"{epochs:.2g} epochs", rotation=30, fontsize=7)
+    axes.figure.tight_layout()
+    axes.figure.savefig(path, dpi=120)
+    pyplot.close(axes.figure)
+
+
+if __name__ == "__main__":
+    start(Params, run)
