@@ -10,8 +10,6 @@ Reads dvc.lock, .runs/ and every stage's output. Writes data/publish/outputs.csv
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from tasks.running.params import Section, flatten, read_params
-from tasks.running.places import DATA, RUNS, SCRATCH
+from tasks.running.files import read_json
+from tasks.running.fingerprint import digest_of_entry, params_of_entry
+from tasks.running.params import Section, read_params
+from tasks.running.places import DATA, RUNS, SCRATCH, dashed, place_of
 from tasks.running.processes import pipeline_id
-from tasks.running.record import code_revision
+from tasks.running.record import code_revision, read_run
+from tasks.running.scratch import is_running
 from tasks.running.stage import Stage, start
 from tasks.steering import tracking
 
@@ -39,10 +40,7 @@ class Params(Section):
 
 
 def locked_stages() -> dict[str, dict[str, Any]]:
-    """Return dvc.lock's stages but this one, each with its `fingerprint` and the digest of its `output`.
-
-    The fingerprint is the digest of the lock's entry without outputs, as in `tasks.stage.fingerprint`.
-    """
+    """Return dvc.lock's stages but this one: the `fingerprint` of each, the digest of its `output`, its `params`."""
     from dvc.repo import Repo
     from ruamel.yaml import YAML
 
@@ -52,12 +50,10 @@ def locked_stages() -> dict[str, dict[str, Any]]:
     for name, entry in lock["stages"].items():
         if name == "publish" or name not in known:
             continue
-        without_outputs = {key: value for key, value in entry.items() if key != "outs"}
-        text = json.dumps(without_outputs, sort_keys=True, default=str)
         stages[name] = {
-            "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "fingerprint": digest_of_entry(entry),
             "output": entry["outs"][0]["md5"],
-            "params": flatten(entry.get("params", {}).get("params.yaml", {})),
+            "params": params_of_entry(entry),
         }
     return stages
 
@@ -65,14 +61,17 @@ def locked_stages() -> dict[str, dict[str, Any]]:
 def send_waiting_records(own: Path) -> None:
     """Send the records that MLflow does not have whole, and forget all that it has, this stage's `own` left out.
 
-    No other stage runs beside this one, which waits for all: what still says RUNNING was killed, sender and all.
+    No stage of the pipeline runs beside this one, which waits for all; a study may. What else still says RUNNING was
+    killed, sender and all.
     """
     for run_file in sorted(RUNS.rglob("run.json")):
         record = run_file.parent
         if record == own:
             continue
-        run = json.loads(run_file.read_text(encoding="utf-8"))
+        run = read_run(record)
         if run["status"] == "RUNNING":
+            if is_running(record.relative_to(RUNS).parent):
+                continue
             tracking.end_killed(record)
         if not tracking.fully_sent(record):
             tracking.send(record)
@@ -94,7 +93,7 @@ def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Map
         "mlflow.source.git.commit": code_revision()["commit"],
     }
     run_id: str = client.create_run(experiment_id, now, tags, name).info.run_id
-    figures = json.loads((DATA / Path(*name.split("@")) / "metrics.json").read_text(encoding="utf-8"))
+    figures = read_json(DATA / place_of(name) / "metrics.json")
     params = [Param(key, str(value)[: tracking.LONGEST_PARAM]) for key, value in sorted(stage["params"].items())]
     for first in range(0, len(params), tracking.PARAMS_PER_BATCH):
         client.log_batch(run_id, params=params[first : first + tracking.PARAMS_PER_BATCH])
@@ -108,7 +107,7 @@ def register(client: MlflowClient, experiment_id: str, name: str, run_id: str, p
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    place = DATA / Path(*name.split("@"))
+    place = DATA / place_of(name)
     if not (place / "config.json").exists():
         return
     models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
@@ -116,7 +115,7 @@ def register(client: MlflowClient, experiment_id: str, name: str, run_id: str, p
     model_id = (
         models[0].model_id
         if models
-        else mlflow.create_external_model(name.replace("@", "-"), run_id, tags, experiment_id=experiment_id).model_id
+        else mlflow.create_external_model(dashed(name), run_id, tags, experiment_id=experiment_id).model_id
     )
     client.set_logged_model_tags(model_id, {"digest": digest})
     registered = f"{prefix}-{name.replace('@', '-')}"

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from test_stage import processes_in, set_value, wait_for
 
+from tasks.running.fingerprint import fingerprint
 from tasks.running.params import Machine
 from tasks.running.processes import PIPELINE_VARIABLE
 from tasks.workers import launch as launch_module
@@ -38,6 +39,8 @@ def machine(num_ranks: int, hostfile: str | None = None) -> Machine:
 def ranks(workspace: Path) -> Path:
     """The workspace with a stage `tasks.ranks` whose ranks write what they were given."""
     (workspace / "tasks" / "ranks.py").write_text(RANKS)
+    with (workspace / "dvc.yaml").open("a") as file:
+        file.write('  ranks:\n    foreach: {v5: 5, wait: 6}\n    do: {cmd: "x ${key}", outs: ["data/ranks/${key}"]}\n')
     return workspace
 
 
@@ -48,7 +51,7 @@ def launch(*arguments: str) -> subprocess.Popen[bytes]:
 def test_one_rank_is_this_very_process(ranks: Path) -> None:
     process = launch("v5")
     assert process.wait(timeout=60) == 0
-    assert Path("rank0").read_text() == "1 1 127.0.0.1 v5"
+    assert Path("rank0").read_text() == f"1 1 127.0.0.1 v5 --fingerprint={fingerprint('ranks@v5').digest}"
 
 
 def test_several_ranks_are_started_by_deepspeeds_launcher(ranks: Path) -> None:
@@ -87,10 +90,10 @@ def test_hosts_come_from_the_hostfile(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(PIPELINE_VARIABLE, "flow-7")
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("node-1 slots=8\nnode-2 slots=8\n")
-    command = command_line("ppo", ["v5"], machine(8, str(hostfile)))
+    command = command_line("ppo", ["v5"], "0a1b", machine(8, str(hostfile)))
     assert command[1:] == [
         *["-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)],
-        *["--module", "tasks.ppo", "v5", "--pipeline=flow-7", "--locked"],
+        *["--module", "tasks.ppo", "v5", "--fingerprint=0a1b", "--pipeline=flow-7", "--locked"],
     ]
 
 
@@ -116,7 +119,7 @@ def test_a_stage_has_to_be_named(ranks: Path) -> None:
 
 def test_a_missing_hostfile_is_named() -> None:
     with pytest.raises(ValueError, match=r"`machine.hostfile` is nowhere, which does not exist: write one line a host"):
-        command_line("ppo", [], machine(8, "nowhere"))
+        command_line("ppo", [], "0a1b", machine(8, "nowhere"))
 
 
 def test_a_port_is_free_and_no_outgoing_connection_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

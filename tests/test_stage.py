@@ -241,6 +241,7 @@ def test_killing_dvc_ends_the_stage_and_the_next_run_resumes(workspace: Path, ho
     lines = list(metric_lines(record.parent))
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert 3 <= steps_before < 12
+    assert repro("shrink").returncode == 0
     assert not list(Path(".scratch/grow").glob("*/state.txt"))
 
 

@@ -10,11 +10,27 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old content or the new, never a part."""
+    """Write a JSON file so that a reader sees the old content or the new, never a part, not even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file of this project's own holds.
+
+    Raises ValueError, naming it, when it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}), as a power cut may leave a file: delete `{path.parent}` and run again"
+        ) from None
 
 
 def read_lines(path: Path) -> list[Any]:
@@ -24,6 +40,6 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write rows as JSON lines; half a character, which UTF-8 has not, as JSON's escape."""
+    """Write rows as JSON lines; half a character, which UTF-8 lacks, becomes JSON's escape."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks.running.params import PARAMS_FILE, flatten
 
 
-def fingerprint(stage_name: str) -> tuple[str, dict[str, Any], list[dict[str, str]]]:
-    """Return the digest of all that decides a stage's result, its parameters, and its dependencies that are data.
+class Identity(NamedTuple):
+    """What a run of a stage is told apart by."""
 
-    The digest covers what DVC compares: command, digests of the dependencies, parameters. These have dotted names.
-    Each data dependency is `{"path", "digest"}`; code is left out of the list (but not out of the digest).
+    digest: str  # of all that decides the result: command, digests of the dependencies, parameters
+    params: dict[str, Any]  # by their dotted names
+    datasets: list[dict[str, str]]  # `path` and `digest` of each dependency that is data
+
+
+def fingerprint(stage_name: str) -> Identity:
+    """Return the identity of a stage as dvc.yaml, params.yaml and its dependencies have it now.
+
+    Every dependency is hashed, unless DVC knows its digest still. Code counts in the digest and is in no list.
     Raises ValueError when dvc.yaml has no such stage.
     """
     from dvc.exceptions import DvcException
@@ -31,11 +39,31 @@ def fingerprint(stage_name: str) -> tuple[str, dict[str, Any], list[dict[str, st
         raise ValueError(f"dvc.yaml's stage `{stage_name}` can't be read: {len(stages)} have that name, and one must")
     (stage,) = stages
     entry = to_single_stage_lockfile(stage)
-    entry.pop("outs", None)
-    digest = hashlib.sha256(json.dumps(entry, sort_keys=True, default=str).encode()).hexdigest()[:16]
     data = [
         {"path": dep["path"], "digest": dep.get("md5") or dep.get("etag") or dep.get("checksum") or ""}
         for dep in entry.get("deps", [])
         if not dep["path"].endswith(".py") and Path(dep["path"]).parts[0] not in ("tasks", "model")
     ]
-    return digest, flatten(entry.get("params", {}).get(str(PARAMS_FILE), {})), data
+    return Identity(digest_of_entry(entry), params_of_entry(entry), data)
+
+
+def digest_of_entry(entry: Mapping[str, Any]) -> str:
+    """Return the digest of a stage's entry as dvc.lock has it, its outputs left out."""
+    inputs = {key: value for key, value in entry.items() if key != "outs"}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def params_of_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a stage's entry by their dotted names."""
+    return flatten(entry.get("params", {}).get(str(PARAMS_FILE), {}))
+
+
+def locked_fingerprints() -> set[str]:
+    """Return the digests of all stages that DVC holds finished, by dvc.lock here and those of studies a level below."""
+    from ruamel.yaml import YAML
+
+    digests: set[str] = set()
+    for path in (*Path().glob("dvc.lock"), *Path().glob("*/dvc.lock")):
+        lock = YAML(typ="safe").load(path.read_text(encoding="utf-8")) or {}
+        digests |= {digest_of_entry(entry) for entry in lock.get("stages", {}).values()}
+    return digests

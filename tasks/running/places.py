@@ -29,6 +29,11 @@ def place_of(stage_name: str) -> Path:
     return Path(*stage_name.split("@"))
 
 
+def name_of(place: Path) -> str:
+    """Return the name of the stage whose files lie at a place."""
+    return "@".join(place.parts)
+
+
 def dashed(stage_name: str) -> str:
     """Return a stage's name without the sign that MLflow's models can't have in theirs."""
     return stage_name.replace("@", "-")

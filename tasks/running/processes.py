@@ -15,10 +15,16 @@ PIPELINE_LOCK = SCRATCH / "pipeline.lock"
 PIPELINE_VARIABLE = "ARRIERO_PIPELINE"  # names the flow run that a stage belongs to; set for child processes only
 PIPELINE_ARGUMENT = "--pipeline="  # names the pipeline run to ranks that a launcher starts, on whatever host
 LAUNCHER_VARIABLE = "ARRIERO_LAUNCHER"  # process id of the launcher on this host, for the ranks that it starts
+FINGERPRINT_ARGUMENT = "--fingerprint="  # tells them the stage's, so that not every rank hashes all the data
 LOCKED_ARGUMENT = "--locked"  # tells such ranks that a flow holds the workspace for them
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child must not import
 _PR_SET_PDEATHSIG = 1
+
+
+def argument(name: str) -> str | None:
+    """Return what this process's command line says after `name`, if it does."""
+    return next((given.removeprefix(name) for given in sys.argv[1:] if given.startswith(name)), None)
 
 
 def pipeline_id() -> str:
@@ -29,9 +35,9 @@ def pipeline_id() -> str:
     """
     if PIPELINE_VARIABLE in os.environ:
         return os.environ[PIPELINE_VARIABLE]
-    for argument in sys.argv[1:]:
-        if argument.startswith(PIPELINE_ARGUMENT):
-            return argument.removeprefix(PIPELINE_ARGUMENT)
+    told = argument(PIPELINE_ARGUMENT)
+    if told is not None:
+        return told
     import psutil
 
     parent = psutil.Process(os.getppid())

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tasks.running.files import write_json
+from tasks.running.files import read_json, write_json
 
 
 def metric_lines(record: Path) -> Iterator[dict[str, Any]]:
@@ -29,12 +29,18 @@ def metric_lines(record: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
+def read_run(record: Path) -> dict[str, Any]:
+    """Return what a record says of its run. Raises ValueError, naming the file, when it is damaged."""
+    run: dict[str, Any] = read_json(record / "run.json")
+    return run
+
+
 def open_record(record: Path, header: Mapping[str, Any]) -> None:
     """Open the record for a first run or a resumed one; one that had finished is begun anew."""
     path = record / "run.json"
     now = begun = time.time()
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_run(record)
         if before["status"] == "FINISHED":
             shutil.rmtree(record)
         else:
@@ -48,7 +54,7 @@ def open_record(record: Path, header: Mapping[str, Any]) -> None:
 def close_record(record: Path, status: str, error: str | None = None, trace: str | None = None) -> None:
     """Note how the run ended; the record is what MLflow is told."""
     path = record / "run.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_run(record)
     if trace is not None:
         (record / "artifacts").mkdir(exist_ok=True)
         (record / "artifacts" / "traceback.txt").write_text(trace, encoding="utf-8")
@@ -66,8 +72,7 @@ def code_revision() -> dict[str, str]:
 
 def start_sender(record: Path) -> subprocess.Popen[bytes]:
     """Start the process that sends the record to MLflow; it ends by itself when our end of its pipe closes."""
-    started = json.loads((record / "run.json").read_text(encoding="utf-8"))["started"]
-    command = [sys.executable, "-m", "tasks.steering.tracking", str(record), repr(started)]
+    command = [sys.executable, "-m", "tasks.steering.tracking", str(record), repr(read_run(record)["started"])]
     return subprocess.Popen(command, stdin=subprocess.PIPE)
 
 

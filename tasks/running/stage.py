@@ -6,7 +6,8 @@ A stage module defines `Params(Section)` and `run(stage)`, and ends with::
         start(Params, run)
 
 `run` writes files below `stage.output` and returns the stage's figures. When it returns, `stage.output` becomes
-data/<place>/ in one rename, so that a stage that dies leaves nothing half done. The figures go to metrics.json there:
+data/<place>/ in one rename, so that a stage that dies leaves nothing half done. What it keeps in `stage.scratch`
+survives its death, and DVC's after it (scratch.py). The figures go to metrics.json there:
 DVC compares them, so they must be the same on every run (no times, no speeds; those go to `stage.log`).
 """
 
@@ -26,15 +27,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Generic
 
-from tasks.running.files import write_json
-from tasks.running.fingerprint import fingerprint
+from tasks.running.files import read_json, write_json
+from tasks.running.fingerprint import Identity, fingerprint
 from tasks.running.params import Machine, ParamsType, Tracking, parse_section, read_params
 from tasks.running.places import DATA, RUNS, SCRATCH, entry_of, place_of, section_of
-from tasks.running.processes import LOCKED_ARGUMENT, PIPELINE_VARIABLE, die_with_parent, pipeline_id, pipeline_lock
+from tasks.running.processes import (
+    FINGERPRINT_ARGUMENT,
+    LOCKED_ARGUMENT,
+    PIPELINE_VARIABLE,
+    argument,
+    die_with_parent,
+    pipeline_id,
+    pipeline_lock,
+)
 from tasks.running.record import close_record, code_revision, end_sender, metric_lines, open_record, start_sender
+from tasks.running.scratch import FAILURES, FINISHED, IDENTITY, OUTPUT, in_use, sweep, tell_of_other_states
 
 WAITING = 75  # exit status of a stage that waits (EX_TEMPFAIL of sysexits.h)
 WAITING_FILE = "waiting.txt"  # below .scratch/<stage>/: what it waits for; DVC passes no exit status on
+
+
+class RankFailedError(Exception):
+    """Raised on rank 0 when another rank has failed, with that rank's own words: the cause of what rank 0 saw."""
 
 
 class Waiting(Exception):  # noqa: N818 - nothing is wrong
@@ -144,6 +158,9 @@ def _status_of(
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: stopped; earlier results are untouched, the next run goes on from here\n")
         return 130
+    except RankFailedError as error:  # that rank has printed its traceback
+        sys.stderr.write(f"{name}: {error}\n")
+        return 1
     except Exception as error:  # noqa: BLE001 - told in full, and by the exit status
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             sys.stderr.write(f"{name}: {full_disk(error)}\n")
@@ -178,73 +195,91 @@ def _run_stage(
     seed = values.get("seed")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"params.yaml: `seed` is {seed!r}: a whole number >= 0 is needed")
-    digest, used, datasets = fingerprint(name)
+    identity = _identity_of(name)
     place = place_of(name)
-    scratch = SCRATCH / place / digest
-    record = RUNS / place / digest
-    output = scratch / "output"
-    stage = Stage(name, params, seed, machine, output, scratch, record, rank)
+    scratch = SCRATCH / place / identity.digest
+    stage = Stage(name, params, seed, machine, scratch / OUTPUT, scratch, RUNS / place / identity.digest, rank)
     if rank != 0:
         _run_beside_rank_0(stage, run)
         return
+    header = {
+        "stage": name,
+        "fingerprint": identity.digest,
+        "pipeline": pipeline_id(),
+        "experiment": tracking.experiment,
+        "params": identity.params,
+        "datasets": identity.datasets,
+        "code": code_revision(),
+        "output": str(DATA / place),
+    }
     locked = PIPELINE_VARIABLE in os.environ or LOCKED_ARGUMENT in sys.argv
     with nullcontext() if locked else pipeline_lock(f"stage {name}"):
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True)
-        header = {
-            "stage": name,
-            "fingerprint": digest,
-            "pipeline": pipeline_id(),
-            "experiment": tracking.experiment,
-            "params": used,
-            "datasets": datasets,
-            "code": code_revision(),
-            "output": str(DATA / place),
-        }
-        open_record(record, header)
-        stage._last_step = {metric: line["step"] for line in metric_lines(record) for metric in line["metrics"]}
-        sender = start_sender(record)
-        try:
-            figures = run(stage)
-            _publish_output(stage, figures)
-            close_record(record, "FINISHED")
-        except Waiting as waiting:
-            shutil.rmtree(scratch)  # what is brought gives the next run another fingerprint
-            (scratch.parent / WAITING_FILE).write_text(f"{waiting}\n", encoding="utf-8")
-            close_record(record, "KILLED", str(waiting))
-            raise
-        except KeyboardInterrupt:
-            failure = _failure_of_another_rank(scratch)
-            close_record(record, "FAILED" if failure else "KILLED", *failure)
-            raise
-        except BaseException as error:
+        sweep()
+        with in_use(place):
+            _run_as_rank_0(stage, run, header)
+
+
+def _identity_of(name: str) -> Identity:
+    """Return the stage's identity: as the launcher has found it out, for ranks on any host, else found out here."""
+    digest = argument(FINGERPRINT_ARGUMENT)
+    if digest is None:
+        return fingerprint(name)
+    return Identity(**read_json(SCRATCH / place_of(name) / digest / IDENTITY))
+
+
+def _run_as_rank_0(
+    stage: Stage[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]], header: Mapping[str, Any]
+) -> None:
+    """Run the stage, put its output in place, and record how it ended."""
+    tell_of_other_states(stage.name, stage.scratch.name)
+    (stage.scratch / FINISHED).unlink(missing_ok=True)
+    shutil.rmtree(stage.output, ignore_errors=True)
+    stage.output.mkdir(parents=True)
+    record = stage.record
+    open_record(record, header)
+    stage._last_step = {metric: line["step"] for line in metric_lines(record) for metric in line["metrics"]}
+    sender = start_sender(record)
+    try:
+        figures = run(stage)
+        _publish_output(stage, figures)
+        close_record(record, "FINISHED")
+    except Waiting as waiting:
+        shutil.rmtree(stage.scratch)  # what is brought gives the next run another fingerprint
+        (stage.scratch.parent / WAITING_FILE).write_text(f"{waiting}\n", encoding="utf-8")
+        close_record(record, "KILLED", str(waiting))
+        raise
+    except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher stops all ranks when one fails: that is no news now
+        cause = None if isinstance(error, ValueError) else _failure_of_another_rank(stage.scratch)
+        if cause is not None:
+            close_record(record, "FAILED", cause["error"], cause["traceback"])
+            raise RankFailedError(cause["error"]) from None
+        if isinstance(error, KeyboardInterrupt):
+            close_record(record, "KILLED")
+        else:
             close_record(record, "FAILED", f"{type(error).__name__}: {error}", traceback.format_exc())
-            raise
-        finally:
-            if stage._metrics is not None:
-                stage._metrics.close()
-            end_sender(sender)
+        raise
+    finally:
+        if stage._metrics is not None:
+            stage._metrics.close()
+        end_sender(sender)
 
 
 def _run_beside_rank_0(stage: Stage[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]]) -> None:
-    """Run the stage on another rank; leave word of a failure, as rank 0 is only told to stop by the launcher."""
+    """Run the stage on another rank; leave word of a failure: rank 0 only sees that a rank is gone, or is stopped."""
     try:
         run(stage)
     except Exception as error:
         words = f"rank {stage.rank}: {type(error).__name__}: {error}"
-        failure = {"pipeline": pipeline_id(), "error": words, "traceback": traceback.format_exc()}
-        write_json(stage.scratch / "failure.json", failure)
+        failure = {"time": time.time(), "error": words, "traceback": traceback.format_exc()}
+        write_json(stage.scratch / FAILURES.replace("*", str(stage.rank)), failure)
         raise
 
 
-def _failure_of_another_rank(scratch: Path) -> tuple[str, ...]:
-    """Return error and traceback of the rank that failed in this pipeline run; nothing when none did."""
-    path = scratch / "failure.json"
-    if not path.exists():
-        return ()
-    failure = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()
-    return (failure["error"], failure["traceback"]) if failure["pipeline"] == pipeline_id() else ()
+def _failure_of_another_rank(scratch: Path) -> dict[str, Any] | None:
+    """Return what the first rank that failed has said; None when none did. Those that fail later do for want of it."""
+    failures = [read_json(path) for path in scratch.glob(FAILURES)]
+    return min(failures, key=lambda failure: float(failure["time"]), default=None)
 
 
 def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:
@@ -253,9 +288,23 @@ def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:
     assert not bad, f"figures that are no numbers: {bad}"
     write_json(stage.output / "metrics.json", dict(figures))
     write_json(stage.record / "figures.json", dict(figures))
-    place = DATA / place_of(stage.name)
+    put_in_place(stage.output, DATA / place_of(stage.name))
+    (stage.scratch / IDENTITY).unlink(missing_ok=True)
+    if any(stage.scratch.iterdir()):
+        (stage.scratch / FINISHED).touch()
+    else:
+        stage.scratch.rmdir()
+
+
+def put_in_place(output: Path, place: Path) -> None:
+    """Move a finished output to its place in one rename; from another volume it is copied beside the place first."""
     place.parent.mkdir(parents=True, exist_ok=True)
+    complete = output
+    if output.stat().st_dev != place.parent.stat().st_dev:
+        complete = place.with_name(f".{place.name}.partial")
+        shutil.rmtree(complete, ignore_errors=True)
+        shutil.copytree(output, complete, symlinks=True)
     if place.exists():
         shutil.rmtree(place)
-    stage.output.replace(place)
-    shutil.rmtree(stage.scratch)
+    complete.replace(place)
+    shutil.rmtree(output, ignore_errors=True)

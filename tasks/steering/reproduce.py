@@ -6,7 +6,6 @@ is the only cache, so the task is never cached; what is out of date and what a s
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,8 +19,9 @@ from prefect import State, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Cancelled
 
-from tasks.running.places import RUNS, SCRATCH
+from tasks.running.places import RUNS, SCRATCH, place_of
 from tasks.running.processes import die_with_parent
+from tasks.running.record import read_run
 from tasks.running.stage import WAITING_FILE
 
 DVC_ADVICE = (
@@ -56,7 +56,7 @@ def reproduce(stage_name: str, address: str, seat: str | None) -> str | State[An
 def _run_dvc(stage_name: str, address: str) -> str | State[Any]:
     started = time.time()
     logger = get_run_logger()
-    waiting = SCRATCH / Path(*stage_name.split("@")) / WAITING_FILE
+    waiting = SCRATCH / place_of(stage_name) / WAITING_FILE
     waiting.unlink(missing_ok=True)  # of a run before
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", address]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # dvc.yaml says `python`
@@ -103,8 +103,10 @@ def failure(stage_name: str, since: float) -> str | None:
 
     DVC passes on neither a stage's exit status nor its words.
     """
-    for path in (RUNS / Path(*stage_name.split("@"))).glob("*/run.json"):
-        run = json.loads(path.read_text(encoding="utf-8"))
+    for path in (RUNS / place_of(stage_name)).glob("*/run.json"):
+        if path.stat().st_mtime < since:
+            continue
+        run = read_run(path.parent)
         if run["started"] >= since and run["status"] not in ("RUNNING", "FINISHED"):
             return str(run["error"] or run["status"])
     return None

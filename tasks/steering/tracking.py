@@ -27,11 +27,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.running.files import write_json
-from tasks.running.places import SCRATCH
-from tasks.running.record import metric_lines
+from tasks.running.files import read_json, write_json
+from tasks.running.places import SCRATCH, dashed, entry_of, section_of
+from tasks.running.record import metric_lines, read_run
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow import MlflowClient
 
 SECONDS_BETWEEN_SENDS = 3.0
@@ -105,10 +106,10 @@ def send(record: Path) -> None:
     from mlflow.entities import Metric
 
     with FileLock(record.parent / f"{record.name}.lock"):
-        run = json.loads((record / "run.json").read_text(encoding="utf-8"))
+        run = read_run(record)
         client, experiment_id = connect(run["experiment"])
         state_file = record / "mlflow.json"
-        state = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else {}
+        state = read_json(state_file) if state_file.exists() else {}
         run_id, parent = _open_run(client, experiment_id, run, state)
         lines = list(metric_lines(record))
         points = [
@@ -152,13 +153,13 @@ def _open_run(client: MlflowClient, experiment_id: str, run: dict[str, Any], sta
     identity = {"stage": run["stage"], "fingerprint": run["fingerprint"], "begun": str(run["begun"])}
     run_id: str | None = state.get("run_id")
     if run_id is None:
-        module, _, item = run["stage"].partition("@")
+        entry = entry_of(run["stage"])
         tags = {
             **identity,
-            "mlflow.source.name": f"tasks/{module}.py",
+            "mlflow.source.name": f"tasks/{section_of(run['stage'])}",
             "mlflow.source.git.commit": run["code"]["commit"],
             "code_changed_since_commit": run["code"]["changed"],
-            **({"round": item} if item else {}),
+            **({"round": entry} if entry else {}),
         }
         run_id = find_run(client, experiment_id, identity)
         if run_id is None:
@@ -196,13 +197,12 @@ def _end_run(
 ) -> None:
     """Send figures, tables, files and the checkpoint of a run that ended, and its state."""
     import mlflow
-    import pandas as pd
     from mlflow.entities import Metric
 
     ended = int(run["ended"] * 1000)
     last_step = max((line["step"] for line in lines), default=0)
     figures_file = record / "figures.json"
-    figures = json.loads(figures_file.read_text(encoding="utf-8")) if figures_file.exists() else {}
+    figures = read_json(figures_file) if figures_file.exists() else {}
     model_id = None
     if run["status"] == "FINISHED" and (Path(run["output"]) / "config.json").exists():
         models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
@@ -210,9 +210,7 @@ def _end_run(
         model_id = (
             models[0].model_id
             if models
-            else mlflow.create_external_model(
-                run["stage"].replace("@", "-"), run_id, tags, experiment_id=experiment_id
-            ).model_id
+            else mlflow.create_external_model(dashed(run["stage"]), run_id, tags, experiment_id=experiment_id).model_id
         )
     logged = {name for line in lines for name in line["metrics"]}
     final = [Metric(key, value, ended, last_step, model_id) for key, value in figures.items() if key not in logged]
@@ -221,7 +219,7 @@ def _end_run(
     shown = []
     for table in sorted((record / "tables").glob("*.csv")):  # log_table would append the rows when it is sent again
         shown.append({"path": f"tables/{table.stem}.json", "type": "table"})
-        client.log_text(run_id, pd.read_csv(table).to_json(orient="split", index=False), shown[-1]["path"])
+        client.log_text(run_id, read_table(table).to_json(orient="split", index=False), shown[-1]["path"])
     if shown:
         client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(shown))
     if (record / "artifacts").exists():
@@ -229,6 +227,13 @@ def _end_run(
     if run["error"]:
         client.set_tag(run_id, "error", run["error"][:LONGEST_PARAM])
     client.set_terminated(run_id, run["status"], ended)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return a table of a record: only an empty cell is nothing, as people's texts may say `None` or `NA`."""
+    import pandas as pd
+
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def _end_parent(client: MlflowClient, experiment_id: str, parent: str, ended_ms: int) -> None:
@@ -241,9 +246,8 @@ def _end_parent(client: MlflowClient, experiment_id: str, parent: str, ended_ms:
 
 def end_killed(record: Path) -> None:
     """Note that the stage which wrote a record died without a word."""
-    run_file = record / "run.json"
-    run = json.loads(run_file.read_text(encoding="utf-8"))
-    write_json(run_file, {**run, "status": "KILLED", "error": "killed", "ended": time.time()})
+    run = read_run(record)
+    write_json(record / "run.json", {**run, "status": "KILLED", "error": "killed", "ended": time.time()})
 
 
 def forget(record: Path) -> None:
@@ -257,8 +261,8 @@ def fully_sent(record: Path) -> bool:
     state_file = record / "mlflow.json"
     if not state_file.exists():
         return False
-    run = json.loads((record / "run.json").read_text(encoding="utf-8"))
-    state = json.loads(state_file.read_text(encoding="utf-8"))
+    run = read_run(record)
+    state = read_json(state_file)
     return bool(run["status"] != "RUNNING" and state["ended"] == run["ended"])
 
 
@@ -266,12 +270,11 @@ def follow(record: Path, started: float) -> None:
     """Send the record of the stage that started then, again and again until it ends, then once more."""
     from mlflow.exceptions import MlflowException
 
-    run_file = record / "run.json"
     ended = False
     while not ended:
         readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_SENDS)
         ended = bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
-        run = json.loads(run_file.read_text(encoding="utf-8"))
+        run = read_run(record)
         if run["started"] != started:
             return  # the stage died and was started again: the newer run has its own sender
         if ended and run["status"] == "RUNNING":

@@ -17,8 +17,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tasks.running.files import write_json
+from tasks.running.fingerprint import fingerprint
 from tasks.running.params import Machine, parse_section, read_params
+from tasks.running.places import SCRATCH, place_of
 from tasks.running.processes import (
+    FINGERPRINT_ARGUMENT,
     LAUNCHER_VARIABLE,
     LOCKED_ARGUMENT,
     PIPELINE_ARGUMENT,
@@ -26,6 +30,7 @@ from tasks.running.processes import (
     die_with_parent,
     pipeline_id,
 )
+from tasks.running.scratch import FAILURES, IDENTITY
 
 PORTS = range(20000, 32000)
 
@@ -42,13 +47,26 @@ def free_port() -> int:
             return port
 
 
-def command_line(stage: str, items: Sequence[str], machine: Machine) -> list[str]:
-    """Return the command that starts a stage's ranks.
+def identify(name: str) -> str:
+    """Find out a stage's identity once for all its ranks, leave it in the scratch, and return its digest.
+
+    Every rank hashing all the data by itself would keep rank 0 waiting. Raises ValueError as `fingerprint` does.
+    """
+    identity = fingerprint(name)
+    scratch = SCRATCH / place_of(name) / identity.digest
+    for failure in scratch.glob(FAILURES):  # of a run before
+        failure.unlink()
+    write_json(scratch / IDENTITY, identity._asdict())
+    return identity.digest
+
+
+def command_line(stage: str, items: Sequence[str], digest: str, machine: Machine) -> list[str]:
+    """Return the command that starts a stage's ranks, whose digest is known.
 
     The launcher stands between the ranks and the pipeline, so they are told which pipeline run they belong to.
     Raises ValueError when the hostfile is missing.
     """
-    rank = [f"tasks.{stage}", *items]
+    rank = [f"tasks.{stage}", *items, f"{FINGERPRINT_ARGUMENT}{digest}"]
     if machine.hostfile is None and machine.num_ranks == 1:
         return [sys.executable, "-m", *rank]
     rank.append(f"{PIPELINE_ARGUMENT}{pipeline_id()}")
@@ -74,7 +92,8 @@ def main() -> None:
         sys.exit(1)
     try:
         machine = parse_section(Machine, read_params(), "machine")
-        command = command_line(sys.argv[1], sys.argv[2:], machine)
+        stage, items = sys.argv[1], sys.argv[2:]
+        command = command_line(stage, items, identify("@".join([stage, *items])), machine)
     except ValueError as error:
         sys.stderr.write(f"{sys.argv[1]}: {error}\n")
         sys.exit(1)
