@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import TypeVar
@@ -10,17 +11,29 @@ import torch
 
 Part = TypeVar("Part")
 
+FILE = "file://"  # what MASTER_ADDR begins with when the ranks of one host find each other through a file
+
 
 def join_ranks() -> torch.device:
     """Join this run's processes, as the launcher's environment names them; return this one's device."""
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     on_gpu = torch.cuda.is_available()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        backend = "nccl" if on_gpu else "gloo"
+        rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group(backend, store=_store(num_ranks), rank=rank, world_size=num_ranks)
     if not on_gpu:
         return torch.device("cpu")
     torch.cuda.set_device(torch.distributed.get_node_local_rank())
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _store(num_ranks: int) -> torch.distributed.Store | None:
+    """Where ranks leave word for each other; None is torch's own, a server that other hosts reach."""
+    if num_ranks == 1:
+        return torch.distributed.HashStore()
+    address = os.environ["MASTER_ADDR"]
+    return torch.distributed.FileStore(address.removeprefix(FILE), num_ranks) if address.startswith(FILE) else None
 
 
 def from_all_ranks(own: Mapping[int, Part]) -> list[Part]:
