@@ -66,7 +66,8 @@ def read_machine() -> Machine:
 def launcher_arguments(stage: str, items: Sequence[str], machine: Machine, private: Path) -> list[str]:
     """Return DeepSpeed's launcher, a module, and its arguments; `private` is a folder that only this user reads.
 
-    The launcher stands between the ranks and the pipeline, so they are told which pipeline run they belong to.    """
+    The launcher stands between the ranks and the pipeline, so they are told which pipeline run they belong to.
+    """
     told = [*items, f"{PIPELINE_ARGUMENT}{pipeline_id()}"]
     if PIPELINE_VARIABLE in os.environ:
         told.append(LOCKED_ARGUMENT)
