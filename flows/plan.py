@@ -142,8 +142,8 @@ def token_flops(sizes: Sizes) -> int:
     """Return the FLOPs to train on one token: 6N + 12 L d T (PaLM, appendix B).
 
     6N for the matrices, forward and backward; the rest for attention over a full context of T tokens, not halved for
-    being causal. What activation checkpointing computes again doesn't count: MFU looks at useful work.
-    model/network/transformer.py counts less for the MFU it measures: no embedding, and the causal half of attention.
+    being causal. What activation checkpointing computes again doesn't count: MFU looks at useful work. Published MFUs
+    are of this count, and so is the one that training logs (`flops_per_token` in model/network/transformer.py).
     """
     attention = 12 * sizes.num_hidden_layers * sizes.hidden_size * sizes.max_position_embeddings
     return 6 * num_parameters(sizes) + attention

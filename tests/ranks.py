@@ -13,7 +13,7 @@ import torch
 from model.network.ranks import join_ranks
 from model.network.transformer import Llama, ModelConfig
 from model.training.engine import EngineParams, build_model, draw_weights, start_engine
-from tasks.workers.launch import free_port
+from tasks.workers.launch import LOOPBACK
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -31,8 +31,7 @@ TRAINED: dict[str, Any] = {
 def join_alone() -> torch.device:
     """Make this process the only rank; a second call changes nothing."""
     if not torch.distributed.is_initialized():
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(free_port()))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", GLOO_SOCKET_IFNAME=LOOPBACK)
     return join_ranks()
 
 

@@ -185,14 +185,13 @@ def test_flops_of_a_token_are_six_a_parameter_and_attention():
     assert token_flops(toy()) == 6 * num_parameters(toy()) + 12 * 3 * 8 * 16
 
 
-def test_flops_differ_from_those_of_training_by_the_embedding_and_the_masked_half_of_attention():
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_that_training_measures_its_mfu_by(tied):
     from model.network.transformer import flops_per_token
 
-    sizes = toy()
-    masked = 6 * sizes.num_hidden_layers * sizes.hidden_size * sizes.max_position_embeddings
-    embedding = 6 * sizes.vocab_size * sizes.hidden_size
+    sizes = toy(tie_word_embeddings=tied)
     measured = flops_per_token(module(sizes, "off", "meta").config, sizes.max_position_embeddings)
-    assert token_flops(sizes) == measured + masked + embedding
+    assert token_flops(sizes) == measured
 
 
 def test_hours_and_mfu_are_each_other_s_inverse():

@@ -189,8 +189,8 @@ def test_parameters_and_operations_are_counted() -> None:
     seven_b = config_of(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
                         num_attention_heads=32, num_key_value_heads=32)  # fmt: skip
     assert num_parameters(seven_b) == 6_738_415_616
-    # 6 x the weights that multiply + 6 x layers x width x context
-    assert flops_per_token(seven_b, 4096) == 6 * (6_738_415_616 - 32000 * 4096) + 6 * 32 * 4096 * 4096
+    # 6 x weights + 12 x layers x width x context
+    assert flops_per_token(seven_b, 4096) == 6 * 6_738_415_616 + 12 * 32 * 4096 * 4096
     assert products_of("off") == 64 * 6 * (num_parameters(config_of()) - (96 + 5) * 32)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
+from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-defined]
 
 Part = TypeVar("Part")
+
+FILE = "file://"  # what MASTER_ADDR begins with when the ranks of one host find each other through a file
 
 
 def join_ranks() -> torch.device:
@@ -16,15 +20,25 @@ def join_ranks() -> torch.device:
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     on_gpu = torch.cuda.is_available()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        backend = "nccl" if on_gpu else "gloo"
+        rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group(backend, store=_store(num_ranks), rank=rank, world_size=num_ranks)
     if not on_gpu:
         return torch.device("cpu")
     torch.cuda.set_device(torch.distributed.get_node_local_rank())
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def _store(num_ranks: int) -> Store | None:
+    """Where ranks leave word for each other; None is torch's own, a server that other hosts reach."""
+    if num_ranks == 1:
+        return HashStore()
+    address = os.environ["MASTER_ADDR"]
+    return FileStore(address.removeprefix(FILE), num_ranks) if address.startswith(FILE) else None
+
+
 def from_all_ranks(own: Mapping[int, Part]) -> list[Part]:
-    """Return, on every rank, what the ranks have each done for some of the numbers from 0 on, in these' order."""
+    """Return, on every rank, what the ranks have each done for some of the numbers from 0 on, in their order."""
     parts: list[Mapping[int, Part]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(parts, own)
     together = {number: found for part in parts for number, found in part.items()}

@@ -90,14 +90,13 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:
-    """Return the floating-point operations that training on one token takes, forward and backward.
+    """Return the floating-point operations of training on one token, forward and backward (PaLM, appendix B).
 
-    Six per weight that multiplies (the input embedding is only looked up) and 12 x layers x width x context for
-    attention, of which the causal half is computed (PaLM, appendix B, halved there). Recomputing does not count.
+    6N + 12 L d T, as in flows/plan.py: the convention of published MFUs, so that ours compares with them and with the
+    plan. It counts the input embedding, which is only looked up, and the masked half of attention; not what
+    checkpointing computes again.
     """
-    input_embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    products = 6 * (num_parameters(config) - input_embedding)
-    return products + 6 * config.num_hidden_layers * config.hidden_size * context
+    return 6 * num_parameters(config) + 12 * config.num_hidden_layers * config.hidden_size * context
 
 
 def rotary_angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,11 @@
-"""Start a training stage: `python -m tasks.workers.launch <stage> [item]`, the command of every stage that trains.
+"""Start a stage on the accelerators: `python -m tasks.workers.launch <stage> [item]`, the command of all that use them.
 
 `machine` in params.yaml says how many processes, and where. Several are started by DeepSpeed's launcher, on the hosts
-of `machine.hostfile` or on this one. A single process needs of it only six variables in its environment, and not the
-four seconds that the launcher takes to start: this process becomes that rank.
+of `machine.hostfile` or on this one. A single process needs of it only four variables in its environment, and not the
+seconds that the launcher takes to start: this process becomes that rank.
+
+Ranks of one host are heard on its loopback interface only, and find each other through a private file. On hosts of a
+hostfile DeepSpeed starts `python -m tasks.workers.launch --rank FILE <stage> [item]`, which becomes the rank.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from __future__ import annotations
 import base64
 import json
 import os
+import runpy
 import secrets
+import signal
 import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tasks.running.files import write_json
 from tasks.running.fingerprint import fingerprint
@@ -32,6 +38,9 @@ from tasks.running.processes import (
 )
 from tasks.running.scratch import FAILURES, IDENTITY
 
+RANK_ARGUMENT = "--rank"
+TRACKING_FILE = "tracking.json"
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 PORTS = range(20000, 32000)
 
 
@@ -60,52 +69,97 @@ def identify(name: str) -> str:
     return identity.digest
 
 
-def command_line(stage: str, items: Sequence[str], digest: str, machine: Machine) -> list[str]:
-    """Return the command that starts a stage's ranks, whose digest is known.
+def read_machine() -> Machine:
+    """Return section `machine` of params.yaml. Raises ValueError when it is wrong, or its hostfile is missing."""
+    machine = parse_section(Machine, read_params(), "machine")
+    if machine.hostfile is not None and not Path(machine.hostfile).exists():
+        raise ValueError(
+            f"params.yaml: `machine.hostfile` is {machine.hostfile}, which does not exist: write one line a host, "
+            "for instance `node-1 slots=8`, or set null to train on this host"
+        )
+    return machine
+
+
+def launcher_arguments(stage: str, items: Sequence[str], machine: Machine, private: Path) -> list[str]:
+    """Return DeepSpeed's launcher, a module, and its arguments; `private` is a folder that only this user reads.
 
     The launcher stands between the ranks and the pipeline, so they are told which pipeline run they belong to.
-    Raises ValueError when the hostfile is missing.
     """
-    rank = [f"tasks.{stage}", *items, f"{FINGERPRINT_ARGUMENT}{digest}"]
-    if machine.hostfile is None and machine.num_ranks == 1:
-        return [sys.executable, "-m", *rank]
-    rank.append(f"{PIPELINE_ARGUMENT}{pipeline_id()}")
+    told = [*items, f"{PIPELINE_ARGUMENT}{pipeline_id()}"]
     if PIPELINE_VARIABLE in os.environ:
-        rank.append(LOCKED_ARGUMENT)
+        told.append(LOCKED_ARGUMENT)
+    module = ["--no_local_rank", "--module"]
     if machine.hostfile is not None:
-        if not Path(machine.hostfile).exists():
-            raise ValueError(
-                f"params.yaml: `machine.hostfile` is {machine.hostfile}, which does not exist: write one line a host, "
-                "for instance `node-1 slots=8`, or set null to train on this host"
-            )
-        return [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", machine.hostfile, "--module", *rank]
+        rank = ["tasks.workers.launch", RANK_ARGUMENT, str(private / TRACKING_FILE), stage, *told]
+        return ["deepspeed.launcher.runner", "--hostfile", machine.hostfile, *module, *rank]
     world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(machine.num_ranks))}).encode()).decode()
-    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", "--quiet", f"--world_info={world}"]
-    return [*launcher, "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--module", *rank]
+    meet = [f"--world_info={world}", f"--master_addr=file://{private / 'store'}"]
+    return ["deepspeed.launcher.launch", "--quiet", *meet, *module, f"tasks.{stage}", *told]
+
+
+def hide_tracking(path: Path) -> None:
+    """Move MLflow's variables, which may hold a password, from the environment into a file of this user's.
+
+    DeepSpeed's runner writes those that it finds into command lines, which everyone on the hosts can read.
+    """
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("MLFLOW")}
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(hidden), encoding="utf-8")
+
+
+def become_rank(stage: str, items: Sequence[str]) -> None:
+    """Become a rank of a stage; its environment is ready."""
+    os.execv(sys.executable, [sys.executable, "-m", f"tasks.{stage}", *items])  # noqa: S606 - a list, no shell
+
+
+def become_launcher(stage: str, items: Sequence[str], machine: Machine) -> None:
+    """Become DeepSpeed's launcher, on this host or for those of the hostfile; what was private goes when it ends."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until DeepSpeed has its own handler
+    several_hosts = machine.hostfile is not None
+    if several_hosts:
+        SCRATCH.mkdir(exist_ok=True)  # all of them see it
+    else:
+        os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    with TemporaryDirectory(prefix="launch-", dir=SCRATCH if several_hosts else None) as private:
+        sys.argv = launcher_arguments(stage, items, machine, Path(private))
+        if several_hosts:
+            hide_tracking(Path(private, TRACKING_FILE))
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed's autotuner, unused, takes seconds for it
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
-    """Become the launcher, or the only rank."""
+    """Become the launcher, the only rank, or one that the launcher has started on some host."""
     die_with_parent()
-    if len(sys.argv) == 1:
+    arguments = sys.argv[1:]
+    if not arguments:
         sys.stderr.write("launch: name the training stage to start: `python -m tasks.workers.launch pretrain`\n")
         sys.exit(1)
+    is_rank = arguments[0] == RANK_ARGUMENT
+    stage, *items = arguments[2:] if is_rank else arguments
     try:
-        machine = parse_section(Machine, read_params(), "machine")
-        stage, items = sys.argv[1], sys.argv[2:]
-        command = command_line(stage, items, identify("@".join([stage, *items])), machine)
+        machine = read_machine()
+        if not is_rank:
+            items.append(f"{FINGERPRINT_ARGUMENT}{identify('@'.join(arguments))}")
     except ValueError as error:
-        sys.stderr.write(f"{sys.argv[1]}: {error}\n")
+        sys.stderr.write(f"{stage}: {error}\n")
         sys.exit(1)
     # Read when torch is imported, never later. Threads that wait give way at once: spinning, as OpenMP does by itself,
     # slows training several times as soon as another program needs one of the processors.
     os.environ.update(OMP_NUM_THREADS=str(machine.threads), OMP_WAIT_POLICY="passive")
-    if machine.hostfile is None and machine.num_ranks == 1:
-        only_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-        os.environ.update(only_rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    elif machine.hostfile is None:
-        os.environ[LAUNCHER_VARIABLE] = str(os.getpid())  # the launcher takes over this process
-    os.execv(command[0], command)  # noqa: S606 - a list, no shell
+    if machine.hostfile is None:
+        os.environ.update(GLOO_SOCKET_IFNAME=LOOPBACK, NCCL_SOCKET_IFNAME=LOOPBACK)
+    if is_rank:
+        if os.environ["RANK"] == "0":  # the one that tells MLflow
+            tracking = Path(arguments[1])
+            os.environ.update(json.loads(tracking.read_text(encoding="utf-8")))
+            tracking.unlink()
+        become_rank(stage, items)
+    elif machine.hostfile is None and machine.num_ranks == 1:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        become_rank(stage, items)
+    else:
+        become_launcher(stage, items, machine)
 
 
 if __name__ == "__main__":
