@@ -637,7 +637,6 @@ stages:
 """
 MOMENTS = {  # below .scratch/clean/<fingerprint>/
     "a partition is cleaned": "cleaned/*-*",
-    "the files of a source are cleaned": "cleaned/*.json",
     "duplicates are found": "duplicates",
     "a partition is parted": "parted/*",
     "all is in the output": "output/plots/funnel.csv",
