@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -211,7 +212,10 @@ def test_counts_of_parts_in_any_order_add_up_to_those_of_one_pass(tmp_path_facto
     drawn = sorted(pair for _, pairs in partial for pair in pairs)
     assert drawn[: shared.num_background] == background
     scores = scoring(score_bad)
-    assert sum((toxicity.score_part(path, scores) for path in paths), Counter()) == toxicity.score_part(whole, scores)
+    assert (
+        sum((toxicity.score_part(path, scores)[0] for path in paths), Counter())
+        == toxicity.score_part(whole, scores)[0]
+    )
 
 
 # --- toxicity of documents ---
@@ -240,7 +244,7 @@ def test_a_document_scores_the_mean_of_its_sentences(tmp_path):
         document("bad.", language="de", number=4),  # not scored
         document(" ", number=5),  # no sentence, not scored
     ]
-    counts = toxicity.score_part(write_part(documents, directory=tmp_path), scoring(score_bad))
+    counts, _ = toxicity.score_part(write_part(documents, directory=tmp_path), scoring(score_bad))
     assert {name: counts["web", "toxicity", name] for name in ("scored", "toxic", "any_window")} == {
         "scored": 3,
         "toxic": 1,
@@ -252,7 +256,8 @@ def test_a_document_scores_the_mean_of_its_sentences(tmp_path):
 def test_a_sample_is_the_same_documents_whatever_the_parts(tmp_path):
     documents = [document("bad.", number=number) for number in range(400)]
     shared = scoring(score_bad, sample=0.25)
-    number = toxicity.score_part(write_part(documents, directory=tmp_path), shared)["web", "toxicity", "scored"]
+    counts, _ = toxicity.score_part(write_part(documents, directory=tmp_path), shared)
+    number = counts["web", "toxicity", "scored"]
     expected = sum(corpus.draw("toxicity", 1, each["id"]) < 0.25 for each in documents)
     assert number == expected
     assert 70 <= number <= 130  # 100 expected, 3.5 standard deviations of a binomial
@@ -547,3 +552,25 @@ def test_the_sum_over_sources_is_the_sum_of_the_sources(counts):
     total = report.add_up(Counter(counts))
     for name in "xyz":
         assert total["all", "terms", name] == sum(counts.get((source, "terms", name), 0) for source in "ab")
+
+
+def test_a_run_that_was_killed_keeps_the_parts_that_it_has_counted_and_scored(workspace):
+    write_labels()
+    for number, (text, _) in enumerate(LABELLED[8:12]):
+        write_part([document(f"She said: {text}", number=number)], number)
+    figures = audit(audit_params(), workers=1)
+    written = {path: path.read_bytes() for path in Path("output").rglob("*") if path.is_file()}
+    finished = sorted(Path("scratch").glob("*ing/*.json"))
+    assert [str(path.relative_to("scratch")) for path in finished[:2]] == [
+        "counting/part-00000.json",
+        "counting/part-00001.json",
+    ]
+    assert len(finished) == 8
+    for path in finished[1::2]:  # as a run left it that was killed half way
+        path.unlink()
+    kept = [path.stat().st_ino for path in finished[::2]]
+    for directory in ("output", "record"):
+        shutil.rmtree(directory)
+    assert audit(audit_params(), workers=1) == figures
+    assert [path.stat().st_ino for path in finished[::2]] == kept
+    assert {path: path.read_bytes() for path in Path("output").rglob("*") if path.is_file()} == written

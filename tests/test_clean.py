@@ -1,6 +1,9 @@
 import json
 import random
 import re
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -10,6 +13,7 @@ import pytest
 from datasketch import MinHash
 from hypothesis import given
 from hypothesis import strategies as st
+from stages import Workspace
 
 from tasks.clean import __main__ as stage_clean
 from tasks.clean.duplicates import (
@@ -20,6 +24,7 @@ from tasks.clean.duplicates import (
     first_of_each,
     minhash,
     mix,
+    permutations,
     shingle,
     sign,
 )
@@ -273,7 +278,8 @@ def test_signatures_are_those_of_datasketch():
         values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
         return values ^ (values >> np.uint32(16))
 
-    a, b = reference.permutations
+    a, b = permutations(64, 7)
+    assert np.array([a, b]).tolist() == reference.permutations.tolist()
     assert minhash(murmur(shingles), a, b).tolist() == reference.hashvalues.tolist()
 
 
@@ -621,3 +627,68 @@ def test_a_corpus_that_cannot_be_cleaned_is_told_why(scheduler, tmp_path, texts,
             (tmp_path / "corpus" / f"{name}.jsonl").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
         clean(tmp_path, parameters(tmp_path / "corpus", **changes), scheduler)
+
+
+DVC_STAGE = """\
+stages:
+  clean:
+    cmd: exec python -m tasks.clean
+    deps: [corpus]
+    params: [seed, clean]
+    outs: [data/clean]
+"""
+MOMENTS = {  # below .scratch/clean/<fingerprint>/
+    "a partition is cleaned": "cleaned/*-*",
+    "duplicates are found": "duplicates",
+    "a partition is parted": "parted/*",
+    "all is in the output": "output/plots/funnel.csv",
+}
+
+
+def finished_pieces(scratch):
+    """The files of finished pieces, each with what changes when it is written anew."""
+    pieces = [path for name in ("cleaned", "duplicates", "parted") for path in (scratch / name).glob("**/*.*")]
+    return {
+        str(path.relative_to(scratch)): (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in pieces
+        if path.name != "index.json" and not any(part.startswith(".") for part in path.relative_to(scratch).parts)
+    }
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_does_nothing_twice_and_ends_in_the_same_bytes(scheduler, tmp_path):
+    params = parameters("corpus", partition_megabytes=0.01)
+    workspace = Workspace(tmp_path, "clean", DVC_STAGE, clean=params.model_dump(mode="json"))
+    more = {"first": range(1000, 1100), "second": range(1100, 1200)}
+    write_corpus(
+        tmp_path / "corpus", {name: own + [(story(n), []) for n in more[name]] for name, own in corpus().items()}
+    )
+
+    def begin():
+        return subprocess.Popen([sys.executable, "-m", "tasks.clean"], cwd=tmp_path, env=workspace.environment)
+
+    seen = {}
+    for moment, pattern in MOMENTS.items():
+        process = begin()
+        while not [path for path in tmp_path.glob(f".scratch/clean/*/{pattern}") if not path.name.startswith(".")]:
+            assert process.poll() is None, moment
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        (scratch,) = tmp_path.glob(".scratch/clean/*/")
+        pieces = finished_pieces(scratch)
+        assert pieces.items() >= seen.items(), moment
+        seen = pieces
+    assert begin().wait() == 0
+    kept = {path.stat().st_ino for path in (workspace.output / "documents").iterdir()}
+    assert kept == {inode for name, (inode, _) in seen.items() if re.fullmatch("parted/.*/documents.parquet", name)}
+    assert len(kept) > 5
+
+    place = tmp_path / "undisturbed"
+    assert clean(place, params.model_copy(update={"root": str(tmp_path / "corpus")}), scheduler) == workspace.figures()
+    undisturbed = {
+        str(path.relative_to(place / "output")): path.read_bytes()
+        for path in (place / "output").rglob("*")
+        if path.is_file()
+    }
+    assert undisturbed == {name: content for name, content in workspace.files.items() if name != "metrics.json"}

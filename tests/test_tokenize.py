@@ -186,16 +186,21 @@ def test_the_result_is_the_same_bytes_for_any_number_of_files_and_workers(finish
         assert (stage.output / name).read_bytes() == (other.output / name).read_bytes(), name
 
 
-def test_a_stage_that_was_killed_keeps_what_it_encoded(finished, tmp_path):
+def test_a_stage_that_was_killed_keeps_what_it_encoded_and_the_shards_that_it_wrote(finished, tmp_path):
     stage, figures, _ = finished  # its directory is the working directory
     again = make_stage(tmp_path / "run", make_params())
-    encoded = again.scratch / "encoded" / "part-00000"
-    encoded.parent.mkdir(parents=True)
-    shutil.copytree(stage.scratch / "encoded" / "part-00000", encoded)
-    before = (encoded / "tokens.bin").stat()
+    kept = [again.scratch / "encoded" / "part-00000", again.scratch / "shards" / "00001"]
+    for directory in kept:
+        shutil.copytree(stage.scratch / directory.relative_to(again.scratch), directory)
+    files = [file for directory in kept for file in directory.iterdir()]
+    assert len(files) == 3
+    before = [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
     assert run(again) == figures
-    assert (encoded / "tokens.bin").stat().st_mtime_ns == before.st_mtime_ns
-    assert (again.output / "train-00001.npy").read_bytes() == (stage.output / "train-00001.npy").read_bytes()
+    assert [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files] == before
+    shards = sorted(path.name for path in stage.output.glob("train-*.npy"))
+    assert len(shards) == 3
+    for name in shards:
+        assert (again.output / name).read_bytes() == (stage.output / name).read_bytes()
 
 
 def test_tables_and_pictures_show_the_mixture(finished):

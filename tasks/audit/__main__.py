@@ -93,7 +93,7 @@ def count(stage: Stage[Params], client: Any, parts: list[Path], terms: list[ment
     )
     counts: Counts = Counts()
     drawn: list[tuple[float, str]] = []
-    for part_counts, part_drawn in over_parts(client, mentions.count_part, parts, shared, "counting"):
+    for part_counts, part_drawn in over_parts(client, mentions.count_part, parts, shared, stage.scratch / "counting"):
         counts += part_counts
         drawn = heapq.nsmallest(num_background, drawn + part_drawn)
     if not counts:
@@ -140,7 +140,7 @@ def score_documents(stage: Stage[Params], client: Any, parts: list[Path], score:
         seed=stage.seed,
     )
     counts: Counts = Counts()
-    for part_counts in over_parts(client, toxicity.score_part, parts, shared, "scoring"):
+    for part_counts, _ in over_parts(client, toxicity.score_part, parts, shared, stage.scratch / "scoring"):
         counts += part_counts
     return counts
 

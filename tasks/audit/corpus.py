@@ -7,10 +7,13 @@ corpus may be of any size and the parts may be done in any order.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tasks.running.files import write_json
 
 DOCUMENTS = Path("data/clean/documents")
 COLUMNS = ["id", "source", "text", "language"]
@@ -19,6 +22,7 @@ EVERYWHERE = "all"  # the name under which the sum over the sources goes
 
 Name = tuple[str, str]  # what is counted: (measure, name), as in ("pronouns", "she")
 Counts = Counter[tuple[str, str, str]]  # (source, measure, name) -> documents
+Result = tuple[Counts, list[tuple[float, str]]]  # of a part: its counts, and sentences drawn from it
 
 
 def find_parts(directory: Path) -> list[Path]:
@@ -62,15 +66,29 @@ def draw(purpose: str, seed: int, document: str) -> float:
 
 
 def over_parts(
-    client: Any, function: Callable[[Path, Any], Any], parts: list[Path], shared: Any, description: str
-) -> Iterator[Any]:
-    """Yield `function(part, shared)` of every part, in the order in which the workers finish them."""
+    client: Any, function: Callable[[Path, Any], Result], parts: list[Path], shared: Any, finished: Path
+) -> Iterator[Result]:
+    """Yield `function(part, shared)` of every part, in the order in which the workers finish them.
+
+    Each is kept below `finished`, and what an earlier run has left there is not done again.
+    """
     from distributed import as_completed
     from tqdm import tqdm
 
     everywhere = client.scatter(shared, broadcast=True, hash=False)
-    futures = client.map(function, parts, shared=everywhere, pure=False)
-    finished = as_completed(futures)  # type: ignore[no-untyped-call]
-    for future in tqdm(finished, total=len(parts), desc=description, unit="part"):
+    results = [finished.resolve() / f"{part.stem}.json" for part in parts]
+    futures = client.map(finish_part, parts, results, function=function, shared=everywhere, pure=False)
+    completed = as_completed(futures)  # type: ignore[no-untyped-call]
+    for future in tqdm(completed, total=len(parts), desc=finished.name, unit="part"):
         yield future.result()
         future.release()
+
+
+def finish_part(part: Path, result: Path, function: Callable[[Path, Any], Result], shared: Any) -> Result:
+    """Return `function(part, shared)`, from the file `result` where an earlier run has left it."""
+    if not result.exists():
+        counts, drawn = function(part, shared)
+        write_json(result, {"counts": [[*name, number] for name, number in counts.items()], "drawn": drawn})
+    found = json.loads(result.read_text(encoding="utf-8"))
+    counts = Counter({(source, measure, name): number for source, measure, name, number in found["counts"]})
+    return counts, [(number, text) for number, text in found["drawn"]]

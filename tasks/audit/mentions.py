@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.audit.corpus import Counts, Name, draw, read_part
+from tasks.audit.corpus import Counts, Name, Result, draw, read_part
 from tasks.audit.toxicity import windows
 
 SHE = "she her hers herself"
@@ -128,7 +128,7 @@ def find_mentions(text: str, lexicon: Lexicon) -> set[Name]:
     return found
 
 
-def count_part(path: Path, shared: Counting) -> tuple[Counts, list[tuple[float, str]]]:
+def count_part(path: Path, shared: Counting) -> Result:
     """Return a part's counts, and its share of the background: sentences of documents drawn by a hash of their id.
 
     The background of the corpus is the lowest `num_background` of all parts' (draw, sentence).

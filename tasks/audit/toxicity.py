@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tasks.audit.corpus import Counts, draw, read_part
+from tasks.audit.corpus import Counts, Result, draw, read_part
 from tasks.running.params import Section
 
 Floats = NDArray[np.float64]
@@ -321,8 +321,11 @@ def windows(text: str, max_words: int) -> list[str]:
     return result
 
 
-def score_part(path: Path, shared: Scoring) -> Counts:
-    """Return how many of a part's documents are `scored`, `toxic`, have `any_window` toxic, and the histogram."""
+def score_part(path: Path, shared: Scoring) -> Result:
+    """Return how many of a part's documents are `scored`, `toxic`, have `any_window` toxic, and the histogram.
+
+    No sentence is drawn.
+    """
     counts: Counts = Counts()
     for batch in read_part(path, shared.batch_documents):
         documents = [
@@ -344,4 +347,4 @@ def score_part(path: Path, shared: Scoring) -> Counts:
             counts[source, "toxicity", "toxic"] += int(mean >= shared.threshold)
             counts[source, "toxicity", "any_window"] += int(own.max() >= shared.threshold)
             counts[source, "histogram", str(min(int(mean * shared.num_bins), shared.num_bins - 1))] += 1
-    return counts
+    return counts, []

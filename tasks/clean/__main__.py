@@ -9,17 +9,19 @@ Reads the files that `clean.sources` names below `clean.root`. Writes, below dat
 
 Three steps on Dask, none of which holds more of the corpus than one partition a worker: judge each document by itself
 and sign it; find duplicates from the signatures; part kept from rejected. The result depends on neither the number of
-workers nor the size of a partition.
+workers nor the size of a partition. A run that was killed goes on from the partitions that it has finished in a step;
+only the search for duplicates, the shortest, is one piece.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasks.clean.duplicates import find_duplicates, write_index
+from tasks.clean.duplicates import Deduplication, find_duplicates, write_index
 from tasks.clean.language import check_languages
 from tasks.clean.partition import ROW_BITS, Params, Part, clean_files, part_documents
 from tasks.clean.report import metrics, plot_funnel, write_funnel
@@ -27,6 +29,7 @@ from tasks.clean.score import score
 from tasks.reading.sources import File, find_files, is_url
 from tasks.running.stage import Stage, start
 from tasks.workers.cluster import dask_client
+from tasks.workers.finished import finish_once, link
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -40,17 +43,18 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     params = stage.params
     check(params)
     files = find_files(Path(params.root), params.sources, "clean")
-    parts_folder = stage.scratch / "parts"
-    shutil.rmtree(parts_folder, ignore_errors=True)
-    for folder in (parts_folder, stage.output / "documents", stage.output / "rejected", stage.output / "plots"):
-        folder.mkdir(parents=True)
+    cleaned_folder, parted_folder = stage.scratch / "cleaned", stage.scratch / "parted"
+    for folder in (cleaned_folder, parted_folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in ("documents", "rejected", "plots"):
+        (stage.output / name).mkdir(parents=True)
 
     groups = list(group_files(files, params.partition_megabytes * 1e6))
     with dask_client(stage.machine, stage.scratch, len(groups)) as client:
         cleaned = client.map(
             clean_files,
             groups,
-            [str(parts_folder / f"{index:05d}") for index in range(len(groups))],
+            [str(cleaned_folder / f"{index:05d}") for index in range(len(groups))],
             params=params,
             seed=stage.seed,
             pure=False,
@@ -65,8 +69,10 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             raise ValueError(
                 "`clean.rules` reject every document: loosen them, starting with a small sample of one source"
             )
-        write_index(parts_folder, [part.path for part in signed], [part.first for part in signed])
-        duplicates = find_duplicates(parts_folder, len(signed), params.deduplication)
+        write_index(cleaned_folder, [part.path for part in signed], [part.first for part in signed])
+        found = stage.scratch / "duplicates"
+        finish_once(found, partial(write_duplicates, cleaned_folder, len(signed), params.deduplication))
+        duplicates = pd.read_parquet(found / "duplicates.parquet")
         names = {file.number: file.name for file in files}
         duplicates["detail"] = [
             f"copy of {names[first >> ROW_BITS]}, row {first & ((1 << ROW_BITS) - 1)}" for first in duplicates["first"]
@@ -76,9 +82,14 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         bounds = duplicates["document"].searchsorted([part.first for part in filled])
         ends = duplicates["document"].searchsorted([part.last for part in filled], side="right")
         slices = [duplicates.iloc[start:end] for start, end in zip(bounds, ends, strict=True)]
-        parted = client.map(part_documents, filled, slices, output=stage.output, pure=False)
+        parted = client.map(part_documents, filled, slices, parted=parted_folder, pure=False)
         counts = pd.concat(gather(parted, [1] * len(filled), "kept and rejected", "part"))
 
+    for part in filled:
+        for name in ("documents", "rejected"):
+            written = parted_folder / part.name / f"{name}.parquet"
+            if written.exists():
+                link(written, stage.output / name / f"part-{part.name}.parquet")
     counts = counts.groupby(["source", "rule"], as_index=False).sum()
     funnel = write_funnel(counts, list(params.sources), stage.output / "plots" / "funnel.csv")
     plot_funnel(funnel, stage.artifacts / "funnel.png")
@@ -127,11 +138,16 @@ def gather(futures: Sequence[Any], sizes: Sequence[int], title: str, unit: str) 
     return [future.result() for future in futures]
 
 
+def write_duplicates(cleaned: Path, num_partitions: int, params: Deduplication, directory: Path) -> None:
+    """Write duplicates.parquet: the documents to reject, as `find_duplicates` returns them."""
+    find_duplicates(cleaned, num_partitions, params).to_parquet(directory / "duplicates.parquet", index=False)
+
+
 def write_malformed(parts: Sequence[Part], path: Path) -> None:
     """Join the partitions' malformed rows, in the corpus's order."""
     with path.open("wb") as joined:
         for part in parts:
-            with Path(f"{part.path}.malformed.jsonl").open("rb") as lines:
+            with (Path(part.path) / "malformed.jsonl").open("rb") as lines:
                 shutil.copyfileobj(lines, joined)
 
 

@@ -53,11 +53,13 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=4)
-def _permutations(num: int, seed: int) -> Any:
-    """Permutations of datasketch, h -> a * h + b mod 2**32, a odd: [2, P]."""
-    from datasketch import MinHash
+def permutations(num: int, seed: int) -> NDArray[np.uint32]:
+    """Return permutations h -> a * h + b mod 2**32, a odd, as datasketch 2 draws them: [2, P]."""
+    import numpy as np
 
-    return MinHash(num_perm=num, seed=seed, scheme="affine32").permutations
+    generator = np.random.RandomState(seed)
+    a = generator.randint(0, 1 << 31, num, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+    return np.array([a, generator.randint(0, 1 << 32, num, dtype=np.uint32)])
 
 
 def exact_hash(text: str) -> int:
@@ -78,7 +80,7 @@ def sign(texts: Sequence[str], seed: int, params: Deduplication) -> NDArray[np.u
     tokens = np.array([token for tokens in tokens_by_text for token in tokens], dtype=object)
     codes, vocabulary = pd.factorize(tokens)
     hashes = pd.util.hash_array(np.asarray(vocabulary, dtype=object), categorize=False)[codes]
-    a, b = _permutations(params.num_bands * params.rows_a_band, seed)
+    a, b = permutations(params.num_bands * params.rows_a_band, seed)
     signatures = np.empty((len(texts), len(a)), dtype=np.uint32)
     start = 0
     for index, words in enumerate(tokens_by_text):
@@ -122,26 +124,26 @@ def band_hashes(signatures: NDArray[np.uint32], params: Deduplication) -> NDArra
     return hashed
 
 
-def save(path: str, texts: Sequence[str], numbers: NDArray[np.int64], seed: int, params: Deduplication) -> None:
+def save(directory: Path, texts: Sequence[str], numbers: NDArray[np.int64], seed: int, params: Deduplication) -> None:
     """Write what finding duplicates needs to know of documents, in rising order of their numbers."""
     import numpy as np
 
-    np.save(f"{path}.numbers.npy", numbers)
-    np.save(f"{path}.exact.npy", np.array([exact_hash(text) for text in texts], dtype=np.uint64))
-    np.save(f"{path}.signatures.npy", sign(texts, seed, params))
+    np.save(directory / "numbers.npy", numbers)
+    np.save(directory / "exact.npy", np.array([exact_hash(text) for text in texts], dtype=np.uint64))
+    np.save(directory / "signatures.npy", sign(texts, seed, params))
 
 
 def read_keys(path: str, params: Deduplication) -> pd.DataFrame:
-    """Return what the documents of one file may share with others: [D * (1 + B)] rows to shuffle by key."""
+    """Return what the documents of one partition may share with others: [D * (1 + B)] rows to shuffle by key."""
     import numpy as np
     import pandas as pd
 
-    exact = np.load(f"{path}.exact.npy")
-    keys = np.concatenate([exact[:, None], band_hashes(np.load(f"{path}.signatures.npy"), params)], axis=1)
+    exact = np.load(f"{path}/exact.npy")
+    keys = np.concatenate([exact[:, None], band_hashes(np.load(f"{path}/signatures.npy"), params)], axis=1)
     return pd.DataFrame(
         {
             "key": keys.ravel(),
-            "document": np.repeat(np.load(f"{path}.numbers.npy"), keys.shape[1]),
+            "document": np.repeat(np.load(f"{path}/numbers.npy"), keys.shape[1]),
             "exact": np.tile(np.arange(keys.shape[1]) == 0, len(keys)),
         }
     )
@@ -180,7 +182,7 @@ def signature_reader(directory: str) -> Callable[[NDArray[np.int64]], NDArray[np
     @lru_cache(maxsize=256)
     def mapped(file: int) -> tuple[Any, Any]:
         path = index["paths"][file]
-        return np.load(f"{path}.numbers.npy", mmap_mode="r"), np.load(f"{path}.signatures.npy", mmap_mode="r")
+        return np.load(f"{path}/numbers.npy", mmap_mode="r"), np.load(f"{path}/signatures.npy", mmap_mode="r")
 
     def read(documents: NDArray[np.int64]) -> NDArray[np.uint32]:
         rows = []

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +25,10 @@ from tasks.clean.personal_data import TYPES, PersonalData, find_personal_data, i
 from tasks.clean.quality import C4, Gopher, Verdict, drop_lines, judge_page, judge_words
 from tasks.clean.repair import repair
 from tasks.clean.repetition import Repetition, judge_repetition
-from tasks.reading.sources import File, Malformed, Source, partitions
+from tasks.reading.sources import File, Malformed, Source, is_url, partitions
+from tasks.running.files import write_json
 from tasks.running.params import Section
+from tasks.workers.finished import finish_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +99,7 @@ class Params(Section):
 
 @dataclass(frozen=True)
 class Part:
-    """One cleaned partition on disk, before duplicates are known."""
+    """One cleaned partition, before duplicates are known: its directory, and what was counted."""
 
     path: str
     source: str
@@ -106,39 +110,65 @@ class Part:
     num_malformed: int
     first_malformed: Malformed | None
 
+    @property
+    def name(self) -> str:
+        """Name of the partition in the corpus's order."""
+        return Path(self.path).name
+
 
 def clean_files(files: Sequence[File], prefix: str, params: Params, seed: int) -> list[Part]:
     """Clean files of one source partition by partition, as far as each document can be judged by itself.
 
-    Writes, for each partition, `<prefix>-<number>.parquet` with all its documents, .malformed.jsonl, and the survivors'
-    signatures.
+    Each partition becomes the directory `<prefix>-<number>`. What an earlier run has finished is kept; a URL that it
+    had begun is cleaned anew, as other text may lie there by now.
     """
-    parts = []
-    for index, (frame, malformed) in enumerate(partitions(files, int(params.partition_megabytes * 1e6))):
-        path = f"{prefix}-{index:05d}"
-        with Path(f"{path}.malformed.jsonl").open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(row._asdict()) + "\n" for row in malformed)
-        num_survivors = 0
-        if len(frame):
-            judged = judge(frame, params)
-            survivors = judged[judged["rule"] == ""]
-            num_survivors = len(survivors)
-            save(path, survivors["text"].tolist(), document_numbers(survivors), seed, params.deduplication)
-            mask_partition(judged, params.personal_data).to_parquet(f"{path}.parquet", compression="zstd", index=False)
-        numbers = document_numbers(frame).tolist() or [-1]
-        parts.append(
-            Part(
-                path,
-                files[0].source,
-                numbers[0],
-                numbers[-1],
-                len(frame),
-                num_survivors,
-                len(malformed),
-                malformed[0] if malformed else None,
-            )
-        )
-    return parts
+    finished = Path(f"{prefix}.json")  # how many partitions the files made
+    if not finished.exists():
+        if is_url(files[0].location):
+            for begun in finished.parent.glob(f"{finished.stem}-*"):
+                shutil.rmtree(begun)
+        num_parts = 0
+        for frame, malformed in partitions(files, int(params.partition_megabytes * 1e6)):
+            fill = partial(clean_partition, frame, malformed, files[0].source, params, seed)
+            finish_once(Path(f"{prefix}-{num_parts:05d}"), fill)
+            num_parts += 1
+        write_json(finished, num_parts)
+    num_parts = json.loads(finished.read_text(encoding="utf-8"))
+    return [read_counts(Path(f"{prefix}-{index:05d}")) for index in range(num_parts)]
+
+
+def clean_partition(
+    frame: pd.DataFrame, malformed: Sequence[Malformed], source: str, params: Params, seed: int, directory: Path
+) -> None:
+    """Write all of a partition's documents, its malformed rows, the survivors' signatures, and counts.json."""
+    with (directory / "malformed.jsonl").open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row._asdict()) + "\n" for row in malformed)
+    num_survivors = 0
+    if len(frame):
+        judged = judge(frame, params)
+        survivors = judged[judged["rule"] == ""]
+        num_survivors = len(survivors)
+        save(directory, survivors["text"].tolist(), document_numbers(survivors), seed, params.deduplication)
+        masked = mask_partition(judged, params.personal_data)
+        masked.to_parquet(directory / "documents.parquet", compression="zstd", index=False)
+    numbers = document_numbers(frame).tolist() or [-1]
+    counts = {
+        "source": source,
+        "first": numbers[0],
+        "last": numbers[-1],
+        "num_documents": len(frame),
+        "num_survivors": num_survivors,
+        "num_malformed": len(malformed),
+        "first_malformed": malformed[0] if malformed else None,
+    }
+    write_json(directory / "counts.json", counts)
+
+
+def read_counts(directory: Path) -> Part:
+    """Return what was counted of a cleaned partition."""
+    counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
+    first = counts.pop("first_malformed")
+    return Part(path=str(directory), first_malformed=Malformed(*first) if first else None, **counts)
 
 
 def document_numbers(frame: pd.DataFrame) -> NDArray[np.int64]:
@@ -206,15 +236,25 @@ def mask_partition(judged: pd.DataFrame, params: PersonalData) -> pd.DataFrame:
     return masked.assign(personal_data_masked=masked[[f"masked_{kind}" for kind in TYPES]].sum(axis="columns"))
 
 
-def part_documents(part: Part, duplicates: pd.DataFrame, output: Path) -> pd.DataFrame:
-    """Write one partition's kept and rejected documents; return their counts by source and rule ("" is kept).
+def part_documents(part: Part, duplicates: pd.DataFrame, parted: Path) -> pd.DataFrame:
+    """Part one partition's kept documents from the rejected; return counts by source and rule ("" is kept).
 
-    `duplicates` has this partition's rows of what `find_duplicates` found: document, rule, detail.
+    Writes documents.parquet, rejected.parquet (each if it has a row) and counts.parquet into the partition's directory
+    below `parted`, and keeps what an earlier run has finished. `duplicates` has this partition's rows of what
+    `find_duplicates` found: document, rule, detail.
     """
     import pandas as pd
 
+    finish_once(parted / part.name, partial(write_parted, part, duplicates))
+    return pd.read_parquet(parted / part.name / "counts.parquet")
+
+
+def write_parted(part: Part, duplicates: pd.DataFrame, directory: Path) -> None:
+    """Write one partition's kept and rejected documents, and their counts."""
+    import pandas as pd
+
     measures = ["num_characters_read", "num_characters", "num_words", "repaired", "num_lines_dropped"]
-    documents = pd.read_parquet(f"{part.path}.parquet")
+    documents = pd.read_parquet(Path(part.path) / "documents.parquet")
     by_number = duplicates.set_index("document").reindex(document_numbers(documents))
     is_duplicate = by_number["rule"].notna().to_numpy()
     is_rich = (documents["rich"] != "").to_numpy() & ~is_duplicate
@@ -223,13 +263,13 @@ def part_documents(part: Part, duplicates: pd.DataFrame, output: Path) -> pd.Dat
     documents.loc[is_rich, "rule"] = "personal_data"
     documents.loc[is_rich, "detail"] = documents.loc[is_rich, "rich"]
     kept = documents["rule"] == ""
-    for rows, columns, folder in (
+    for rows, columns, name in (
         (documents[kept], KEPT_COLUMNS, "documents"),
         (documents[~kept], REJECTED_COLUMNS, "rejected"),
     ):
         if len(rows):
-            path = output / folder / f"part-{Path(part.path).name}.parquet"
-            rows[columns].to_parquet(path, compression="zstd", index=False)
+            rows[columns].to_parquet(directory / f"{name}.parquet", compression="zstd", index=False)
     counted = documents.assign(num_characters=documents["text"].str.len(), num_documents=1)
     sums = ["num_documents", *measures, *[f"masked_{kind}" for kind in TYPES]]
-    return counted.groupby(["source", "rule"], as_index=False)[sums].sum()
+    counts = counted.groupby(["source", "rule"], as_index=False)[sums].sum()
+    counts.to_parquet(directory / "counts.parquet", index=False)

@@ -19,6 +19,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tasks.running.places import DATA
 from tasks.running.stage import Stage, start
 from tasks.tokenize.encoding import Index, Tokens, encode_parts, open_tokens, read_index
 from tasks.tokenize.mixture import draw, plan_targets, shuffled
+from tasks.workers.finished import finish_once, link
 
 DOCUMENTS = DATA / "clean" / "documents"
 TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
@@ -88,7 +90,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     plan = plan_stream(params, train, stage.seed)
 
     started = time.monotonic()
-    write_stream(stage.output, params.shard_tokens, plan, train, encoded)
+    write_stream(stage.output, stage.scratch / "shards", params.shard_tokens, plan, train, encoded)
     write_validation(stage.output, validation, encoded)
     stage.log({"stream_tokens_per_second": plan.num_tokens / (time.monotonic() - started)}, step=0)
     return report(stage, plan, train, validation)
@@ -220,35 +222,52 @@ def plan_stream(params: Params, train: dict[str, Index], seed: int) -> Plan:
 # --- the files ---
 
 
-def write_stream(output: Path, shard_tokens: int, plan: Plan, train: dict[str, Index], encoded: list[Tokens]) -> None:
-    """Write train-*.npy, the stream in shards, and documents.parquet."""
+def write_stream(
+    output: Path, finished: Path, shard_tokens: int, plan: Plan, train: dict[str, Index], encoded: list[Tokens]
+) -> None:
+    """Write train-*.npy, the stream in shards, and documents.parquet.
+
+    Each shard is kept below `finished`, and what an earlier run has left there is not written again.
+    """
     from tqdm import tqdm
 
-    total, dtype = plan.num_tokens, encoded[0].dtype
+    total = plan.num_tokens
     by_number = [train[name] for name in plan.names]
-    rest = np.empty(0, dtype)
-    pieces = zip(plan.sources.tolist(), plan.pieces.tolist(), strict=True)
+    starts = np.cumsum(plan.lengths) - plan.lengths
     with tqdm(total=total, desc="writing the stream", unit="token", unit_scale=True) as progress:
         for number, begin in enumerate(range(0, total, shard_tokens)):
-            shape = (min(shard_tokens, total - begin),)
-            shard = np.lib.format.open_memmap(output / f"train-{number:05d}.npy", "w+", dtype, shape)
-            filled = 0
-            while filled < len(shard):
-                if not len(rest):
-                    source, piece = next(pieces)
-                    rest = by_number[source].read(piece, encoded)
-                taken = min(len(rest), len(shard) - filled)
-                shard[filled : filled + taken] = rest[:taken]
-                filled, rest = filled + taken, rest[taken:]
-            shard.flush()
-            progress.update(len(shard))
+            size = min(shard_tokens, total - begin)
+            fill = partial(write_shard, begin, size, plan, starts, by_number, encoded)
+            finish_once(finished / f"{number:05d}", fill)
+            link(finished / f"{number:05d}" / "tokens.npy", output / f"train-{number:05d}.npy")
+            progress.update(size)
     ids, numbers = np.zeros(len(plan.pieces), np.uint64), np.zeros(len(plan.pieces), np.int32)
     for number, index in enumerate(by_number):
         chosen = plan.sources == number
         ids[chosen] = index.ids[plan.pieces[chosen]]
         numbers[chosen] = index.pieces[plan.pieces[chosen]]
-    starts = np.cumsum(plan.lengths) - plan.lengths
     write_table(output / "documents.parquet", plan.names, plan.sources, starts, ids, numbers)
+
+
+def write_shard(
+    begin: int,
+    size: int,
+    plan: Plan,
+    starts: npt.NDArray[np.int64],
+    by_number: list[Index],
+    encoded: list[Tokens],
+    directory: Path,
+) -> None:
+    """Write tokens.npy, the `size` tokens of the stream from `begin` on; `starts` has where in it each piece starts."""
+    shard = np.lib.format.open_memmap(directory / "tokens.npy", "w+", encoded[0].dtype, (size,))
+    first, last = int(np.searchsorted(starts, begin, "right")) - 1, int(np.searchsorted(starts, begin + size))
+    cut = begin - int(starts[first])  # tokens of the first piece that the shard before has
+    filled = 0
+    for source, piece in zip(plan.sources[first:last].tolist(), plan.pieces[first:last].tolist(), strict=True):
+        tokens = by_number[source].read(piece, encoded)[cut:][: size - filled]
+        shard[filled : filled + len(tokens)] = tokens
+        filled, cut = filled + len(tokens), 0
+    shard.flush()
 
 
 def write_validation(output: Path, validation: dict[str, Index], encoded: list[Tokens]) -> None:

@@ -5,8 +5,8 @@ One file at a time in each of several processes, so memory stays bounded however
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from model.text.tokenizer import Tokenizer
 from tasks.running.params import Machine
 from tasks.workers.cluster import dask_client
+from tasks.workers.finished import finish_once
 
 ROWS_AT_ONCE = 256  # documents held in memory while reading; decides no result
 
@@ -80,7 +81,9 @@ def encode_parts(
         return results
     with dask_client(machine, directory, len(missing)) as client:
         futures = [
-            client.submit(encode_part, part.resolve(), tokenizer.resolve(), result, dtype.str, pure=False)
+            client.submit(
+                finish_once, result, partial(encode_part, part.resolve(), tokenizer.resolve(), dtype.str), pure=False
+            )
             for part, result in missing
         ]
         finished = as_completed(futures)  # type: ignore[no-untyped-call]
@@ -89,20 +92,18 @@ def encode_parts(
     return results
 
 
-def encode_part(documents: Path, tokenizer_path: Path, result: Path, dtype: str) -> None:
-    """Encode one Parquet file into the directory `result`: tokens.bin, and index.parquet with a row a document."""
+def encode_part(documents: Path, tokenizer_path: Path, dtype: str, directory: Path) -> None:
+    """Encode one Parquet file into a directory: tokens.bin, and index.parquet with a row a document."""
     import pyarrow as pa
     import pyarrow.parquet
 
     tokenizer = Tokenizer(tokenizer_path)
-    unfinished = result.with_name(f"{result.name}.{os.getpid()}")
-    unfinished.mkdir(exist_ok=True)
     schema = pa.schema({"id": pa.uint64(), "source": pa.string(), "start": pa.int64(), "length": pa.int64()})
     position = 0
     with (
         pyarrow.parquet.ParquetFile(documents) as file,
-        pyarrow.parquet.ParquetWriter(unfinished / "index.parquet", schema) as index,
-        (unfinished / "tokens.bin").open("wb") as tokens,
+        pyarrow.parquet.ParquetWriter(directory / "index.parquet", schema) as index,
+        (directory / "tokens.bin").open("wb") as tokens,
     ):
         for batch in file.iter_batches(ROWS_AT_ONCE, columns=["id", "source", "text"]):
             rows = []
@@ -112,7 +113,6 @@ def encode_part(documents: Path, tokenizer_path: Path, result: Path, dtype: str)
                 rows.append({"id": int(row["id"], 16), "source": row["source"], "start": position, "length": len(ids)})
                 position += len(ids)
             index.write_table(pa.Table.from_pylist(rows, schema))
-    unfinished.rename(result)
 
 
 def open_tokens(part: Path, dtype: np.dtype[Any]) -> Tokens:
