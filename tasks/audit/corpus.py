@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from model.progress.bar import progress_bar
+
 DOCUMENTS = Path("data/clean/documents")
 COLUMNS = ["id", "source", "text", "language"]
 UNKNOWN = "unknown"
@@ -66,11 +68,12 @@ def over_parts(
 ) -> Iterator[Any]:
     """Yield `function(part, shared)` of every part, in the order in which the workers finish them."""
     from distributed import as_completed
-    from tqdm import tqdm
 
     everywhere = client.scatter(shared, broadcast=True, hash=False)
     futures = client.map(function, parts, shared=everywhere, pure=False)
     finished = as_completed(futures)  # type: ignore[no-untyped-call]
-    for future in tqdm(finished, total=len(parts), desc=description, unit="part"):
-        yield future.result()
-        future.release()
+    with progress_bar(len(parts), description, "part") as bar:
+        for future in finished:
+            yield future.result()
+            future.release()
+            bar.update()

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
+from model.progress.bar import progress_bar
 from model.text.tokenizer import Tokenizer
 from tasks.running.files import write_json
 from tasks.running.params import Section
@@ -222,13 +223,11 @@ def plan_stream(params: Params, train: dict[str, Index], seed: int) -> Plan:
 
 def write_stream(output: Path, shard_tokens: int, plan: Plan, train: dict[str, Index], encoded: list[Tokens]) -> None:
     """Write train-*.npy, the stream in shards, and documents.parquet."""
-    from tqdm import tqdm
-
     total, dtype = plan.num_tokens, encoded[0].dtype
     by_number = [train[name] for name in plan.names]
     rest = np.empty(0, dtype)
     pieces = zip(plan.sources.tolist(), plan.pieces.tolist(), strict=True)
-    with tqdm(total=total, desc="writing the stream", unit="token", unit_scale=True) as progress:
+    with progress_bar(total, "writing the stream", "token", scaled=True) as bar:
         for number, begin in enumerate(range(0, total, shard_tokens)):
             shape = (min(shard_tokens, total - begin),)
             shard = np.lib.format.open_memmap(output / f"train-{number:05d}.npy", "w+", dtype, shape)
@@ -241,7 +240,7 @@ def write_stream(output: Path, shard_tokens: int, plan: Plan, train: dict[str, I
                 shard[filled : filled + taken] = rest[:taken]
                 filled, rest = filled + taken, rest[taken:]
             shard.flush()
-            progress.update(len(shard))
+            bar.update(len(shard))
     ids, numbers = np.zeros(len(plan.pieces), np.uint64), np.zeros(len(plan.pieces), np.int32)
     for number, index in enumerate(by_number):
         chosen = plan.sources == number
