@@ -27,11 +27,12 @@ from pydantic import Field
 from model.network.checkpoint import load_weights
 from model.network.ranks import join_ranks
 from model.network.transformer import ModelConfig, num_parameters
+from model.progress.bar import progress_bar
 from model.scoring.reward import RewardModel, draw_heads
 from model.training.engine import build_model, start_engine
 from tasks.judging.scores import higher
 from tasks.learning import reward
-from tasks.learning.loop import progress_bar, read_base
+from tasks.learning.loop import Progress, note_step, read_base
 from tasks.running.files import write_json
 from tasks.running.params import Section, parse_section, read_params
 from tasks.running.stage import Stage, start
@@ -73,7 +74,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         for share in params.shares
     ]
     done = finished_before(stage)
-    with progress_bar(stage, len(done), len(trainings)) as bar:
+    description = stage.name if stage.rank == 0 else None
+    with progress_bar(len(trainings), description, "training", done=len(done)) as bar:
         for num_layers, num_pairs, seed in trainings[len(done) :]:
             accuracy = accuracy_of(train(base, num_layers, num_pairs, seed))
             done.append({"layers": num_layers, "pairs": num_pairs, "seed": seed, "accuracy": accuracy})
@@ -146,9 +148,10 @@ def train(base: Base, num_layers: int, num_pairs: int, seed: int) -> list[tuple[
     load_weights(model, base.directory, part="model")
     draw_heads(model, seed)
     del model.model.layers[num_layers:]
-    training = reward.Training(base.stage, start_engine(model, params, len(steps)), data, steps, reward.Progress())
+    engine, progress = start_engine(model, params, len(steps)), Progress(dict(reward.FIRST_COUNTS))
+    training = reward.Training(base.stage, engine, data, steps, progress)
     for _ in steps:
-        reward.take_step(training)
+        note_step(base.stage, progress, reward.take_step(training))
     return reward.held_out_scores(training)
 
 

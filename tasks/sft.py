@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,7 @@ from model.training.engine import (
     token_loss,
     train_step,
 )
-from model.training.states import load_state, save_state
-from tasks.learning.loop import digest_of, log_training, peak_flops, progress_bar, read_base, write_curves
+from tasks.learning.loop import Progress, Taken, digest_of, read_base, resume, run_steps, write_curves
 from tasks.reading.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
 from tasks.reading.prompts import as_text
 from tasks.running.files import write_lines
@@ -73,19 +72,6 @@ class Params(EngineParams, Section):
     max_new_tokens: int = Field(gt=0, description="tokens of such an answer at most")
     save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run goes on")
     max_shard_bytes: int = Field(gt=0, description="weights in one file of the checkpoint at most, bytes")
-
-
-@dataclass
-class Progress:
-    """What a resumed run has to know of its past; saved with the weights, as JSON."""
-
-    step: int = 0
-    tokens: int = 0  # read so far
-    answer_tokens: int = 0  # learnt so far
-    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
-    train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
-    validation: list[dict[str, float]] = field(default_factory=list)  # a row a validation: step, tokens, each category
-    samples: list[dict[str, Any]] = field(default_factory=list)  # rows of the table
 
 
 @dataclass(frozen=True)
@@ -115,45 +101,26 @@ class Training:
 def run(stage: Stage[Params]) -> dict[str, float]:
     """Train, validate, sample, save."""
     params, base = stage.params, Path(stage.params.init_from)
-    device = join_ranks()
+    join_ranks()
     config, tokenizer = read_base(base, params.context, "sft")
     data = read_data(params, tokenizer, stage.seed)
     steps = plan_steps(data.train, params, stage.seed)
     model = build_model(Llama, config, params)
     load_weights(model, base)
     engine = start_engine(model, params, len(steps))
-    states = stage.scratch / "resume"
-    _, saved = load_state(engine, states) or (0, {})
-    training = Training(stage, engine, tokenizer, data, steps, Progress(**saved))
-    progress = training.progress
-    peak = peak_flops(device, params.precision) * torch.distributed.get_world_size()
-    flops = flops_per_token(config, mean_context(data.train))
-
-    if progress.step == 0:
-        evaluate(training)
-    seconds, tokens_before, answers_before = 0.0, progress.tokens, progress.answer_tokens
-    with progress_bar(stage, progress.step, len(steps)) as bar:
-        for step in range(progress.step + 1, len(steps) + 1):
-            started = time.perf_counter()
-            take_step(training)
-            seconds += time.perf_counter() - started
-            if step % params.log_every == 0 or step == len(steps):
-                speed = (progress.tokens - tokens_before) / seconds
-                answer_speed = (progress.answer_tokens - answers_before) / seconds
-                speeds = {"tokens_per_second": speed, "answer_tokens_per_second": answer_speed}
-                speeds["mfu"] = speed * flops / peak
-                at = {"step": step, "tokens": progress.tokens}
-                progress.train.append(log_training(stage, progress.since_log, at, speeds))
-                loss = progress.train[-1]["loss"]
-                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
-                seconds, tokens_before, answers_before = 0.0, progress.tokens, progress.answer_tokens
-            if step % params.validate_every == 0 or step == len(steps):
-                evaluate(training)
-            if step == math.ceil(params.early_share * len(steps)):
-                save_early(training)
-            if step % params.save_every == 0 or step == len(steps):
-                save_state(engine, states, step, asdict(progress))
-            bar.update()
+    engines = {"model": engine}
+    progress = resume(stage, engines, Progress({"tokens": 0, "answer_tokens": 0}, {"samples": []}))
+    training = Training(stage, engine, tokenizer, data, steps, progress)
+    run_steps(
+        stage,
+        engines,
+        progress,
+        len(steps),
+        partial(take_step, training),
+        validate=partial(evaluate, training),
+        after={math.ceil(params.early_share * len(steps)): partial(save_early, training)},
+        flops_per_token=flops_per_token(config, mean_context(data.train)),
+    )
     save_model(model, tokenizer, stage.output, written(training), params.max_shard_bytes)
     if stage.rank == 0:
         shutil.copytree(stage.scratch / EARLY, stage.output / EARLY)  # not moved: the run may still be killed
@@ -230,33 +197,23 @@ def mean_context(examples: Sequence[Example]) -> int:
 # --- training ---
 
 
-def take_step(training: Training) -> None:
-    """Train on the next step's rows.
-
-    Raises ValueError, naming step and dialogues, when loss or gradient are no numbers.
-    """
-    data, progress = training.data, training.progress
-    rows = training.steps[progress.step]
-    own = [data.train[number] for row in rows for number in row]
-    num_targets = sum(example.num_targets for example in own)
+def take_step(training: Training) -> Taken:
+    """Train on the next step's rows."""
+    data, rows = training.data, training.steps[training.progress.step]
+    numbers = [number for row in rows for number in row]
+    num_answer_tokens = sum(data.train[number].num_targets for number in numbers)
     step = train_step(
         training.engine,
         micro_batches(training, rows),
         token_loss,
-        num_targets,
+        num_answer_tokens,
         lambda loss, gradient_norm: math.isfinite(loss) and math.isfinite(gradient_norm),
     )
-    progress.step += 1
-    progress.tokens += sum(len(example.ids) for example in own)
-    progress.answer_tokens += num_targets
-    if not (math.isfinite(step.loss) and math.isfinite(step.gradient_norm)):
-        names = [data.origins[number] for row in rows for number in row]
-        raise ValueError(
-            f"step {progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; training has failed. Lower "
-            f"`sft.learning_rate`, or look at the dialogues of this batch: {', '.join(names)}"
-        )
-    found = {"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
-    progress.since_log.append(found)
+    return Taken(
+        found={"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate},
+        used={"tokens": sum(len(data.train[n].ids) for n in numbers), "answer_tokens": num_answer_tokens},
+        sources=lambda: [data.origins[number] for number in numbers],
+    )
 
 
 def micro_batches(training: Training, rows: Sequence[Sequence[int]]) -> list[Batch]:
@@ -284,8 +241,9 @@ def evaluate(training: Training) -> None:
     sums = {name: loss_sum(training, examples) for name, examples in training.data.validation.items()}
     together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
     losses = {name: total / count for name, (total, count) in {"all": together, **sums}.items()}
-    progress.validation.append({"step": progress.step, "tokens": progress.tokens, **losses})
-    training.stage.log(validation_figures(losses), step=progress.step, tokens=progress.tokens)
+    at = {"step": progress.step, "tokens": progress.counts["tokens"]}
+    progress.validation.append({**at, **losses})
+    training.stage.log(validation_figures(losses), **at)
     answer_prompts(training)
 
 
@@ -336,7 +294,7 @@ def answer_prompts(training: Training) -> None:
             description=None,
         )
     for dialogue, messages, (response,) in zip(data.prompts, prompts, responses, strict=True):
-        progress.samples.append(
+        progress.notes["samples"].append(
             {
                 "step": progress.step,
                 "category": dialogue["category"],
@@ -346,7 +304,7 @@ def answer_prompts(training: Training) -> None:
             }
         )
     if stage.rank == 0:
-        pandas.DataFrame(progress.samples).to_csv(stage.tables / "samples.csv", index=False)
+        pandas.DataFrame(progress.notes["samples"]).to_csv(stage.tables / "samples.csv", index=False)
 
 
 # --- the end ---
@@ -355,7 +313,7 @@ def answer_prompts(training: Training) -> None:
 def written(training: Training) -> dict[str, Any]:
     """Return what training.json says of a checkpoint."""
     progress, base = training.progress, Path(training.stage.params.init_from)
-    return {"step": progress.step, "tokens": progress.tokens, "base_sha256": digest_of(base)}
+    return {"step": progress.step, "tokens": progress.counts["tokens"], "base_sha256": digest_of(base)}
 
 
 def save_early(training: Training) -> None:
@@ -369,8 +327,9 @@ def save_early(training: Training) -> None:
 def report(training: Training, parameters: int) -> dict[str, float]:
     """Write the curves, the last answers, and what was left out; return the figures."""
     stage, data, progress = training.stage, training.data, training.progress
-    write_curves(stage, progress.train, progress.validation, part="category")
-    last = [row for row in progress.samples if row["step"] == progress.step]
+    train = [{name: value for name, value in row.items() if name != "answer_tokens"} for row in progress.train]
+    write_curves(stage, train, progress.validation, part="category")
+    last = [row for row in progress.notes["samples"] if row["step"] == progress.step]
     if stage.rank == 0:
         write_lines(stage.output / "samples.jsonl", last)
         write_lines(stage.output / "too_long.jsonl", data.too_long)
@@ -382,8 +341,8 @@ def report(training: Training, parameters: int) -> dict[str, float]:
         "dialogues": len(data.train),
         "dialogues_too_long": len(data.too_long),
         "dialogues_refused": len(data.refused),
-        "tokens": progress.tokens,
-        "answer_tokens": progress.answer_tokens,
+        "tokens": progress.counts["tokens"],
+        "answer_tokens": progress.counts["answer_tokens"],
         "train/loss": progress.train[-1]["loss"],
         **validation_figures(losses),
     }

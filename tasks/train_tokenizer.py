@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from model.progress.bar import progress_bar
 from model.text.tokenizer import Tokenizer
 from tasks.running.params import Section
 from tasks.running.places import DATA
@@ -67,21 +68,23 @@ def draw_sample(documents: Path, max_bytes: int, seed: int) -> dict[str, list[st
     they are spread over files matters.
     """
     import pyarrow.parquet
-    from tqdm import tqdm
 
     drawn: dict[str, list[tuple[int, bytes]]] = {}  # by source, a heap: the largest number on top (hence negative)
     sizes: Counter[str] = Counter()
-    for part in tqdm(sorted(documents.glob("part-*.parquet")), desc="sampling text", unit="part"):
-        with pyarrow.parquet.ParquetFile(part) as file:
-            for batch in file.iter_batches(ROWS_AT_ONCE, columns=["id", "source", "text"]):
-                for row in batch.to_pylist():
-                    source, text = row["source"], row["text"].encode()
-                    number = int.from_bytes(hashlib.sha256(f"{seed} {row['id']}".encode()).digest()[:8], "big")
-                    heap = drawn.setdefault(source, [])
-                    heapq.heappush(heap, (-number, text))
-                    sizes[source] += len(text)
-                    while sizes[source] - len(heap[0][1]) >= max_bytes:
-                        sizes[source] -= len(heapq.heappop(heap)[1])
+    parts = sorted(documents.glob("part-*.parquet"))
+    with progress_bar(len(parts), "sampling text", "part") as bar:
+        for part in parts:
+            with pyarrow.parquet.ParquetFile(part) as file:
+                for batch in file.iter_batches(ROWS_AT_ONCE, columns=["id", "source", "text"]):
+                    for row in batch.to_pylist():
+                        source, text = row["source"], row["text"].encode()
+                        number = int.from_bytes(hashlib.sha256(f"{seed} {row['id']}".encode()).digest()[:8], "big")
+                        heap = drawn.setdefault(source, [])
+                        heapq.heappush(heap, (-number, text))
+                        sizes[source] += len(text)
+                        while sizes[source] - len(heap[0][1]) >= max_bytes:
+                            sizes[source] -= len(heapq.heappop(heap)[1])
+            bar.update()
     sample = {}
     for source in sorted(drawn):
         texts = [text for _, text in sorted(drawn[source], reverse=True)]

@@ -174,18 +174,42 @@ def test_what_is_not_finite_is_reported_and_changes_nothing(zero_stage: int) -> 
 def test_a_resumed_engine_goes_on_exactly(zero_stage: int, precision: str, tmp_path: Path) -> None:
     engine = small_engine(20, zero_stage=zero_stage, precision=precision)
     train(engine, range(3))
-    save_state(engine, tmp_path, 3, {"losses": [0.1, 1 / 3]})
+    save_state({"model": engine}, tmp_path, 3, {"losses": [0.1, 1 / 3]})
     expected = train(engine, range(3, 6))
     again = small_engine(20, seed=2, zero_stage=zero_stage, precision=precision)
-    assert load_state(again, tmp_path) == (3, {"losses": [0.1, 1 / 3]})
+    assert load_state({"model": again}, tmp_path) == (3, {"losses": [0.1, 1 / 3]})
     assert train(again, range(3, 6)) == expected
     assert all(torch.equal(a, b) for a, b in zip(weights_of(engine), weights_of(again), strict=True))
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "bf16"), (3, "bf16")])
+def test_two_engines_are_one_state_and_go_on_exactly(zero_stage: int, precision: str, tmp_path: Path) -> None:
+    settings = {"zero_stage": zero_stage, "precision": precision}
+    policy, value = small_engine(20, **settings), small_engine(12, seed=2, learning_rate=3e-3, **settings)
+    for steps in (range(1), range(1, 3)):
+        train(policy, steps), train(value, steps)
+        save_state({"policy": policy, "value": value}, tmp_path, steps.stop, {"step": steps.stop})
+    state = tmp_path / "step-3"
+    assert names(state) == ["policy", "value"]
+    manifest = json.loads((state / "manifest.json").read_text())
+    assert sorted(manifest["files"]) == sorted(str(file.relative_to(state)) for file in state.glob("*/*"))
+    expected = [train(engine, range(3, 6)) for engine in (policy, value)]
+    assert expected[0] != expected[1]
+    others = small_engine(20, seed=3, **settings), small_engine(12, seed=4, learning_rate=3e-3, **settings)
+    assert load_state(dict(zip(("policy", "value"), others, strict=True)), tmp_path) == (3, {"step": 3})
+    assert [train(engine, range(3, 6)) for engine in others] == expected
+    for one, other in zip((policy, value), others, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(weights_of(one), weights_of(other), strict=True))
+    damaged = next((state / "value").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{damaged} is damaged"):
+        load_state(dict(zip(("policy", "value"), others, strict=True)), tmp_path)
 
 
 def saved(directory: Path, steps: list[int]) -> Any:
     engine = small_engine(20, zero_stage=1, precision="bf16")
     for step in steps:
-        save_state(engine, directory, step, {})
+        save_state({"model": engine}, directory, step, {})
     return engine
 
 
@@ -196,15 +220,15 @@ def names(directory: Path) -> list[str]:
 def test_only_the_newest_two_states_stay(tmp_path: Path) -> None:
     saved(tmp_path, [2, 9, 10])
     assert names(tmp_path) == ["step-10", "step-9"]
-    assert load_state(saved(tmp_path / "other", []), tmp_path / "nothing") is None
+    assert load_state({"model": saved(tmp_path / "other", [])}, tmp_path / "nothing") is None
 
 
 def test_a_save_that_broke_off_is_not_seen(tmp_path: Path) -> None:
     engine = saved(tmp_path, [5])
     shutil.copytree(tmp_path / "step-5", tmp_path / ".partial")
     (tmp_path / ".partial" / "manifest.json").unlink()
-    assert load_state(engine, tmp_path) == (5, {})
-    save_state(engine, tmp_path, 6, {})
+    assert load_state({"model": engine}, tmp_path) == (5, {})
+    save_state({"model": engine}, tmp_path, 6, {})
     assert names(tmp_path) == ["step-5", "step-6"]
 
 
@@ -222,18 +246,18 @@ def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path) -> None:
         for damaged in (content[:-100], bytes(flipped), b""):
             (newest / name).write_bytes(damaged)
             with pytest.raises(ValueError, match="is damaged") as caught:
-                load_state(engine, tmp_path)
+                load_state({"model": engine}, tmp_path)
             assert str(newest / name) in str(caught.value) and remedy in str(caught.value)
         (newest / name).write_bytes(content)
     (newest / files[0]).rename(tmp_path / "away")
     with pytest.raises(ValueError, match=f"{files[0]} is missing: delete"):
-        load_state(engine, tmp_path)
+        load_state({"model": engine}, tmp_path)
     (newest / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged: delete"):
-        load_state(engine, tmp_path)
+        load_state({"model": engine}, tmp_path)
     shutil.rmtree(tmp_path / "step-4")
     with pytest.raises(ValueError, match=f"delete `{newest}` to go on from the beginning"):
-        load_state(engine, tmp_path)
+        load_state({"model": engine}, tmp_path)
 
 
 def test_a_state_of_other_ranks_is_refused(tmp_path: Path) -> None:
@@ -241,7 +265,7 @@ def test_a_state_of_other_ranks_is_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "step-5" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "num_ranks": 2}))
     with pytest.raises(ValueError, match=r"written by 2 ranks, and this run has 1: set `machine\.num_ranks` back"):
-        load_state(engine, tmp_path)
+        load_state({"model": engine}, tmp_path)
 
 
 class Malicious:

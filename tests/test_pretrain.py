@@ -24,14 +24,15 @@ from model.network.packing import documents_of
 from model.network.transformer import Llama
 from model.training.engine import Step
 from tasks.pretrain import __main__ as pretrain
-from tasks.pretrain.__main__ import Params, Progress, is_spike, run
+from tasks.pretrain.__main__ import Params, is_spike, run
 from tasks.pretrain.stream import Text, read_stream
 from tasks.running.stage import Stage
 
 WATCHED: dict[str, Any] = {
     "init_from": None, "log_every": 5, "validate_every": 10, "max_validation_tokens": 100000,
     "save_every": 4, "spike_window": 5,
-    "spike_loss_ratio": 1.5, "spike_gradient_ratio": 8.0, "skip_spikes": False, "max_shard_bytes": 10**9,
+    "spike_loss_ratio": 1.5, "spike_gradient_ratio": 8.0, "skip_spikes": False, "max_skipped": 10,
+    "max_shard_bytes": 10**9,
 }  # fmt: skip
 SENTENCES = ["the llama walks over the hill", "a hill, a llama, 12 steps", "where does the llama walk? over the hill"]
 SOURCES = ("stories", "lists")
@@ -157,12 +158,25 @@ def test_a_batch_of_bad_text_is_noted_with_its_documents_and_skipped(place: Path
 
 def test_only_a_full_window_tells_spikes() -> None:
     params = Params.model_validate(params_of())
-    progress = Progress(window_losses=[2.0, 2.0, 2.0, 9.0], window_norms=[1.0, 1.0, 1.0, 1.0])
-    assert not is_spike(params, progress, 100.0, 100.0)
-    progress = Progress(window_losses=[2.0, 2.0, 2.0, 9.0, 2.0], window_norms=[1.0, 1.0, 1.0, 1.0, 1.0])
-    assert not is_spike(params, progress, 2.9, 7.9)
-    assert is_spike(params, progress, 3.1, 1.0)
-    assert is_spike(params, progress, 2.0, 8.1)
+    notes = {"losses": [2.0, 2.0, 2.0, 9.0], "gradient_norms": [1.0, 1.0, 1.0, 1.0]}
+    assert not is_spike(params, notes, 100.0, 100.0)
+    notes = {"losses": [2.0, 2.0, 2.0, 9.0, 2.0], "gradient_norms": [1.0, 1.0, 1.0, 1.0, 1.0]}
+    assert not is_spike(params, notes, 2.9, 7.9)
+    assert is_spike(params, notes, 3.1, 1.0)
+    assert is_spike(params, notes, 2.0, 8.1)
+
+
+def test_what_stays_above_the_steps_before_is_learnt_after_so_many_updates_left_out(place: Path) -> None:
+    spoilt = range(150, 10**6)  # from here on, for good
+    write_stream(Path("data/tokenize"), 8 * 32 * 40, spoilt=spoilt)
+    run(stage_of(skip_spikes=True, max_skipped=3, log_every=1))
+    losses = {step: loss for step, _, loss in metrics_of("train/loss")}
+    spikes = pandas.read_csv("record/tables/spikes.csv").groupby("step")["updated"].first()
+    first = int(spikes.index[0])
+    # three are left out, then each is taken, until more than half of the window of five has the new level
+    assert spikes.to_dict() == {first + n: n >= 3 for n in range(6)}
+    assert len(losses) == 40
+    assert losses[40] < losses[first] - 0.5
 
 
 def test_training_that_failed_stops_with_step_and_documents(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +195,7 @@ def test_training_that_failed_stops_with_step_and_documents(place: Path, monkeyp
         ValueError, match=r"step 3: loss (inf|nan).*Lower `pretrain\.learning_rate`, or look at"
     ) as caught:
         run(stage_of())
-    named = str(caught.value).split("this batch: ")[1].split(", ")
+    named = str(caught.value).split("learnt from: ")[1].split(", ")
     assert named == [f"{document['source']} {document['id']}" for document in expected]
     assert len(named) > 3
 
@@ -225,7 +239,7 @@ def test_a_model_of_llama_3s_kind_goes_on_as_one(place: Path) -> None:
 def test_too_little_text_is_refused(place: Path) -> None:
     write_stream(Path("data/tokenize"), 200)
     with pytest.raises(
-        ValueError, match=r"data/tokenize holds 2\d\d tokens, less than one batch of `pretrain.batch_rows` 8"
+        ValueError, match=r"data/tokenize holds 2\d\d tokens, less than one step of `pretrain.batch_rows` 8"
     ):
         run(stage_of())
     with pytest.raises(ValueError, match=r"a warm-up of 4 \(`warmup_steps`, `warmup_ratio`\) leaves none of 1 steps"):

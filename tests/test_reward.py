@@ -24,6 +24,7 @@ from model.text.dialogue import encode_dialogue
 from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, Step, build_model, draw_weights
 from tasks.learning import reward
+from tasks.learning.loop import Progress, read_base
 from tasks.learning.reward import Params, plan_steps, run, share_out
 from tasks.reading.preferences import Preference
 from tasks.running.params import parse_section
@@ -213,10 +214,10 @@ def test_a_stopped_run_resumes_to_the_same_bytes(place: Path, monkeypatch: pytes
 
 def test_a_last_step_of_few_pairs_learns_from_each_once(place: Path) -> None:
     stage = stage_of(batch_rows=8, micro_batch_rows=4)
-    _, tokenizer = reward.read_base(Path("chat"), 64, "reward_helpfulness")
+    _, tokenizer = read_base(Path("chat"), 64, "reward_helpfulness")
     data = reward.read_data(Path("data/preferences/v1"), "helpfulness", stage.params, tokenizer, 1, "reward")
     engine = type("Engine", (), {"device": torch.device("cpu")})()
-    training = reward.Training(stage, engine, data, [], reward.Progress())
+    training = reward.Training(stage, engine, data, [], Progress({}))
     first, second = reward.micro_batches(training, [0, 1, 2])
     assert [len(batch.documents.lengths) for batch in (first, second)] == [4, 2]
     assert (first.weight, second.weight) == (1, 1)
@@ -303,7 +304,7 @@ def test_training_that_failed_stops_with_step_and_pairs(place: Path, monkeypatch
     monkeypatch.setattr(reward, "pair_losses", fails_at_third)
     with pytest.raises(ValueError, match=r"step 3: loss nan.*Lower `reward_helpfulness\.learning_rate`, or") as caught:
         run(stage_of())
-    assert str(caught.value).split("this batch: ")[1].count(", ") == 3
+    assert str(caught.value).split("learnt from: ")[1].count(", ") == 3
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from model.text.dialogue import encode_dialogue, encode_prompt
 from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, Step, build_model, draw_weights
 from tasks import sft
-from tasks.learning.loop import digest_of, read_base
+from tasks.learning.loop import Progress, Taken, digest_of, read_base
 from tasks.running.stage import Stage
 from tasks.sft import Params, mean_context, plan_steps, run
 
@@ -141,11 +141,11 @@ def test_the_early_checkpoint_is_what_training_was_at_its_step(place: Path, monk
     shutil.move("out/early", "early")
     real = sft.take_step
 
-    def stops_in_the_middle(training: sft.Training) -> None:
+    def stops_in_the_middle(training: sft.Training) -> Taken:
         if training.progress.step == (steps + 1) // 2:
             save_model(training.engine.module, training.tokenizer, Path("then"), {}, 10**9)
             raise KeyboardInterrupt
-        real(training)
+        return real(training)
 
     monkeypatch.setattr(sft, "take_step", stops_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
@@ -258,7 +258,7 @@ def test_a_last_step_of_few_rows_learns_from_each_once(place: Path) -> None:
     model = Llama(config, "off")
     load_weights(model, Path("base"))
     engine = type("Engine", (), {"device": torch.device("cpu")})()
-    training = sft.Training(stage, engine, tokenizer, data, [], sft.Progress())
+    training = sft.Training(stage, engine, tokenizer, data, [], Progress({}))
     first, second = sft.micro_batches(training, [[0], [1, 2], [3]])
     assert first.num_targets == sum(data.train[number].num_targets for number in (0, 1, 2))
     assert second.num_targets == data.train[3].num_targets
@@ -277,7 +277,7 @@ def test_training_that_failed_stops_with_step_and_dialogues(place: Path, monkeyp
     monkeypatch.setattr(sft, "train_step", fails_at_third)
     with pytest.raises(ValueError, match=r"step 3: loss (inf|nan).*Lower `sft\.learning_rate`, or look at") as caught:
         run(stage_of())
-    assert Counter(str(caught.value).split("this batch: ")[1].split(", ")).most_common(1)[0][1] == 1
+    assert Counter(str(caught.value).split("learnt from: ")[1].split(", ")).most_common(1)[0][1] == 1
     assert "own d" in str(caught.value)
 
 

@@ -24,10 +24,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 
 from model.network.packing import Documents, documents_of
 from model.network.transformer import Attend, Llama, attend, rotary_angles
+from model.progress.bar import progress_bar
 from model.sampling.fused import fused
 
 PREFILL = 8192  # tokens of prompts that are read at once; a longer prompt is read alone
@@ -326,7 +326,7 @@ def sample(
     num_tokens, started = 0, time.perf_counter()
     with (
         torch.inference_mode(),
-        tqdm(total=len(waiting), desc=description, unit=" responses", disable=description is None) as bar,
+        progress_bar(len(waiting), description, "response") as bar,
     ):
         batch = _Batch(fused(model), prompts, waiting, min(max_rows, len(waiting)))
         while len(responses) < len(prompts) * num_samples:

@@ -1,4 +1,4 @@
-"""The states that training resumes from: on disk whole or not there, read without pickle."""
+"""The states that training resumes from: all its engines' as one, on disk whole or not there, read without pickle."""
 
 from __future__ import annotations
 
@@ -55,18 +55,21 @@ def _without_enums(value: Any) -> Any:
     return value
 
 
-def save_state(engine: Any, directory: Path, step: int, progress: Mapping[str, Any]) -> None:
+def save_state(engines: Mapping[str, Any], directory: Path, step: int, progress: Mapping[str, Any]) -> None:
     """Write all that training goes on from into `directory`/step-<step>, and drop all but the newest states.
 
-    The files get their final place in one rename after their digests are noted: a state is whole or not there.
+    Each engine has a directory there, of its name. The files get their final place in one rename after the manifest has
+    their digests: a state is whole or not there.
     """
     rank = torch.distributed.get_rank()
     temporary = directory / ".partial"
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     torch.distributed.barrier()
-    engine.save_checkpoint(str(directory), tag=temporary.name, save_latest=False)
-    mine = {path.name: _digest(path) for path in engine.checkpoint_engine.written}
+    mine: dict[str, str] = {}
+    for name, engine in engines.items():
+        engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
+        mine |= {f"{name}/{path.name}": _digest(path) for path in engine.checkpoint_engine.written}
     all_digests: list[dict[str, str]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(all_digests, mine)
     if rank == 0:
@@ -79,8 +82,8 @@ def save_state(engine: Any, directory: Path, step: int, progress: Mapping[str, A
     torch.distributed.barrier()
 
 
-def load_state(engine: Any, directory: Path) -> tuple[int, dict[str, Any]] | None:
-    """Bring an engine to the newest state in `directory`; return its step and progress, or None if there is none.
+def load_state(engines: Mapping[str, Any], directory: Path) -> tuple[int, dict[str, Any]] | None:
+    """Bring engines to the newest state in `directory`; return its step and progress, or None if there is none.
 
     Raises ValueError, naming the file and what to do, for a damaged state or one of another number of ranks.
     """
@@ -109,7 +112,8 @@ def load_state(engine: Any, directory: Path) -> tuple[int, dict[str, Any]] | Non
             raise ValueError(f"{path} is damaged (its digest is not the one noted when it was written): {remedy}")
     torch.distributed.barrier()
     with redirect_stdout(io.StringIO()):
-        engine.load_checkpoint(str(directory), tag=state.name)
+        for name, engine in engines.items():
+            engine.load_checkpoint(str(state), tag=name)
     return step, progress
 
 

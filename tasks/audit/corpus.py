@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from model.progress.bar import progress_bar
 from tasks.running.files import write_json
 
 DOCUMENTS = Path("data/clean/documents")
@@ -73,15 +74,16 @@ def over_parts(
     Each is kept below `finished`, and what an earlier run has left there is not done again.
     """
     from distributed import as_completed
-    from tqdm import tqdm
 
     everywhere = client.scatter(shared, broadcast=True, hash=False)
     results = [finished.resolve() / f"{part.stem}.json" for part in parts]
     futures = client.map(finish_part, parts, results, function=function, shared=everywhere, pure=False)
     completed = as_completed(futures)  # type: ignore[no-untyped-call]
-    for future in tqdm(completed, total=len(parts), desc=finished.name, unit="part"):
-        yield future.result()
-        future.release()
+    with progress_bar(len(parts), finished.name, "part") as bar:
+        for future in completed:
+            yield future.result()
+            future.release()
+            bar.update()
 
 
 def finish_part(part: Path, result: Path, function: Callable[[Path, Any], Result], shared: Any) -> Result:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from model.progress.bar import progress_bar
 from tasks.clean.duplicates import Deduplication, find_duplicates, write_index
 from tasks.clean.language import check_languages
 from tasks.clean.partition import ROW_BITS, Params, Part, clean_files, part_documents
@@ -127,10 +128,9 @@ def group_files(files: Sequence[File], num_bytes: float) -> Iterator[list[File]]
 def gather(futures: Sequence[Any], sizes: Sequence[int], title: str, unit: str) -> list[Any]:
     """Wait for results, in order, and show how many of the `sizes` are done and how long the rest will take."""
     from distributed import as_completed
-    from tqdm import tqdm
 
     size_of = {future.key: size for future, size in zip(futures, sizes, strict=True)}
-    with tqdm(total=sum(sizes), desc=title, unit=unit, unit_scale=True) as bar:
+    with progress_bar(sum(sizes), title, unit, scaled=True) as bar:
         for future in as_completed(futures, raise_errors=False):  # type: ignore[no-untyped-call]
             if future.status == "error":
                 future.result()

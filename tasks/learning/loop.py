@@ -1,25 +1,50 @@
-"""What the stages that train share: what they start from, how fast the device could be, a bar of steps, the curves."""
+"""What the stages that train share: what they start from, the steps of a run that may be stopped, the curves."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from model.network.checkpoint import read_config, read_tokenizer
 from model.network.transformer import ModelConfig
+from model.progress.bar import progress_bar
 from model.text.tokenizer import Tokenizer
+from model.training.states import load_state, save_state
 from tasks.running.stage import Stage
+
+STATES = "resume"  # below a stage's scratch
 
 # Dense bf16 products a second; NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
+
+
+@dataclass
+class Progress:
+    """What a resumed run has to know of its past; saved with the weights, as JSON."""
+
+    counts: dict[str, int]  # what was used so far: tokens, and what else the stage counts
+    notes: dict[str, Any] = field(default_factory=dict)  # what a stage keeps for itself
+    step: int = 0  # steps taken
+    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
+    train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
+    validation: list[dict[str, float]] = field(default_factory=list)  # a row a validation: step, tokens, each part
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one step of a stage found, used and learnt from."""
+
+    found: dict[str, float]  # `loss`, `gradient_norm`, `learning_rate`, and what else the stage watches
+    used: dict[str, int]  # what the step adds to Progress.counts
+    sources: Callable[[], list[str]]  # names what it learnt from; asked only when the step has failed
 
 
 def read_base(base: Path, context: int, section: str) -> tuple[ModelConfig, Tokenizer]:
@@ -64,28 +89,91 @@ def peak_flops(device: torch.device, precision: str) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def progress_bar(stage: Stage[Any], step: int, num_steps: int) -> Any:
-    """Return a bar of steps with the time left; in a log file it moves rarely."""
-    rarely = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=num_steps, initial=step, desc=stage.name, unit="step", mininterval=rarely, disable=stage.rank != 0
-    )
+def resume(stage: Stage[Any], engines: Mapping[str, Any], beginning: Progress) -> Progress:
+    """Bring a stage's engines to where a stopped run left them, and return its progress; else `beginning`."""
+    found = load_state(engines, stage.scratch / STATES)
+    return beginning if found is None else Progress(**found[1])
 
 
-def log_training(
-    stage: Stage[Any], since_log: list[dict[str, float]], at: Mapping[str, int], speeds: Mapping[str, float]
-) -> dict[str, float]:
+def run_steps(
+    stage: Stage[Any],
+    engines: Mapping[str, Any],
+    progress: Progress,
+    num_steps: int,
+    take_step: Callable[[], Taken],
+    *,
+    validate: Callable[[], None] | None = None,
+    after: Mapping[int, Callable[[], None]] | None = None,
+    flops_per_token: int | None = None,
+) -> None:
+    """Take the steps that a run still has, and log, validate and save on the way, as the stage's parameters say.
+
+    `validate` is called before the first step, too; `after` has what to call after a step of a number. Every count is
+    logged as a speed, a second of the steps alone; `flops_per_token`, of all engines, adds MFU.
+    Raises ValueError when a step found what is no number (`note_step`).
+    """
+    params = stage.params
+    peak = 0.0
+    if flops_per_token is not None:
+        (device,) = {engine.device for engine in engines.values()}
+        peak = peak_flops(device, params.precision) * torch.distributed.get_world_size()
+    if validate and progress.step == 0:
+        validate()
+    seconds, before = 0.0, dict(progress.counts)
+    description = stage.name if stage.rank == 0 else None
+    with progress_bar(num_steps, description, "step", done=progress.step) as bar:
+        while progress.step < num_steps:
+            started = time.perf_counter()
+            taken = take_step()
+            seconds += time.perf_counter() - started
+            note_step(stage, progress, taken)
+            step, is_last = progress.step, progress.step == num_steps
+            if step % params.log_every == 0 or is_last:
+                speeds = {f"{name}_per_second": (progress.counts[name] - before[name]) / seconds for name in before}
+                if flops_per_token is not None:
+                    speeds["mfu"] = speeds["tokens_per_second"] * flops_per_token / peak
+                log_training(stage, progress, speeds)
+                shown = {name: f"{progress.train[-1][name]:.3f}" for name in taken.found if name != "learning_rate"}
+                bar.set_postfix(shown, tokens_per_second=f"{speeds['tokens_per_second']:.0f}", refresh=False)
+                seconds, before = 0.0, dict(progress.counts)
+            if validate and (step % params.validate_every == 0 or is_last):
+                validate()
+            if after and step in after:
+                after[step]()
+            if step % params.save_every == 0 or is_last:
+                save_state(engines, stage.scratch / STATES, step, asdict(progress))
+            bar.update()
+
+
+def note_step(stage: Stage[Any], progress: Progress, taken: Taken) -> None:
+    """Count a step that was taken.
+
+    Raises ValueError, naming the step, what it found and what it learnt from, when some of it is no number.
+    """
+    progress.step += 1
+    for name, count in taken.used.items():
+        progress.counts[name] += count
+    if not all(math.isfinite(value) for value in taken.found.values()):
+        found = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in taken.found.items())
+        raise ValueError(
+            f"step {progress.step}: {found}; training has failed. Lower `{stage.section}.learning_rate`, or look at "
+            f"what this step learnt from: {', '.join(taken.sources())}"
+        )
+    progress.since_log.append(taken.found)
+
+
+def log_training(stage: Stage[Any], progress: Progress, speeds: Mapping[str, float]) -> None:
     """Record the means of what the steps since the last time found, and the last one's learning rate; forget them.
 
-    Each step has `loss`, `gradient_norm`, `learning_rate`, and what else its stage watches; `at` says where training
-    is: `step`, `tokens` and the like. Returns a row of plots/train.csv.
+    They become a row of plots/train.csv, which has the step and the counts, too; speeds are logged alone.
     """
+    since_log, at = progress.since_log, {"step": progress.step, **progress.counts}
     means = {name: statistics.fmean(step[name] for step in since_log) for name in since_log[0]}
     figures = {**means, "learning_rate": since_log[-1]["learning_rate"]}
     since_log.clear()
     metrics = {f"train/{name}": value for name, value in {**figures, **speeds}.items()}
     stage.log(metrics, step=at["step"], tokens=at["tokens"])
-    return {**at, **figures}
+    progress.train.append({**at, **figures})
 
 
 def write_curves(

@@ -14,9 +14,8 @@ scored at the end), too_long.jsonl, and in plots/ train.csv and what tasks/judgi
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
@@ -34,9 +33,8 @@ from model.scoring.reward import RewardModel, draw_heads, packed, plan_batches, 
 from model.text.dialogue import Message, encode_prompt
 from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, build_model, evaluating, num_micro_batches, start_engine, train_step
-from model.training.states import load_state, save_state
 from tasks.judging.scores import report_scores, scored_pair
-from tasks.learning.loop import digest_of, log_training, progress_bar, read_base
+from tasks.learning.loop import Progress, Taken, digest_of, read_base, resume, run_steps
 from tasks.reading.preferences import Preference, ids_of, read_preferences
 from tasks.reading.prompts import Kind
 from tasks.reading.rounds import round_of
@@ -71,15 +69,7 @@ class Params(EngineParams, Section):
         return self
 
 
-@dataclass
-class Progress:
-    """What a resumed run has to know of its past; saved with the weights, as JSON."""
-
-    step: int = 0
-    pairs: int = 0  # learnt so far
-    tokens: int = 0
-    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
-    train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
+FIRST_COUNTS = {"pairs": 0, "tokens": 0}  # learnt so far
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class Training:
 
 def run(stage: Stage[Params]) -> dict[str, float]:
     """Train, score what was held out, save."""
-    params, place, section = stage.params, round_of(stage.name), stage.name.partition("@")[0]
+    params, place, section = stage.params, round_of(stage.name), stage.section
     base, kind = Path(place.round.newest), cast(Kind, section.removeprefix("reward_"))
     join_ranks()
     config, tokenizer = read_base(base, params.context, section)
@@ -115,29 +105,11 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     load_weights(model, base, part="model")
     draw_heads(model, stage.seed)
     engine = start_engine(model, params, len(steps))
-    states = stage.scratch / "resume"
-    _, saved = load_state(engine, states) or (0, {})
-    training = Training(stage, engine, data, steps, Progress(**saved))
-    progress = training.progress
-
-    seconds, pairs_before, tokens_before = 0.0, progress.pairs, progress.tokens
-    with progress_bar(stage, progress.step, len(steps)) as bar:
-        for step in range(progress.step + 1, len(steps) + 1):
-            started = time.perf_counter()
-            take_step(training)
-            seconds += time.perf_counter() - started
-            if step % params.log_every == 0 or step == len(steps):
-                speed = (progress.pairs - pairs_before) / seconds
-                speeds = {"pairs_per_second": speed, "tokens_per_second": (progress.tokens - tokens_before) / seconds}
-                at = {"step": step, "pairs": progress.pairs, "tokens": progress.tokens}
-                last = log_training(stage, progress.since_log, at, speeds)
-                progress.train.append(last)
-                bar.set_postfix(loss=f"{last['loss']:.3f}", accuracy=f"{last['accuracy']:.2f}", refresh=False)
-                seconds, pairs_before, tokens_before = 0.0, progress.pairs, progress.tokens
-            if step % params.save_every == 0 or step == len(steps):
-                save_state(engine, states, step, asdict(progress))
-            bar.update()
-    written = {"step": progress.step, "tokens": progress.tokens, "base_sha256": digest_of(base)}
+    engines = {"model": engine}
+    progress = resume(stage, engines, Progress(dict(FIRST_COUNTS)))
+    training = Training(stage, engine, data, steps, progress)
+    run_steps(stage, engines, progress, len(steps), partial(take_step, training))
+    written = {"step": progress.step, "tokens": progress.counts["tokens"], "base_sha256": digest_of(base)}
     save_reward(model, tokenizer, stage.output, written, params.max_shard_bytes)
     return report(training, tokenizer)
 
@@ -230,13 +202,10 @@ def plan_steps(num_pairs: int, params: Params, seed: int) -> list[list[int]]:
 # --- training ---
 
 
-def take_step(training: Training) -> None:
-    """Train on the next step's pairs.
-
-    Raises ValueError, naming step and pairs, when loss or gradient are no numbers.
-    """
-    data, progress, params = training.data, training.progress, training.stage.params
-    numbers = training.steps[progress.step]
+def take_step(training: Training) -> Taken:
+    """Train on the next step's pairs."""
+    params, numbers = training.stage.params, training.steps[training.progress.step]
+    preferences = [training.data.train[number] for number in numbers]
     num_right = torch.zeros((), device=training.engine.device)
 
     def loss_of(engine: Any, batch: PairBatch) -> Tensor:
@@ -252,18 +221,16 @@ def take_step(training: Training) -> None:
         lambda loss, gradient_norm: math.isfinite(loss) and math.isfinite(gradient_norm),
     )
     torch.distributed.all_reduce(num_right)
-    progress.step += 1
-    progress.pairs += len(numbers)
-    progress.tokens += sum(len(ids) for number in numbers for ids in data.train[number][1][:2])
-    if not (math.isfinite(step.loss) and math.isfinite(step.gradient_norm)):
-        names = [f"{preference.source} {preference.id}" for preference, _ in (data.train[n] for n in numbers)]
-        section = training.stage.name.partition("@")[0]
-        raise ValueError(
-            f"step {progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; training has failed. Lower "
-            f"`{section}.learning_rate`, or look at the pairs of this batch: {', '.join(names)}"
-        )
-    found = {"loss": step.loss, "accuracy": float(num_right) / len(numbers)}
-    progress.since_log.append({**found, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate})
+    return Taken(
+        found={
+            "loss": step.loss,
+            "accuracy": float(num_right) / len(numbers),
+            "gradient_norm": step.gradient_norm,
+            "learning_rate": step.learning_rate,
+        },
+        used={"pairs": len(numbers), "tokens": sum(len(ids) for _, pair in preferences for ids in pair[:2])},
+        sources=lambda: [f"{preference.source} {preference.id}" for preference, _ in preferences],
+    )
 
 
 def micro_batches(training: Training, numbers: Sequence[int]) -> list[PairBatch]:
@@ -320,7 +287,7 @@ def report(training: Training, tokenizer: Tokenizer) -> dict[str, float]:
         "pairs_trained": len(data.train),
         "pairs_own": data.num_own,
         "pairs_too_long": len(data.too_long),
-        "tokens": progress.tokens,
+        "tokens": progress.counts["tokens"],
         "train/loss": progress.train[-1]["loss"],
         "train/accuracy": progress.train[-1]["accuracy"],
     }

@@ -4,8 +4,9 @@ Every token of the stream is used once, in the stream's order, whatever the numb
 even killed, goes on from its last saved state to the very weights of an undisturbed run. Attention stays within a
 document. AdamW, linear warm-up, then a cosine; the gradient's norm is clipped.
 
-A batch whose loss or gradient stands far above those of the steps before it, bad text as a rule, is noted with its
-documents, and left out where `skip_spikes` says so. A loss that is no number stops the stage.
+A step whose loss or gradient stands far above those of the steps before it, bad text as a rule, is noted with its
+documents, and its update left out where `skip_spikes` says so; not more than `max_skipped` times in a row, as what goes
+on is no bad text. A loss that is no number stops the stage.
 
 Reads data/tokenize, data/train_tokenizer/tokenizer.model, and with `init_from` a Hugging Face Llama directory.
 Writes a Hugging Face Llama directory with training.json, plots/train.csv and plots/validation.csv.
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,7 @@ from model.training.engine import (
     token_loss,
     train_step,
 )
-from model.training.states import load_state, save_state
-from tasks.learning.loop import log_training, peak_flops, progress_bar, write_curves
+from tasks.learning.loop import Progress, Taken, resume, run_steps, write_curves
 from tasks.pretrain.stream import Text, read_stream
 from tasks.running.params import Section
 from tasks.running.places import DATA
@@ -61,21 +62,9 @@ class Params(Architecture, EngineParams, Section):
     spike_window: int = Field(gt=1, description="steps before a step that it is compared with")
     spike_loss_ratio: float = Field(gt=1, description="loss above this many medians of the window is a spike")
     spike_gradient_ratio: float = Field(gt=1, description="gradient norm above this many medians is a spike")
-    skip_spikes: bool = Field(description="leave out the update of a batch that is a spike")
+    skip_spikes: bool = Field(description="leave out the update of a step that is a spike")
+    max_skipped: int = Field(gt=0, description="updates left out in a row at most")
     max_shard_bytes: int = Field(gt=0, description="weights in one file of the checkpoint at most, bytes")
-
-
-@dataclass
-class Progress:
-    """What a resumed run has to know of its past; saved with the weights, as JSON."""
-
-    step: int = 0
-    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
-    window_losses: list[float] = field(default_factory=list)  # of the steps that a spike is told by
-    window_norms: list[float] = field(default_factory=list)
-    train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
-    validation: list[dict[str, float]] = field(default_factory=list)  # a row a validation: step, tokens, each source
-    spikes: list[dict[str, Any]] = field(default_factory=list)  # rows of the table: one a document
 
 
 @dataclass(frozen=True)
@@ -88,16 +77,11 @@ class Training:
     validation: dict[str, Text]
     progress: Progress
 
-    @property
-    def tokens(self) -> int:
-        """Tokens used so far."""
-        return self.progress.step * self.stage.params.batch_rows * self.stage.params.max_position_embeddings
-
 
 def run(stage: Stage[Params]) -> dict[str, float]:
     """Train, validate, save."""
     params, context = stage.params, stage.params.max_position_embeddings
-    device = join_ranks()
+    join_ranks()
     tokenizer = Tokenizer(TOKENIZER)
     config = config_of(params, tokenizer.vocab_size)
     train, validation = read_stream(STREAM)
@@ -105,33 +89,19 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     model = build_model(Llama, config, params)
     set_weights(model, params.init_from, stage.seed)
     engine = start_engine(model, params, num_steps)
-    states = stage.scratch / "resume"
-    _, saved = load_state(engine, states) or (0, {})
-    training = Training(stage, engine, train, validation, Progress(**saved))
-    peak = peak_flops(device, params.precision) * torch.distributed.get_world_size()
-
-    if training.progress.step == 0:
-        validate(training)
-    seconds, tokens_before = 0.0, training.tokens
-    with progress_bar(stage, training.progress.step, num_steps) as bar:
-        for step in range(training.progress.step + 1, num_steps + 1):
-            started = time.perf_counter()
-            take_step(training)
-            seconds += time.perf_counter() - started
-            if step % params.log_every == 0 or step == num_steps:
-                speed = (training.tokens - tokens_before) / seconds
-                speeds = {"tokens_per_second": speed, "mfu": speed * flops_per_token(config, context) / peak}
-                at = {"step": step, "tokens": training.tokens}
-                training.progress.train.append(log_training(stage, training.progress.since_log, at, speeds))
-                loss = training.progress.train[-1]["loss"]
-                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{speed:.0f}", refresh=False)
-                seconds, tokens_before = 0.0, training.tokens
-            if step % params.validate_every == 0 or step == num_steps:
-                validate(training)
-            if step % params.save_every == 0 or step == num_steps:
-                save_state(engine, states, step, asdict(training.progress))
-            bar.update()
-    written = {"step": num_steps, "tokens": training.tokens}
+    engines = {"model": engine}
+    progress = resume(stage, engines, Progress({"tokens": 0}, first_notes()))
+    training = Training(stage, engine, train, validation, progress)
+    run_steps(
+        stage,
+        engines,
+        progress,
+        num_steps,
+        partial(take_step, training),
+        validate=partial(validate, training),
+        flops_per_token=flops_per_token(config, context),
+    )
+    written = {"step": num_steps, "tokens": progress.counts["tokens"]}
     save_model(model, tokenizer, stage.output, written, params.max_shard_bytes)
     return report(training, num_parameters(config))
 
@@ -147,7 +117,7 @@ def config_of(params: Params, vocab_size: int) -> ModelConfig:
 
 
 def count_steps(train: Text, params: Params) -> int:
-    """Return the number of steps that use up the stream; what doesn't fill a last batch is left.
+    """Return the number of steps that use up the stream; what doesn't fill a last one is left.
 
     Raises ValueError when there is not one.
     """
@@ -155,7 +125,7 @@ def count_steps(train: Text, params: Params) -> int:
     num_steps = num_rows(train.tokens, context) // params.batch_rows
     if num_steps == 0:
         raise ValueError(
-            f"{STREAM} holds {len(train.tokens)} tokens, less than one batch of `pretrain.batch_rows` "
+            f"{STREAM} holds {len(train.tokens)} tokens, less than one step of `pretrain.batch_rows` "
             f"{params.batch_rows} x `pretrain.max_position_embeddings` {context} tokens: add text, or lower one of them"
         )
     return num_steps
@@ -183,12 +153,19 @@ def set_weights(model: Llama, init_from: str | None, seed: int) -> None:
 # --- training ---
 
 
-def take_step(training: Training) -> None:
-    """Train on the next batch.
+def first_notes() -> dict[str, Any]:
+    """Return what this stage notes before its first step; lists, as JSON gives them back."""
+    return {
+        "losses": [],  # of the last steps that were no spikes
+        "gradient_norms": [],
+        "num_skipped": 0,  # updates left out in a row
+        "spikes": [],  # rows of the table: one a document
+    }
 
-    Raises ValueError, naming step and documents, when loss or gradient are no numbers.
-    """
-    params, progress = training.stage.params, training.progress
+
+def take_step(training: Training) -> Taken:
+    """Train on the next step's rows, unless they are a spike that is to be left out."""
+    params, progress, notes = training.stage.params, training.progress, training.progress.notes
     context, train = params.max_position_embeddings, training.train
     first_row = progress.step * params.batch_rows
     begin, end = first_row * context, (first_row + params.batch_rows) * context
@@ -196,43 +173,44 @@ def take_step(training: Training) -> None:
 
     def accepts(loss: float, gradient_norm: float) -> bool:
         nonlocal spiked
-        spiked = is_spike(params, progress, loss, gradient_norm)
-        return math.isfinite(loss) and math.isfinite(gradient_norm) and not (spiked and params.skip_spikes)
+        spiked = is_spike(params, notes, loss, gradient_norm)
+        skipped = spiked and params.skip_spikes and notes["num_skipped"] < params.max_skipped
+        return math.isfinite(loss) and math.isfinite(gradient_norm) and not skipped
 
     micro_batches = [
         batch_of_rows(train.tokens, train.starts, row, params.micro_batch_rows, context, training.engine.device)
         for row in own_rows(params, first_row)
     ]
     step = train_step(training.engine, micro_batches, token_loss, num_targets(train.starts, begin, end), accepts)
-    progress.step += 1
-    if not (math.isfinite(step.loss) and math.isfinite(step.gradient_norm)):
-        names = [f"{document['source']} {document['id']}" for document in train.documents_in(begin, end)]
-        raise ValueError(
-            f"step {progress.step}: loss {step.loss}, gradient norm {step.gradient_norm}; training has failed. Lower "
-            f"`pretrain.learning_rate`, or look at the documents of this batch: {', '.join(names)}"
-        )
     if spiked:
         note_spike(training, step, begin, end)
-    else:
-        progress.window_losses = [*progress.window_losses, step.loss][-params.spike_window :]
-        progress.window_norms = [*progress.window_norms, step.gradient_norm][-params.spike_window :]
-    found = {"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
-    progress.since_log.append(found)
+    if not spiked:
+        notes["num_skipped"] = 0
+    elif not step.updated:
+        notes["num_skipped"] += 1
+    if not spiked or (params.skip_spikes and step.updated):  # beyond max_skipped: what steps are like from now on
+        notes["losses"] = [*notes["losses"], step.loss][-params.spike_window :]
+        notes["gradient_norms"] = [*notes["gradient_norms"], step.gradient_norm][-params.spike_window :]
+    return Taken(
+        found={"loss": step.loss, "gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate},
+        used={"tokens": end - begin},
+        sources=lambda: [f"{document['source']} {document['id']}" for document in train.documents_in(begin, end)],
+    )
 
 
 def own_rows(params: Params, first_row: int) -> range:
-    """Return the first row of each of this rank's micro batches, in the batch that begins at `first_row`."""
+    """Return the first row of each of this rank's micro batches, in the step that begins at `first_row`."""
     num_micro = num_micro_batches(params, torch.distributed.get_world_size())
     own = first_row + torch.distributed.get_rank() * num_micro * params.micro_batch_rows
     return range(own, own + num_micro * params.micro_batch_rows, params.micro_batch_rows)
 
 
-def is_spike(params: Params, progress: Progress, loss: float, gradient_norm: float) -> bool:
+def is_spike(params: Params, notes: Mapping[str, Any], loss: float, gradient_norm: float) -> bool:
     """Tell whether a step stands far above those before it; the first steps can't be told."""
-    if len(progress.window_losses) < params.spike_window:
+    if len(notes["losses"]) < params.spike_window:
         return False
-    highest_loss = params.spike_loss_ratio * statistics.median(progress.window_losses)
-    highest_norm = params.spike_gradient_ratio * statistics.median(progress.window_norms)
+    highest_loss: float = params.spike_loss_ratio * statistics.median(notes["losses"])
+    highest_norm: float = params.spike_gradient_ratio * statistics.median(notes["gradient_norms"])
     return loss > highest_loss or gradient_norm > highest_norm
 
 
@@ -240,19 +218,19 @@ def note_spike(training: Training, step: Step, begin: int, end: int) -> None:
     """Add the documents of tokens `begin` to `end` to the table of spikes."""
     import pandas
 
-    progress = training.progress
+    notes = training.progress.notes
     found = {
-        "step": progress.step,
+        "step": training.progress.step + 1,
         "loss": step.loss,
-        "median_loss": statistics.median(progress.window_losses),
+        "median_loss": statistics.median(notes["losses"]),
         "gradient_norm": step.gradient_norm,
-        "median_gradient_norm": statistics.median(progress.window_norms),
+        "median_gradient_norm": statistics.median(notes["gradient_norms"]),
         "updated": step.updated,
     }
     documents = training.train.documents_in(begin, end)
-    progress.spikes += [{**found, "source": document["source"], "id": document["id"]} for document in documents]
+    notes["spikes"] += [{**found, "source": document["source"], "id": document["id"]} for document in documents]
     if training.stage.rank == 0:
-        pandas.DataFrame(progress.spikes).to_csv(training.stage.tables / "spikes.csv", index=False)
+        pandas.DataFrame(notes["spikes"]).to_csv(training.stage.tables / "spikes.csv", index=False)
 
 
 # --- validation ---
@@ -263,9 +241,10 @@ def validate(training: Training) -> None:
     sums = {name: loss_sum(training, text) for name, text in training.validation.items()}
     together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
     losses = {name: total / max(1, count) for name, (total, count) in {"all": together, **sums}.items()}
-    training.progress.validation.append({"step": training.progress.step, "tokens": training.tokens, **losses})
-    metrics = validation_figures(losses)
-    training.stage.log(metrics, step=training.progress.step, tokens=training.tokens)
+    progress = training.progress
+    at = {"step": progress.step, "tokens": progress.counts["tokens"]}
+    progress.validation.append({**at, **losses})
+    training.stage.log(validation_figures(losses), **at)
 
 
 def validation_figures(losses: dict[str, float]) -> dict[str, float]:
@@ -306,9 +285,9 @@ def report(training: Training, parameters: int) -> dict[str, float]:
     return {
         "parameters": parameters,
         "steps": progress.step,
-        "tokens": training.tokens,
+        "tokens": progress.counts["tokens"],
         "train/loss": progress.train[-1]["loss"],
-        "spikes": len({spike["step"] for spike in progress.spikes}),
+        "spikes": len({spike["step"] for spike in progress.notes["spikes"]}),
         **validation_figures(losses),
     }
 

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
+from model.progress.bar import progress_bar
 from model.text.tokenizer import Tokenizer
 from tasks.running.files import write_json
 from tasks.running.params import Section
@@ -229,18 +230,16 @@ def write_stream(
 
     Each shard is kept below `finished`, and what an earlier run has left there is not written again.
     """
-    from tqdm import tqdm
-
     total = plan.num_tokens
     by_number = [train[name] for name in plan.names]
     starts = np.cumsum(plan.lengths) - plan.lengths
-    with tqdm(total=total, desc="writing the stream", unit="token", unit_scale=True) as progress:
+    with progress_bar(total, "writing the stream", "token", scaled=True) as bar:
         for number, begin in enumerate(range(0, total, shard_tokens)):
             size = min(shard_tokens, total - begin)
             fill = partial(write_shard, begin, size, plan, starts, by_number, encoded)
             finish_once(finished / f"{number:05d}", fill)
             link(finished / f"{number:05d}" / "tokens.npy", output / f"train-{number:05d}.npy")
-            progress.update(size)
+            bar.update(size)
     ids, numbers = np.zeros(len(plan.pieces), np.uint64), np.zeros(len(plan.pieces), np.int32)
     for number, index in enumerate(by_number):
         chosen = plan.sources == number

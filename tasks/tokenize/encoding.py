@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.progress.bar import progress_bar
 from model.text.tokenizer import Tokenizer
 from tasks.running.params import Machine
 from tasks.workers.cluster import dask_client
@@ -71,7 +72,6 @@ def encode_parts(
     What an interrupted run has encoded is kept.
     """
     from distributed import as_completed
-    from tqdm import tqdm
 
     directory = directory.resolve()
     directory.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,10 @@ def encode_parts(
             for part, result in missing
         ]
         finished = as_completed(futures)  # type: ignore[no-untyped-call]
-        for future in tqdm(finished, total=len(futures), desc="encoding", unit="part"):
-            future.result()
+        with progress_bar(len(futures), "encoding", "part") as bar:
+            for future in finished:
+                future.result()
+                bar.update()
     return results
 
 

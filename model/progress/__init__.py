@@ -1,0 +1,1 @@
+"""How far a long work is, for the person who waits."""
