@@ -3,8 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# A test process for each processor, four at most, in which torch computes in one thread.
-PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# A test process for each processor, four at most, in which torch computes in one thread; tests/conftest.py orders files.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .SILENT:
 .PHONY: run test test-fast check chat ui deploy worker setup clean

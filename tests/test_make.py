@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,3 +78,21 @@ def test_deploy_says_that_no_server_answers(clone: Path, monkeypatch: pytest.Mon
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert f"No Prefect server answers at {os.environ['PREFECT_API_URL']}: start one by make ui" in said
+
+
+def plain(text: str) -> str:
+    """A command without the folders of its paths."""
+    return " ".join(re.sub(r"\S*/", "", text).split())
+
+
+def test_ci_runs_every_command_of_the_readme() -> None:
+    readme, ci = ((REPOSITORY / name).read_text() for name in ("README.md", ".ci/run"))
+    blocks = [
+        line.partition("#")[0]
+        for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    inline = re.findall(r"`((?:make|dvc|python -m) [^`]+)`", readme)
+    commands = {plain(part) for text in [*blocks, *inline] for part in re.split("&+", text)}
+    assert {command for command in commands if command not in plain(ci.replace("\\\n", " "))} == set()
+    assert len(commands) > 12
