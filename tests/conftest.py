@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -156,23 +157,58 @@ LEFT_BEHIND = (
 )  # fmt: skip
 
 
-@cache
-def empty_mlflow() -> Path:
-    """An MLflow database with its tables and nothing in them: making one takes MLflow several seconds."""
-    path = Path(tempfile.mkdtemp(prefix="empty-mlflow-")) / "mlflow.db"
-    atexit.register(shutil.rmtree, path.parent)
-    program = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
-    subprocess.run(
-        [sys.executable, "-c", program, f"sqlite:///{path}"], check=True, cwd=path.parent, env={**os.environ, **QUIET}
-    )
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with many slow tests first: a process that gets such a file last would keep all others waiting."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def once(name: str) -> Path:
+    """An empty folder for what this process makes once and copies for each test; it goes with the process."""
+    path = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    atexit.register(shutil.rmtree, path)
     return path
+
+
+@cache
+def empty_repository() -> Path:
+    """A git and DVC repository with MLflow's database and nothing in them: these take seconds to make."""
+    root = once("empty-repository")
+    environment = {**os.environ, **QUIET}
+    program = "import sys, mlflow; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
+    for command in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        [sys.executable, "-m", "dvc", "config", "core.analytics", "false"],
+        [sys.executable, "-c", program, f"sqlite:///{root}/mlflow.db"],
+    ):
+        subprocess.run(command, check=True, cwd=root, env=environment)
+    return root
+
+
+@cache
+def toy_repository() -> Path:
+    """The toy pipeline in a git and DVC repository."""
+    root = once("toy-repository") / "workspace"
+    shutil.copytree(empty_repository(), root)
+    (root / "params.yaml").write_text(TOY_PARAMS)
+    (root / "dvc.yaml").write_text(TOY_DVC)
+    (root / ".gitignore").write_text(".scratch/\n.runs/\nmlflow.db\nmlartifacts/\n__pycache__/\n")
+    (root / "tasks").mkdir()
+    for shared in (Path(__file__).parent.parent / "tasks").iterdir():
+        (root / "tasks" / shared.name).symlink_to(shared)
+    for name, text in TOY_STAGES.items():
+        (root / "tasks" / name).write_text(text)
+    subprocess.run(["git", "add", "-A"], check=True, cwd=root)
+    subprocess.run(["git", "commit", "-qm", "toy"], check=True, cwd=root, env={**os.environ, **QUIET})
+    return root
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git and DVC repository of its own with the toy pipeline; the working directory of the test."""
     root = tmp_path / "workspace"
-    root.mkdir()
+    shutil.copytree(toy_repository(), root, symlinks=True)
     monkeypatch.chdir(root)
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
@@ -180,20 +216,6 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PREFECT_SERVER_API_PORT", str(free_port()))  # not the one of a `make ui` beside the tests
     for name in LEFT_BEHIND:
         monkeypatch.delenv(name, raising=False)
-    (root / "params.yaml").write_text(TOY_PARAMS)
-    (root / "dvc.yaml").write_text(TOY_DVC)
-    (root / ".gitignore").write_text(".scratch/\n.runs/\nmlflow.db\nmlartifacts/\n__pycache__/\n")
-    shutil.copy(empty_mlflow(), root / "mlflow.db")
-    (root / "tasks").mkdir()
-    for shared in (Path(__file__).parent.parent / "tasks").iterdir():
-        (root / "tasks" / shared.name).symlink_to(shared)
-    for name, text in TOY_STAGES.items():
-        (root / "tasks" / name).write_text(text)
-    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
-        subprocess.run(command, check=True)
-    subprocess.run([sys.executable, "-m", "dvc", "config", "core.analytics", "false"], check=True)
-    subprocess.run(["git", "add", "-A"], check=True)
-    subprocess.run(["git", "commit", "-qm", "toy"], check=True, env={**os.environ, **QUIET})
     return root
 
 

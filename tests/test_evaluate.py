@@ -238,7 +238,8 @@ def test_ranks_share_the_prompts(num_ranks: int, tmp_path: Path, checkpoint: Pat
     write_prompts(root / "prompts" / "asked.jsonl", [asked(number) for number in range(5)])
     shutil.copytree(checkpoint, root / "data" / "sft")
     params = params_of(Path("data/sft")).model_dump()
-    figures = Workspace(root, "evaluate sft", DVC_STAGE, num_ranks, evaluate=params).repro()
+    workspace = Workspace(root, "evaluate sft", DVC_STAGE, num_ranks, evaluate=params)
+    figures = workspace.finish() if num_ranks == 1 else workspace.repro()
     answers = (root / "data/evaluate/sft/answers.jsonl").read_text().splitlines()
     model, tokenizer = open_checkpoint(checkpoint, "fp32", CPU)
     for number, line in enumerate(answers):

@@ -30,6 +30,7 @@ LAUNCHED = TRAINING | {
     "reward_drift",
     "reward_scaling",
 }  # on the accelerators
+SHARED = {"judging", "learning", "reading", "running", "steering", "workers"}  # folders of tasks/ that are no stage
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
 
 
@@ -132,6 +133,13 @@ def test_a_stage_depends_on_the_code_it_imports_and_on_no_other(name: str) -> No
     others = {ROOT / path for other in set(STAGES) - {name} for path in stage_definition(other)["deps"]}
     unused = {path for path in listed - needed if not (path.parent.name == name and path in others)}
     assert {str(path.relative_to(ROOT)) for path in needed - listed | unused} == set()
+
+
+def test_tasks_holds_the_stages_and_the_shared_folders_and_nothing_else() -> None:
+    found = {path.stem for path in (ROOT / "tasks").iterdir()} - {"__init__", "__pycache__"}
+    assert found == set(STAGES) | SHARED
+    assert all(start_file(name).exists() for name in STAGES)
+    assert not any(start_file(name).exists() for name in SHARED)
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -305,20 +305,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path, tokenizer_file: 
 def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path: Path, tokenizer_file: Path) -> None:
     settings = {"precision": "bf16", "zero_stage": 1, "save_every": 2}
     undisturbed = workspace_of(tmp_path / "undisturbed", tokenizer_file, num_steps=60, **settings)
+    undisturbed.finish()
+    whole = undisturbed.files
+    shutil.rmtree(undisturbed.output)
     started = time.monotonic()
     undisturbed.finish()
-    whole = time.monotonic() - started
-    rng = random.Random(1)
-    for attempt in range(20):
-        disturbed = workspace_of(tmp_path / f"disturbed{attempt}", tokenizer_file, num_steps=60, **settings)
-        process = disturbed.start()
-        time.sleep(rng.uniform(0.0, whole))
-        process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
-        process.communicate(timeout=300)
-        if not (disturbed.output).exists():
-            disturbed.finish()
-        assert disturbed.files == undisturbed.files
-        shutil.rmtree(disturbed.root)
+    seconds = time.monotonic() - started
+    assert undisturbed.files == whole
+    disturbed = workspace_of(tmp_path / "disturbed", tokenizer_file, num_steps=60, **settings)
+    disturbed.kill_at_random(20, seconds, random.Random(1), whole)
+    disturbed.finish()
+    assert disturbed.files == whole
 
 
 @pytest.mark.slow
