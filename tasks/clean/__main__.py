@@ -22,7 +22,7 @@ from typing import Any
 from tasks.clean.duplicates import find_duplicates, write_index
 from tasks.clean.language import check_languages
 from tasks.clean.partition import ROW_BITS, Params, Part, clean_files, part_documents
-from tasks.clean.report import metrics, plot_funnel, write_funnel
+from tasks.clean.report import FUNNEL, funnel_of, metrics, plot_funnel
 from tasks.clean.score import score
 from tasks.reading.sources import File, find_files, is_url
 from tasks.running.stage import Stage, start
@@ -42,7 +42,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     files = find_files(Path(params.root), params.sources, "clean")
     parts_folder = stage.scratch / "parts"
     shutil.rmtree(parts_folder, ignore_errors=True)
-    for folder in (parts_folder, stage.output / "documents", stage.output / "rejected", stage.output / "plots"):
+    for folder in (parts_folder, stage.output / "documents", stage.output / "rejected"):
         folder.mkdir(parents=True)
 
     groups = list(group_files(files, params.partition_megabytes * 1e6))
@@ -80,9 +80,10 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         counts = pd.concat(gather(parted, [1] * len(filled), "kept and rejected", "part"))
 
     counts = counts.groupby(["source", "rule"], as_index=False).sum()
-    funnel = write_funnel(counts, list(params.sources), stage.output / "plots" / "funnel.csv")
+    funnel = funnel_of(counts, list(params.sources))
+    stage.plot("funnel", funnel, FUNNEL)
     plot_funnel(funnel, stage.artifacts / "funnel.png")
-    shutil.copy(stage.output / "plots" / "funnel.csv", stage.tables / "funnel.csv")
+    funnel.to_csv(stage.tables / "funnel.csv", index=False)
     counts.to_csv(stage.tables / "documents_by_rule.csv", index=False)
     figures = metrics(counts, parts)
     labels = Path(params.root) / "labels.jsonl"
