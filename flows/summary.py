@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.running.places import DATA
+from tasks.running.places import DATA, place_of
 
 if TYPE_CHECKING:
     from flows.graph import Node
@@ -17,7 +16,7 @@ REPORT = DATA / "report" / "index.html"
 
 def main_figures(node: Node) -> str:
     """Return the figures of a stage that dvc.yaml's `meta: figures:` names, from its metrics.json, in that order."""
-    path = DATA / Path(*node.name.split("@")) / "metrics.json"
+    path = DATA / place_of(node.name) / "metrics.json"
     if not path.exists():
         return ""
     metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -42,7 +41,7 @@ def summarize(nodes: Sequence[Node], outcomes: Mapping[str, str], seconds: float
         lines.append(f"  {REPORT}  the report, for a browser")
     lines += [
         "  make ui                 MLflow's and Prefect's pages: every run, curve and checkpoint",
-        "  dvc metrics show        every figure; `dvc metrics diff` against the last commit",
+        "  dvc metrics show        these figures; `dvc metrics diff` and `dvc plots diff` against the last commit",
         "",
     ]
     if waiting:

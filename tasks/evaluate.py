@@ -31,6 +31,7 @@ from model.text.tokenizer import Tokenizer
 from tasks.reading.prompts import Prompt, as_text, read_prompts
 from tasks.running.files import write_lines
 from tasks.running.params import Section
+from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
 from tasks.world.judge import Judgement, Truth, judge, read_truth
 
@@ -245,9 +246,9 @@ def write_shares(stage: Stage[Params], shares: Mapping[str, Share]) -> None:
     import pandas
 
     table = pandas.DataFrame({"figure": name, **share._asdict()} for name, share in shares.items())
-    (stage.output / "plots").mkdir()
-    for path in (stage.output / "plots" / "shares.csv", stage.tables / "shares.csv"):
-        table.to_csv(path, index=False)
+    kinds = "share of the prompts of their kind"
+    stage.plot("shares", table, Plot("bars", "Answers by their judgements", "share", "figure", kinds, "figure"))
+    table.to_csv(stage.tables / "shares.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tasks.reading.rounds import round_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.params import Section
 from tasks.running.places import DATA
+from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
 from tasks.world.annotators import Annotators, annotate
 from tasks.world.judge import read_truth
@@ -296,8 +297,8 @@ def write_degrees(stage: Stage[Params], new: Sequence[Preference]) -> None:
         for degree in DEGREES:
             share = degrees[degree] / max(1, degrees.total())
             rows.append({"bar": f"{kind}: {degree}", "pairs": degrees[degree], "share": share})
-    (stage.output / "plots").mkdir()
-    pandas.DataFrame(rows).to_csv(stage.output / "plots" / "degrees.csv", index=False)
+    title, kinds = "How much better chosen answers are", "share of the pairs of their kind"
+    stage.plot("degrees", pandas.DataFrame(rows), Plot("bars", title, "share", "bar", kinds, "kind and degree"))
 
 
 def write_tables(stage: Stage[Params], new: Sequence[Preference], aside: Sequence[Aside]) -> None:

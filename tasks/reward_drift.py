@@ -19,7 +19,7 @@ from pydantic import Field
 from model.network.ranks import from_all_ranks, join_ranks
 from model.scoring.reward import RewardModel, open_reward, score
 from model.text.dialogue import Message, encode_prompt
-from tasks.judging.scores import accuracies_of, accuracy_figures, accuracy_table, draw_by_degree, scored_pair
+from tasks.judging.scores import ACCURACY, accuracies_of, accuracy_figures, accuracy_table, plot_by_degree, scored_pair
 from tasks.reading.preferences import Preference, ids_of, read_preferences
 from tasks.reading.rounds import round_number
 from tasks.running.files import write_lines
@@ -135,10 +135,10 @@ def report(stage: Stage[Params], rows: Sequence[Mapping[str, Any]]) -> dict[str,
         figures |= {f"{name}/{figure}": value for figure, value in accuracy_figures(accuracies).items()}
         table = accuracy_table(accuracies)
         tables.append(table.assign(part=f"{name}/" + table["part"]))
-        draw_by_degree(stage, f"{name}_accuracy_by_degree", accuracies)
-    (stage.output / "plots").mkdir()
-    for path in (stage.output / "plots" / "accuracy.csv", stage.tables / "accuracy.csv"):
-        pandas.concat(tables).to_csv(path, index=False)
+        plot_by_degree(stage, f"{name}_accuracy_by_degree", accuracies)
+    accuracies_of_both = pandas.concat(tables)
+    stage.plot("accuracy", accuracies_of_both, ACCURACY)
+    accuracies_of_both.to_csv(stage.tables / "accuracy.csv", index=False)
     return figures
 
 

@@ -35,9 +35,19 @@ from tasks.learning import reward
 from tasks.learning.loop import Progress, note_step, read_base
 from tasks.running.files import write_json
 from tasks.running.params import Section, parse_section, read_params
+from tasks.running.plots import Plot, picture
 from tasks.running.stage import Stage, start
 
 CONFIDENCE = 0.95
+SCALING = Plot(
+    kind="curves",
+    title="Reward model, accuracy against amount of data and size",
+    x="pairs",
+    y="accuracy",
+    x_label="pairs learnt from",
+    y_label="accuracy on held-out pairs",
+    series="model",
+)
 
 
 class Params(Section):
@@ -195,34 +205,26 @@ def report(stage: Stage[Params], config: ModelConfig, done: Sequence[dict[str, A
         )
     if stage.rank == 0:
         table = pandas.DataFrame(rows)
-        (stage.output / "plots").mkdir()
         runs.to_csv(stage.output / "runs.csv", index=False)
-        for path in (stage.output / "plots" / "scaling.csv", stage.tables / "scaling.csv"):
-            table.to_csv(path, index=False)
-        draw(table, stage.params.kind, stage.artifacts / "scaling.png")
+        stage.plot("scaling", table, SCALING)
+        table.to_csv(stage.tables / "scaling.csv", index=False)
+        plot_scaling(table, stage.params.kind, stage.artifacts / "scaling.png")
     return figures
 
 
-def draw(table: Any, kind: str, path: Path) -> None:
-    """Draw accuracy against the number of pairs, a curve for each size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for model, points in table.groupby("model", sort=False):
-        reach = [points["accuracy"] - points["low"], points["high"] - points["accuracy"]]
-        axes.errorbar(points["pairs"], points["accuracy"], reach, fmt="o-", capsize=4, label=model)
-    amounts = sorted(table["pairs"].unique())
-    axes.set_xscale("log")
-    axes.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
-    axes.minorticks_off()
-    axes.set(xlabel="pairs learnt from", ylabel=f"accuracy on held-out {kind} pairs", title="reward_scaling")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def plot_scaling(table: Any, kind: str, path: Path) -> None:
+    """Plot accuracy against the number of pairs, a curve for each size."""
+    with picture(path, 7, 4.5) as axes:
+        for model, points in table.groupby("model", sort=False):
+            reach = [points["accuracy"] - points["low"], points["high"] - points["accuracy"]]
+            axes.errorbar(points["pairs"], points["accuracy"], reach, fmt="o-", capsize=4, label=model)
+        amounts = sorted(table["pairs"].unique())
+        axes.set_xscale("log")
+        axes.set_xticks(amounts, [f"{amount:,}" for amount in amounts])
+        axes.minorticks_off()
+        axes.set(xlabel="pairs learnt from", ylabel=f"accuracy on held-out {kind} pairs", title="reward_scaling")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 if __name__ == "__main__":

@@ -152,6 +152,9 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
         else [place(f"{name}@${{key}}" if "do" in DVC["stages"][name] else name)]
     )
     others = {param for param in definition["params"] if param.startswith("reward_${")}  # whose training is studied
+    if name == "report":  # what is gone from them leaves the report
+        others = {stage["foreach"].strip("${}") for stage in DVC["stages"].values() if "foreach" in stage}
+        assert others <= set(definition["params"])
     assert {param.split(".")[0] for param in set(definition["params"]) - others} <= {"seed", "machine", name}
     if DVC["stages"][name].get("foreach", "").startswith(f"${{{name}."):  # entries of its own
         (items,) = set(PARAMS[name]) - {param.partition(".")[2] for param in definition["params"]}
@@ -175,7 +178,12 @@ def test_what_comes_last_waits_for_every_output_and_all_that_it_shows(reader: st
     others = sorted(set(MAIN) - {"report", "publish"})
     needed = [f"{place(entry)}/metrics.json" for name in others for entry in entries(name)]
     if reader == "report":
-        needed += [file for plot in DVC["plots"] for entry in plot.values() for file in entry["y"]]
+        plot = [
+            name
+            for name in others
+            if any("stage.plot(" in file.read_text() for file in imported_files(start_file(name)))
+        ]
+        needed += [f"{place(entry)}/plots" for name in plot for entry in entries(name)]
     else:
         needed += [place(entry) for name in others for entry in entries(name)] + ["data/report"]
     for path in needed:

@@ -1,60 +1,173 @@
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
+from conftest import repro
 
-from tasks.report.__main__ import Params, draw, stage_figures
+from tasks.report.__main__ import Params, plot_svg, read_plots, render
+from tasks.running.plots import Plot, write_plot
 
 PARAMS = Params(plot_width=6, line_plot_height=3, bar_height=0.3, max_bars=2)
+BARS = Plot("bars", "Shares", "share", "name", "share of all", "name")
+CURVES = Plot("curves", "Loss by source", "tokens", "loss", "tokens", "nats", "source")
+ROOT = Path(__file__).parent.parent
+
+# A pipeline of rounds whose report the tests read; reading `made` the stage is like any of ours.
+MAKE = """\
+import sys
+from pathlib import Path
+import pandas
+from tasks.running.files import write_json
+from tasks.running.plots import Plot, write_plot
+
+place = Path(sys.argv[1])
+write_json(place / "metrics.json", {"loss": float(sys.argv[2]), "steps": 7})
+curves = pandas.DataFrame({"tokens": [1, 2, 1, 2], "loss": [4.0, 3.0, 2.0, 1.0], "source": ["a", "a", "b", "b"]})
+write_plot(place / "plots", "loss", curves, Plot("curves", "Loss", "tokens", "loss", "tokens", "nats", "source"))
+bars = pandas.DataFrame({"name": ["None", "$x$"], "share": [0.25, 0.75]})
+write_plot(place / "plots", "shares", bars, Plot("bars", "Shares", "share", "name", "share of all", "name"))
+steps = pandas.DataFrame({"after": ["read", "1"], "share": [1.0, 0.5]})
+write_plot(place / "plots", "left", steps, Plot("steps", "Left", "after", "share", "rule", "share"))
+"""
+PIPELINE = """\
+stages:
+  train:
+    foreach: ${rounds}
+    do:
+      cmd: exec PYTHON make.py data/train/${key} ${item}
+      outs: ["data/train/${key}"]
+      meta: {figures: [loss, gone]}
+  report:
+    cmd: exec PYTHON -m tasks.report
+    deps: [data/train]
+    params: [seed, report, rounds]
+    outs: [data/report]
+"""
+
+
+def dvc(*arguments: str) -> str:
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read(directory: Path, table: pandas.DataFrame, plot: Plot) -> pandas.DataFrame:
+    write_plot(directory, "table", table, plot)
+    ((_, found, points),) = read_plots(directory)
+    assert found == plot
+    return points
+
+
+def write_rounds(**rounds: float) -> None:
+    params = Path("params.yaml").read_text().partition("rounds:")[0]
+    Path("params.yaml").write_text(f"{params}rounds: {json.dumps(rounds)}\n")
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Path:
-    path = tmp_path / "loss.csv"
-    path.write_text("tokens,loss,source\n1,3.5,a\n2,3.0,a\n1,2.5,b\n2,2.0,b\n")
-    return path
+def rounds(workspace: Path) -> Path:
+    """A pipeline of two rounds and a report, with our dvc.yaml's plots and metrics; the report is made."""
+    shown = (ROOT / "dvc.yaml").read_text().partition("\nmetrics:")
+    (workspace / "dvc.yaml").write_text(PIPELINE.replace("PYTHON", sys.executable) + shown[1] + shown[2])
+    (workspace / "make.py").write_text(MAKE)
+    shutil.copytree(ROOT / ".dvc" / "plots", workspace / ".dvc" / "plots")
+    with (workspace / "params.yaml").open("a") as file:
+        file.write(f"report: {PARAMS.model_dump_json()}\n")
+    write_rounds(v1=1.5, v2=0.5)
+    result = repro()
+    assert result.returncode == 0, result.stderr
+    return workspace
 
 
-def test_curves_are_drawn_one_for_each_word_of_a_column_and_the_same_every_time(table: Path) -> None:
-    definition = {"template": "linear", "x": "tokens", "y": {str(table): "loss"}, "x_label": "tokens seen"}
-    svg = draw(definition, PARAMS)
+def specifications(*arguments: str) -> dict[str, Any]:
+    """What `dvc plots` draws, by the plots' names."""
+    page = Path(dvc("plots", *arguments, "-o", "shown").strip().removeprefix("file://")).read_text()
+    parts = [json.JSONDecoder().raw_decode(part)[0] for part in page.split("var spec = ")[1:]]
+    return {part["title"]["text"].removeprefix("data/report/plots/"): part for part in parts}
+
+
+@pytest.mark.slow
+def test_each_round_is_in_the_report_and_in_what_dvc_shows_until_it_is_removed(rounds: Path) -> None:
+    assert json.loads(Path("data/report/metrics.json").read_text()) == {"stages": 2, "plots": 6}
+    subprocess.run(["git", "add", "-A"], check=True)
+    subprocess.run(["git", "commit", "-qm", "two rounds"], check=True)
+    figures = json.loads(dvc("metrics", "show", "--json"))[""]["data"]
+    assert {path: entry["data"] for path, entry in figures.items()} == {
+        "data/report/metrics/train/v1.json": {"loss": 1.5},
+        "data/report/metrics/train/v2.json": {"loss": 0.5},
+    }
+    drawn = specifications("show")
+    names = ("bars/train/{}/shares.csv", "curves/train/{}/loss.csv", "steps/train/{}/left.csv")
+    assert set(drawn) == {name.format(entry) for name in names for entry in ("v1", "v2")}
+
+    write_rounds(v2=0.25)
+    result = repro()
+    assert result.returncode == 0, result.stderr
+    assert Path("data/train/v1/metrics.json").exists()  # left over; DVC deletes nothing
+    page = Path("data/report/index.html").read_text()
+    assert "train@v2" in page
+    assert "train@v1" not in page
+    assert set(specifications("show")) == {name.format("v2") for name in names}
+    changes = json.loads(dvc("metrics", "diff", "--json"))
+    assert changes["data/report/metrics/train/v2.json"]["loss"] == {"old": 0.5, "new": 0.25, "diff": -0.25}
+
+
+@pytest.mark.slow
+def test_dvc_draws_a_curve_for_each_series_and_words_as_people_wrote_them(rounds: Path) -> None:
+    drawn = specifications("show")
+    curves = drawn["curves/train/v1/loss.csv"]
+    assert curves["encoding"]["color"]["field"] == "series"
+    rows = [{name: row[name] for name in ("title", "series", "x", "y")} for row in curves["data"]["values"]]
+    assert rows[2] == {"title": "Loss (nats against tokens)", "series": "b", "x": "1", "y": "2.0"}
+    bars = drawn["bars/train/v1/shares.csv"]
+    assert [(row["y"], row["x"]) for row in bars["data"]["values"]] == [("None", "0.25"), ("$x$", "0.75")]
+    steps = drawn["steps/train/v1/left.csv"]
+    assert (steps["encoding"]["x"]["type"], steps["encoding"]["x"]["sort"]) == ("nominal", None)
+    assert [row["x"] for row in steps["data"]["values"]] == ["read", "1"]
+
+
+def test_curves_are_plotted_one_for_each_series_and_the_same_every_time(tmp_path: Path) -> None:
+    table = pandas.DataFrame({"tokens": [1, 2, 1, 2], "loss": [3.5, 3.0, 2.5, 2.0], "source": ["a", "a", "b", "b"]})
+    points = read(tmp_path, table, CURVES)
+    assert points["series"].tolist() == ["a", "a", "b", "b"]
+    svg = plot_svg(CURVES, points, PARAMS, tmp_path / "plot.svg")
     assert svg.startswith("<svg")
     assert svg.count('id="legend_1"') == 1
-    assert draw(definition, PARAMS) == svg
+    assert plot_svg(CURVES, points, PARAMS, tmp_path / "plot.svg") == svg
 
 
-def test_no_more_bars_are_drawn_than_asked(tmp_path: Path) -> None:
-    path = tmp_path / "shares.csv"
-    path.write_text("name,share\nx,0.5\ny,0.25\nz,0.125\n")
-    svg = draw({"template": "bar_horizontal", "x": "share", "y": {str(path): "name"}}, PARAMS)
+def test_no_more_bars_are_plotted_than_asked(tmp_path: Path) -> None:
+    points = read(tmp_path, pandas.DataFrame({"name": ["x", "y", "z"], "share": [0.5, 0.25, 0.125]}), BARS)
+    svg = plot_svg(BARS, points, PARAMS, tmp_path / "plot.svg")
     assert "<!-- 0.25 -->" in svg
     assert "<!-- 0.125 -->" not in svg
 
 
-def test_a_plot_of_a_missing_column_is_refused(table: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"dvc.yaml: plot of .*loss.csv names column `step`; the file has tokens, loss"
-    ):
-        draw({"x": "step", "y": {str(table): "loss"}}, PARAMS)
+def test_names_are_plotted_as_people_wrote_them(tmp_path: Path) -> None:
+    names = ["None", r"$\frac$", "NA", "", "0.50"]
+    points = read(tmp_path, pandas.DataFrame({"name": names, "share": [0.5, 0.1, 0.2, 0.3, None]}), BARS)
+    assert points["y"].tolist() == names
+    assert points["x"].tolist()[:4] == [0.5, 0.1, 0.2, 0.3]
+    assert points["x"].isna().tolist()[4]
+    svg = plot_svg(BARS, points, PARAMS, tmp_path / "plot.svg")
+    assert "<!-- None -->" in svg
+    assert r"<!-- $\frac$ -->" in svg
 
 
-def test_figures_named_in_dvc_yaml_come_first_and_missing_stages_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("data/ppo/v5").mkdir(parents=True)
-    Path("data/ppo/v5/metrics.json").write_text('{"reward": 1.5, "kl": 0.25}')
-    Path("data/publish").mkdir()
-    Path("data/publish/metrics.json").write_text('{"stages": 2}')  # written by a stage that comes after the report
-    stage = {"cmd": "x", "meta": {"figures": ["reward", "gone"]}}
-    report = {"cmd": "x", "deps": ["tasks/report.py", "data/sft/metrics.json", "data/ppo"]}
-    pipeline = {
-        "stages": {
-            "sft": stage,
-            "ppo": {"foreach": "${rounds}", "do": stage},
-            "report": report,
-            "publish": {"cmd": "x", "deps": ["data/report"]},
-        }
-    }
-    assert stage_figures(pipeline) == [{"name": "ppo@v5", "main": {"reward": 1.5}, "all": {"kl": 0.25, "reward": 1.5}}]
+def test_a_table_without_rows_is_left_out(tmp_path: Path) -> None:
+    write_plot(tmp_path, "shares", pandas.DataFrame(columns=["name", "share"]), BARS)
+    assert list(read_plots(tmp_path)) == []
+
+
+def test_names_are_no_markup_on_the_page() -> None:
+    page = render(
+        [{"name": "sft", "main": {"<b>": 1}, "all": {"<b>": 1}, "plots": [{"title": "<i>", "svg": "<svg/>"}]}]
+    )
+    assert "<svg/>" in page
+    assert "&lt;b&gt;" in page
+    assert "&lt;i&gt;" in page

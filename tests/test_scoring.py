@@ -223,10 +223,12 @@ def test_the_plots_hold_the_figures_and_come_out_the_same_twice(stage: Stage[Par
     assert names == [f"round/v{number}" for number in range(1, 11)]
     curve = pandas.read_csv(plots / "calibration.csv")
     assert expected_calibration_error(curve[curve["data"] == "safety"]) == pytest.approx(figures["safety/ece"])
-    assert {path.name for path in plots.iterdir()} == {"accuracy.csv", "calibration.csv", "length.csv", "scores.csv"}
+    names = {f"{name}.{form}" for name in ("accuracy", "calibration", "length", "scores") for form in ("csv", "json")}
+    assert {path.name for path in plots.iterdir()} == names
     pictures = {path.name for path in stage.artifacts.glob("*.png")}
     assert pictures == {"accuracy_by_degree.png", "accuracy_by_round.png", "reliability.png", "scores.png"}
     before = {path.name: path.read_bytes() for path in plots.iterdir()}
+    shutil.rmtree(plots)
     report_scores(stage, rows)
     assert {path.name: path.read_bytes() for path in plots.iterdir()} == before
 

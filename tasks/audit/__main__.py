@@ -70,9 +70,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         for name, table in tables.items():
             table.to_csv(directory / f"{name}.csv", index=False)
     plotted = {**tables, "identity_terms": report.top_terms(tables["identity_terms"], params.num_top_terms)}
-    report.write_plots(plotted, stage.output / "plots")
+    report.write_plots(stage, plotted)
     auc = "AUC {classifier_auc:.3f} ({classifier_auc_low:.3f} to {classifier_auc_high:.3f})".format(**quality)
-    pictures.draw_pictures(plotted, params.toxicity.threshold, auc, params.num_languages, stage.artifacts)
+    pictures.plot_pictures(plotted, params.toxicity.threshold, auc, params.num_languages, stage.artifacts)
     return report.figures(counts, tables) | {f"toxicity/{name}": value for name, value in quality.items()}
 
 

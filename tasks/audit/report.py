@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tasks.audit.corpus import EVERYWHERE, Counts
 from tasks.audit.mentions import PRONOUNS, Term
+from tasks.running.plots import Plot
+from tasks.running.stage import Stage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,13 +16,28 @@ if TYPE_CHECKING:
 KIND_OF = {group: kind for kind, groups in PRONOUNS.items() for group in (*groups, f"any_{kind}")}
 ALL_DOCUMENTS = ("documents", "")
 SCORED_DOCUMENTS = ("toxicity", "scored")
-PLOTTED = {  # tables that are plotted, and the column that names what a bar stands for
+PLOTTED = {  # tables of shares, and the column that names what a bar stands for
     "pronouns": "group",
     "identities": "axis",
     "identity_terms": "term",
     "toxicity": "measure",
     "toxicity_histogram": "score",
     "languages": "language",
+}
+OF_DOCUMENTS, OF_SCORED = "share of documents", "share of the documents scored"
+PLOTS = {  # those that the report shows
+    "pronouns": Plot("bars", "Pronouns, all sources", "share", "group", OF_DOCUMENTS, "pronoun group"),
+    "identities": Plot("bars", "Demographic identities by axis, all sources", "share", "axis", OF_DOCUMENTS, "axis"),
+    "identity_terms": Plot(
+        "bars", "Most frequent demographic terms, all sources", "share", "term", OF_DOCUMENTS, "term"
+    ),
+    "toxicity_histogram": Plot(
+        "bars", "Toxicity scores of documents, all sources", "share", "score", OF_SCORED, "score from"
+    ),
+    "toxicity_by_source": Plot(
+        "bars", "Toxic documents (mean, any window) by source", "share", "bar", OF_SCORED, "source and measure"
+    ),
+    "languages": Plot("bars", "Languages, all sources", "share", "language", OF_DOCUMENTS, "language"),
 }
 
 
@@ -124,13 +140,16 @@ def top_terms(mentions: pd.DataFrame, number: int) -> pd.DataFrame:
     return mentions.groupby(["source", "axis"], sort=False).head(number)
 
 
-def write_plots(tables: dict[str, pd.DataFrame], directory: Path) -> None:
-    """Write what `dvc plots` draws: NAME.csv over all sources; NAME_by_source.csv, whose `bar` names both."""
-    directory.mkdir(parents=True)
+def write_plots(stage: Stage[Any], tables: dict[str, pd.DataFrame]) -> None:
+    """Write plots/NAME.csv over all sources, and plots/NAME_by_source.csv, whose `bar` names both."""
     for name, column in PLOTTED.items():
         table = tables[name]
         everywhere = table["source"] == EVERYWHERE
-        table[everywhere].drop(columns="source").to_csv(directory / f"{name}.csv", index=False)
         by_source = table[~everywhere]
         bar = by_source["source"] + ": " + by_source[column]
-        by_source.assign(bar=bar).to_csv(directory / f"{name}_by_source.csv", index=False)
+        parts = {name: table[everywhere].drop(columns="source"), f"{name}_by_source": by_source.assign(bar=bar)}
+        for part, contents in parts.items():
+            if part in PLOTS:
+                stage.plot(part, contents, PLOTS[part])
+            else:
+                contents.to_csv(stage.output / "plots" / f"{part}.csv", index=False)

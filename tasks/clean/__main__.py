@@ -25,7 +25,7 @@ from model.progress.bar import progress_bar
 from tasks.clean.duplicates import Deduplication, find_duplicates, write_index
 from tasks.clean.language import check_languages
 from tasks.clean.partition import ROW_BITS, Params, Part, clean_files, part_documents
-from tasks.clean.report import metrics, plot_funnel, write_funnel
+from tasks.clean.report import FUNNEL, funnel_of, metrics, plot_funnel
 from tasks.clean.score import score
 from tasks.reading.sources import File, find_files, is_url
 from tasks.running.stage import Stage, start
@@ -47,7 +47,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     cleaned_folder, parted_folder = stage.scratch / "cleaned", stage.scratch / "parted"
     for folder in (cleaned_folder, parted_folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in ("documents", "rejected", "plots"):
+    for name in ("documents", "rejected"):
         (stage.output / name).mkdir(parents=True)
 
     groups = list(group_files(files, params.partition_megabytes * 1e6))
@@ -92,9 +92,10 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             if written.exists():
                 link(written, stage.output / name / f"part-{part.name}.parquet")
     counts = counts.groupby(["source", "rule"], as_index=False).sum()
-    funnel = write_funnel(counts, list(params.sources), stage.output / "plots" / "funnel.csv")
+    funnel = funnel_of(counts, list(params.sources))
+    stage.plot("funnel", funnel, FUNNEL)
     plot_funnel(funnel, stage.artifacts / "funnel.png")
-    shutil.copy(stage.output / "plots" / "funnel.csv", stage.tables / "funnel.csv")
+    funnel.to_csv(stage.tables / "funnel.csv", index=False)
     counts.to_csv(stage.tables / "documents_by_rule.csv", index=False)
     figures = metrics(counts, parts)
     labels = Path(params.root) / "labels.jsonl"

@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING
 
 from tasks.clean.partition import Part
 from tasks.clean.personal_data import TYPES
+from tasks.running.plots import Plot, picture
 
 if TYPE_CHECKING:
     import pandas as pd
 
+FUNNEL = Plot(
+    kind="steps",
+    title="Documents left after each rule",
+    x="after",
+    y="share",
+    x_label="rule",
+    y_label="share of documents",
+    series="source",
+)
 # Groups of rules in the order in which they are applied, by the beginnings of the rules' names.
 STEPS = {
     "language": ("empty", "language"),
@@ -48,8 +58,8 @@ def _figures(counts: pd.DataFrame, parts: Sequence[Part]) -> dict[str, float]:
     }
 
 
-def write_funnel(counts: pd.DataFrame, sources: Sequence[str], path: Path) -> pd.DataFrame:
-    """Write and return how many documents of each source are left after each step: source, step, documents, share."""
+def funnel_of(counts: pd.DataFrame, sources: Sequence[str]) -> pd.DataFrame:
+    """Return how many documents of each source are left after each step: source, after, documents, share."""
     import pandas as pd
 
     rows = []
@@ -60,22 +70,13 @@ def write_funnel(counts: pd.DataFrame, sources: Sequence[str], path: Path) -> pd
         for step, beginnings in STEPS.items():
             left -= int(own.loc[own["rule"].str.startswith(beginnings), "num_documents"].sum())
             rows.append((source, step, left, round(left / max(total, 1), 6)))
-    funnel = pd.DataFrame(rows, columns=["source", "after", "documents", "share"])
-    funnel.to_csv(path, index=False)
-    return funnel
+    return pd.DataFrame(rows, columns=["source", "after", "documents", "share"])
 
 
 def plot_funnel(funnel: pd.DataFrame, path: Path) -> None:
-    """Draw the share of each source's documents that is left after each step."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    for source, own in funnel.groupby("source", sort=False):
-        axes.plot(own["after"], own["share"], marker="o", label=f"{source} ({own['documents'].iloc[0]:,} read)")
-    axes.set(xlabel="after", ylabel="share of documents left", ylim=(0, 1.02), title="Cleaning the corpus")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    """Plot the share of each source's documents that is left after each step."""
+    with picture(path, 9, 5) as axes:
+        for source, own in funnel.groupby("source", sort=False):
+            axes.plot(own["after"], own["share"], marker="o", label=f"{source} ({own['documents'].iloc[0]:,} read)")
+        axes.set(xlabel="after", ylabel="share of documents left", ylim=(0, 1.02), title="Cleaning the corpus")
+        axes.legend(fontsize="small")

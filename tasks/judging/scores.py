@@ -16,11 +16,27 @@ import numpy as np
 import pandas as pd
 
 from tasks.reading.prompts import DEGREES
+from tasks.running.plots import Plot, picture
 from tasks.running.stage import Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+RIGHT = "share of pairs whose chosen answer scores higher"
+ACCURACY = Plot("bars", "Accuracy on held-out pairs", "accuracy", "part", RIGHT, "pairs")
+CALIBRATION = Plot(
+    kind="curves",
+    title="Calibration",
+    x="predicted",
+    y="observed",
+    x_label="predicted preference of the first answer: sigmoid(first score - second score)",
+    y_label="share preferred",
+    series="data",
+)
+LENGTH = Plot("bars", "Length bias", "value", "figure", "correlation, or accuracy", "figure")
+SCORES = Plot(
+    "curves", "Scores of safe and unsafe answers", "score", "share", "score", "share of the answers", "answers"
+)
 TEXTS = ("messages", "chosen", "rejected")
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5%: two-sided intervals of 95%
 COLORS = {"all": "#333333", "helpfulness": "#4472a8", "safety": "#c0504d", "safe": "#4472a8", "unsafe": "#c0504d"}
@@ -250,8 +266,6 @@ def _write_plots(
     stage: Stage[Any], table: pd.DataFrame, accuracies: Mapping[str, Accuracy], curve: pd.DataFrame
 ) -> None:
     """Write the CSV files and the pictures; there is no scores.csv where no answer is known to be safe or unsafe."""
-    plots = stage.output / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
     shares = accuracy_table(accuracies)
     lengths = pd.DataFrame(
         {"figure": metric_path(name, figure.removeprefix("length/")), "value": value}
@@ -259,20 +273,22 @@ def _write_plots(
         for figure, value in length_figures(part).items()
     )
     histogram = score_histogram(table, stage.params.num_bins)
-    for name, contents in (("accuracy", shares), ("calibration", curve), ("length", lengths), ("scores", histogram)):
-        if len(contents):
-            contents.to_csv(plots / f"{name}.csv", index=False)
+    stage.plot("accuracy", shares, ACCURACY)
+    stage.plot("calibration", curve, CALIBRATION)
+    stage.plot("length", lengths, LENGTH)
+    if len(histogram):
+        stage.plot("scores", histogram, SCORES)
     shares.to_csv(stage.tables / "accuracy.csv", index=False)
-    _draw_pictures(stage, accuracies, curve, histogram)
+    _plot_pictures(stage, accuracies, curve, histogram)
 
 
-def _draw_pictures(
+def _plot_pictures(
     stage: Stage[Any], accuracies: Mapping[str, Accuracy], curve: pd.DataFrame, histogram: pd.DataFrame
 ) -> None:
-    """Draw accuracy by degree and by round, the reliability curve, and the scores of safe and unsafe answers."""
-    draw_by_degree(stage, "accuracy_by_degree", accuracies)
+    """Plot accuracy by degree and by round, the reliability curve, and the scores of safe and unsafe answers."""
+    plot_by_degree(stage, "accuracy_by_degree", accuracies)
     rounds = [(name, name.split("/")[-1], found) for name, found in accuracies.items() if "/round/" in name]
-    _draw_accuracies(stage, "accuracy_by_round", "round of the batch", rounds)
+    _plot_accuracies(stage, "accuracy_by_round", "round of the batch", rounds)
     with _picture(stage, "reliability", "predicted: sigmoid of the difference", "observed: share preferred") as axes:
         axes.plot([0, 1], [0, 1], color="#999999", linestyle=":")
         for name in dict.fromkeys(curve["data"]):
@@ -286,14 +302,14 @@ def _draw_pictures(
                 axes.step(part["score"], part["share"], where="mid", color=COLORS[name], label=f"{name} answers")
 
 
-def draw_by_degree(stage: Stage[Any], name: str, accuracies: Mapping[str, Accuracy]) -> None:
-    """Draw accuracies against the degree of the preference, of all pairs and of each kind."""
+def plot_by_degree(stage: Stage[Any], name: str, accuracies: Mapping[str, Accuracy]) -> None:
+    """Plot accuracies against the degree of the preference, of all pairs and of each kind."""
     points = [(part, degree, found) for part, found in accuracies.items() if (degree := part.split("/")[-1]) in DEGREES]
-    _draw_accuracies(stage, name, "degree of the preference", points)
+    _plot_accuracies(stage, name, "degree of the preference", points)
 
 
-def _draw_accuracies(stage: Stage[Any], name: str, x_label: str, points: Sequence[tuple[str, str, Accuracy]]) -> None:
-    """Draw accuracies with their intervals: part of the pairs, label, accuracy; a curve for each kind."""
+def _plot_accuracies(stage: Stage[Any], name: str, x_label: str, points: Sequence[tuple[str, str, Accuracy]]) -> None:
+    """Plot accuracies with their intervals: part of the pairs, label, accuracy; a curve for each kind."""
     if not points:
         return
     with _picture(stage, name, x_label, "accuracy") as axes:
@@ -310,16 +326,9 @@ def _draw_accuracies(stage: Stage[Any], name: str, x_label: str, points: Sequenc
 
 @contextmanager
 def _picture(stage: Stage[Any], name: str, x_label: str, y_label: str) -> Iterator[Axes]:
-    """Give axes to draw on, then write the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.set(title=stage.name, xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
-    yield axes
-    axes.legend()
-    figure.savefig(stage.artifacts / f"{name}.png", dpi=120)
-    plt.close(figure)
+    """Give axes to plot on, with a grid and a legend, then write the picture."""
+    with picture(stage.artifacts / f"{name}.png", 7, 4.5) as axes:
+        axes.set(title=stage.name, xlabel=x_label, ylabel=y_label)
+        axes.grid(alpha=0.3)
+        yield axes
+        axes.legend()

@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from model.network.transformer import ModelConfig
 from model.progress.bar import progress_bar
 from model.text.tokenizer import Tokenizer
 from model.training.states import load_state, save_state
+from tasks.running.plots import Plot, picture
 from tasks.running.stage import Stage
 
 STATES = "resume"  # below a stage's scratch
+TRAINING_LOSS = Plot("curves", "Training loss", "tokens", "loss", "tokens", "nats per token")
 
 # Dense bf16 products a second; NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
@@ -182,7 +184,7 @@ def write_curves(
     validation: Sequence[Mapping[str, float]],
     part: str,
 ) -> None:
-    """Write the losses into plots/train.csv and plots/validation.csv, and draw them for MLflow; only rank 0 writes.
+    """Write the losses into plots/train.csv and plots/validation.csv, and plot them for MLflow; only rank 0 writes.
 
     Each row has `step` and `tokens`. One of `train` has `loss`, one of `validation` the loss of each part of the
     held-out text under the part's name; `part` says what the parts are: the name of their column.
@@ -191,31 +193,24 @@ def write_curves(
         return
     import pandas
 
-    plots = stage.output / "plots"
-    plots.mkdir()
-    pandas.DataFrame(train).to_csv(plots / "train.csv", index=False)
-    pandas.DataFrame(
+    losses = [
         {"tokens": row["tokens"], part: name, "loss": loss}
         for row in validation
         for name, loss in row.items()
         if name not in ("step", "tokens")
-    ).to_csv(plots / "validation.csv", index=False)
-    draw_losses(train, validation, stage.artifacts / "loss.png")
+    ]
+    by_part = replace(TRAINING_LOSS, title=f"Validation loss by {part}", series=part)
+    stage.plot("train", pandas.DataFrame(train), TRAINING_LOSS)
+    stage.plot("validation", pandas.DataFrame(losses), by_part)
+    plot_losses(train, validation, stage.artifacts / "loss.png")
 
 
-def draw_losses(train: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw all losses against tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axes.plot([row["tokens"] for row in train], [row["loss"] for row in train], "k", label="train")
-    tokens = [row["tokens"] for row in validation]
-    for name in [name for name in validation[-1] if name not in ("step", "tokens")]:
-        axes.plot(tokens, [row[name] for row in validation], label=name)
-    axes.set(xlabel="tokens", ylabel="loss, nats per token")
-    axes.legend()
-    figure.savefig(path)
-    pyplot.close(figure)
+def plot_losses(train: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Plot all losses against tokens."""
+    with picture(path, 8, 5) as axes:
+        axes.plot([row["tokens"] for row in train], [row["loss"] for row in train], "k", label="train")
+        tokens = [row["tokens"] for row in validation]
+        for name in [name for name in validation[-1] if name not in ("step", "tokens")]:
+            axes.plot(tokens, [row[name] for row in validation], label=name)
+        axes.set(xlabel="tokens", ylabel="loss, nats per token")
+        axes.legend()

@@ -41,6 +41,7 @@ from tasks.reading.rounds import round_of
 from tasks.running.files import write_lines
 from tasks.running.params import Section
 from tasks.running.places import DATA
+from tasks.running.plots import Plot
 from tasks.running.stage import Stage
 
 PREFERENCES = DATA / "preferences"
@@ -295,5 +296,6 @@ def report(training: Training, tokenizer: Tokenizer) -> dict[str, float]:
         write_lines(stage.output / "scores.jsonl", rows)
         write_lines(stage.output / "too_long.jsonl", data.too_long)
         figures |= report_scores(stage, rows)
-        pandas.DataFrame(progress.train).to_csv(stage.output / "plots" / "train.csv", index=False)
+        loss = Plot("curves", "Training loss", "tokens", "loss", "tokens", "nats per pair")
+        stage.plot("train", pandas.DataFrame(progress.train), loss)
     return figures

@@ -1,30 +1,34 @@
-"""One page about the whole pipeline, for a browser, with no server and no network.
+"""One page about the whole pipeline, for a browser, with no server and no network; and what `dvc` shows of it.
 
-Shows each stage's figures (metrics.json) and draws the plots that dvc.yaml's `plots` section declares, from the CSV
-files that it names: the page and `dvc plots` show the same. Of what dvc.yaml names it shows what it depends on, so that
-DVC draws it anew when that changes. Reads dvc.yaml and data/*/. Writes data/report/index.html.
-DVC refuses to watch dvc.yaml itself: when nothing but a plot's definition changed, `dvc repro -f report` draws it anew.
+Takes the stages that this one waits for, as dvc.yaml has them now: those of a round that is gone are left out, though
+their files are still there. Reads their metrics.json and what `stage.plot` wrote into their plots/. Writes
+
+- index.html                     every figure, and the plots
+- metrics/<place>.json           the figures that dvc.yaml's `meta: figures` names; for `dvc metrics`
+- plots/<kind>/<place>/NAME.csv  title, x, y, series; for `dvc plots`, whose templates .dvc/plots/<kind>.json are
+
+A plot that is declared anew in the code of its stage is drawn anew when that stage has run.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from io import StringIO
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from tasks.running.files import write_json
 from tasks.running.params import Section
-from tasks.running.places import DATA
+from tasks.running.places import DATA, place_of
+from tasks.running.plots import Plot, picture
 from tasks.running.stage import Stage, start
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
 
-TEMPLATE = Path(__file__).with_name("report.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 class Params(Section):
@@ -36,114 +40,109 @@ class Params(Section):
     max_bars: int = Field(gt=0, description="bars of a plot at most; the CSV file has all")
 
 
-def read_pipeline() -> dict[str, Any]:
-    """Return dvc.yaml as a dictionary."""
-    from ruamel.yaml import YAML
+def stages_before(name: str) -> dict[str, list[str]]:
+    """Return the stages that a stage waits for, in dvc.yaml's order, each with the figures that its `meta` names."""
+    import networkx
+    from dvc.repo import Repo
 
-    return dict(YAML(typ="safe").load(Path("dvc.yaml").read_text(encoding="utf-8")))
+    index = Repo().index
+    (last,) = [stage for stage in index.stages if stage.addressing == name]
+    needed = networkx.descendants(index.graph, last)
+    return {
+        stage.addressing: list((stage.meta or {}).get("figures", []))
+        for stage in index.stages
+        if stage in needed and not stage.is_data_source
+    }
 
 
-def stage_figures(pipeline: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the figures of each stage that `report` depends on, those that `meta: figures` names first.
+def read_plots(directory: Path) -> Iterator[tuple[str, Plot, pd.DataFrame]]:
+    """Yield name, declaration and points of what `stage.plot` wrote: columns title, x, y, series.
 
-    The order is dvc.yaml's; a stage that has not run is left out.
+    A table without rows is left out: it has nothing to plot.
     """
-    needed = [Path(dependency) for dependency in pipeline["stages"]["report"]["deps"]]
-    stages = []
-    for name, definition in pipeline["stages"].items():
-        chosen = definition.get("do", definition).get("meta", {}).get("figures", [])
-        for path in sorted((DATA / name).glob("*/metrics.json" if "foreach" in definition else "metrics.json")):
-            if not any(path.is_relative_to(dependency) for dependency in needed):
-                continue
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            main = {key: metrics[key] for key in chosen if key in metrics}
-            title = "@".join(path.parent.relative_to(DATA).parts)
-            stages.append({"name": title, "main": main, "all": dict(sorted(metrics.items()))})
-    return stages
-
-
-def draw(definition: Mapping[str, Any], params: Params) -> str:
-    """Return one of dvc.yaml's plots as SVG: bars for the bar templates, else curves.
-
-    Raises ValueError when a column that the plot names is not in its file.
-    """
-    import matplotlib
     import pandas as pd
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "arriero"  # the same bytes every time
-    from matplotlib import pyplot as plt
-
-    ((file, columns),) = definition["y"].items()
-    table = pd.read_csv(file)
-    names = [columns] if isinstance(columns, str) else list(columns)
-    missing = [name for name in [definition["x"], *names] if name not in table.columns]
-    if missing:
-        found = ", ".join(table.columns)
-        raise ValueError(f"dvc.yaml: plot of {file} names column `{missing[0]}`; the file has {found}")
-    is_bars = str(definition.get("template", "")).startswith("bar")
-    height = params.line_plot_height
-    if is_bars:
-        height = 0.8 + params.bar_height * min(len(table), params.max_bars)
-    figure, axes = plt.subplots(figsize=(params.plot_width, height), layout="constrained")
-    if is_bars:
-        draw_bars(axes, table.head(params.max_bars), definition["x"], names[0])
-    else:
-        draw_curves(axes, table, definition["x"], names)
-    axes.set_xlabel(definition.get("x_label", definition["x"]))
-    axes.spines[["top", "right"]].set_visible(False)
-    text = StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+    for path in sorted(directory.glob("*.json")):
+        plot = Plot(**json.loads(path.read_text(encoding="utf-8")))
+        words = {name for name in (plot.series, {"bars": plot.y, "steps": plot.x}.get(plot.kind)) if name is not None}
+        table = pd.read_csv(
+            path.with_suffix(".csv"),
+            dtype=dict.fromkeys(words, str),
+            keep_default_na=False,  # people's words may be `None` or `NA`
+            na_values={name: [""] for name in {plot.x, plot.y} - words},
+            float_precision="round_trip",
+        )
+        against = plot.x_label if plot.kind == "bars" else f"{plot.y_label} against {plot.x_label}"
+        points = {"title": f"{plot.title} ({against})", "x": table[plot.x], "y": table[plot.y]}
+        if len(table):
+            yield path.stem, plot, pd.DataFrame({**points, "series": table[plot.series] if plot.series else plot.y})
 
 
-def draw_bars(axes: Axes, table: pd.DataFrame, length: str, label: str) -> None:
-    """Draw one bar a row, the first on top, with its length written beside it."""
-    bars = axes.barh(table[label].astype(str), table[length], color="#4472a8")
+def plot_svg(plot: Plot, points: pd.DataFrame, params: Params, path: Path) -> str:
+    """Return a plot as SVG; `path` is where it is written on the way."""
+    bars = points.head(params.max_bars)
+    height = 0.8 + params.bar_height * len(bars) if plot.kind == "bars" else params.line_plot_height
+    with picture(path, params.plot_width, height) as axes:
+        if plot.kind == "bars":
+            plot_bars(axes, bars)
+        else:
+            plot_curves(axes, points, plot.y_label)
+        axes.set_xlabel(plot.x_label)
+        axes.spines[["top", "right"]].set_visible(False)
+    return "<svg" + path.read_text(encoding="utf-8").partition("<svg")[2]
+
+
+def plot_bars(axes: Any, points: pd.DataFrame) -> None:
+    """Plot one bar a row, the first on top, with its length written beside it."""
+    bars = axes.barh(range(len(points)), points["x"], color="#4472a8")
+    axes.set_yticks(range(len(points)), points["y"])
     axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
 
 
-def draw_curves(axes: Axes, table: pd.DataFrame, x: str, names: list[str]) -> None:
-    """Draw one curve a column, and one for each value of a column of words, such as `source`."""
-    words = [name for name in table.columns if name != x and isinstance(table[name].iloc[0], str)]
-    groups = list(table.groupby(words[0], sort=False)) if words else [("", table)]
-    for group, rows in groups:
-        for name in names:
-            label = " ".join(part for part in (str(group), name if len(names) > 1 else "") if part)
-            axes.plot(rows[x], rows[name], label=label, marker="o" if len(rows) < 12 else None, markersize=3)
-    axes.set_ylabel(", ".join(names))
+def plot_curves(axes: Any, points: pd.DataFrame, y_label: str) -> None:
+    """Plot one curve for each series."""
+    series = list(points.groupby("series", sort=False))
+    for name, own in series:
+        axes.plot(own["x"], own["y"], label=name, marker="o" if len(own) < 12 else None, markersize=3)
+    axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    if len(groups) * len(names) > 1:
+    if len(series) > 1:
         axes.legend(fontsize=8)
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
-    """Write the page."""
-    import jinja2
-
-    pipeline = read_pipeline()
-    stages = stage_figures(pipeline)
-    names = [entry["name"] for entry in stages]
-    plots: dict[str, list[dict[str, str]]] = {}
-    num_plots = 0
-    for item in pipeline.get("plots", []):
-        ((name, definition),) = item.items()
-        file = Path(next(iter(definition["y"])))
-        if file.exists():
-            owner = next(name for name in names if file.is_relative_to(DATA / name.replace("@", "/")))
-            plots.setdefault(owner, []).append(
-                {"title": definition.get("title", name), "svg": draw(definition, stage.params)}
-            )
-            num_plots += 1
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = lambda value: f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(stages=stages, plots=plots)
+    """Write the page, and the figures and plots for DVC."""
+    stages: list[dict[str, Any]] = []
+    for name, chosen in stages_before(stage.name).items():
+        place = place_of(name)
+        if not (DATA / place / "metrics.json").exists():
+            continue
+        figures = json.loads((DATA / place / "metrics.json").read_text(encoding="utf-8"))
+        main = {figure: figures[figure] for figure in chosen if figure in figures}
+        write_json(stage.output / "metrics" / f"{place}.json", main)
+        plots = []
+        for plot_name, plot, points in read_plots(DATA / place / "plots"):
+            path = stage.output / "plots" / plot.kind / place / f"{plot_name}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            points.to_csv(path, index=False)
+            svg = plot_svg(plot, points, stage.params, stage.scratch / "plot.svg")
+            plots.append({"title": plot.title, "svg": svg})
+        stages.append({"name": name, "main": main, "all": figures, "plots": plots})
+    page = render(stages)
     (stage.output / "index.html").write_text(page, encoding="utf-8")
     (stage.artifacts / "report.html").write_text(page, encoding="utf-8")
-    return {"stages": len(stages), "plots": num_plots}
+    return {"stages": len(stages), "plots": sum(len(entry["plots"]) for entry in stages)}
+
+
+def render(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page: each stage has `name`, `main` and `all` figures, and `plots` with `title` and `svg`."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = lambda value: f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(stages=stages)
 
 
 if __name__ == "__main__":

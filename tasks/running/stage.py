@@ -5,9 +5,9 @@ A stage module defines `Params(Section)` and `run(stage)`, and ends with::
     if __name__ == "__main__":
         start(Params, run)
 
-`run` writes files below `stage.output` and returns the stage's figures. When it returns, `stage.output` becomes
-data/<place>/ in one rename, so that a stage that dies leaves nothing half done. What it keeps in `stage.scratch`
-survives its death, and DVC's after it (scratch.py). The figures go to metrics.json there:
+`run` writes files below `stage.output`, and tables to be plotted with `stage.plot`; it returns the stage's figures.
+When it returns, `stage.output` becomes data/<place>/ in one rename, so that a stage that dies leaves nothing half done.
+What it keeps in `stage.scratch` survives its death, and DVC's after it (scratch.py). The figures go to metrics.json:
 DVC compares them, so they must be the same on every run (no times, no speeds; those go to `stage.log`).
 """
 
@@ -25,12 +25,13 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Generic
+from typing import IO, TYPE_CHECKING, Any, Generic
 
 from tasks.running.files import read_json, write_json
 from tasks.running.fingerprint import Identity, fingerprint
 from tasks.running.params import Machine, ParamsType, Tracking, parse_section, read_params
 from tasks.running.places import DATA, RUNS, SCRATCH, entry_of, place_of, section_of
+from tasks.running.plots import Plot, write_plot
 from tasks.running.processes import (
     FINGERPRINT_ARGUMENT,
     LOCKED_ARGUMENT,
@@ -42,6 +43,9 @@ from tasks.running.processes import (
 )
 from tasks.running.record import close_record, code_revision, end_sender, metric_lines, open_record, start_sender
 from tasks.running.scratch import FAILURES, FINISHED, IDENTITY, OUTPUT, in_use, sweep, tell_of_other_states
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 WAITING = 75  # exit status of a stage that waits (EX_TEMPFAIL of sysexits.h)
 WAITING_FILE = "waiting.txt"  # below .scratch/<stage>/: what it waits for; DVC passes no exit status on
@@ -100,6 +104,10 @@ class Stage(Generic[ParamsType]):
         line = {"step": step, "tokens": tokens, "time": time.time(), "metrics": fresh}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
+
+    def plot(self, name: str, table: pd.DataFrame, plot: Plot) -> None:
+        """Write a table to plots/NAME.csv, with how to plot it: `report` and `dvc plots show` do."""
+        write_plot(self.output / "plots", name, table, plot)
 
     @property
     def artifacts(self) -> Path:

@@ -32,6 +32,7 @@ from model.text.tokenizer import Tokenizer
 from tasks.running.files import write_json
 from tasks.running.params import Section
 from tasks.running.places import DATA
+from tasks.running.plots import Plot, picture
 from tasks.running.stage import Stage, start
 from tasks.tokenize.encoding import Index, Tokens, encode_parts, open_tokens, read_index
 from tasks.tokenize.mixture import draw, plan_targets, shuffled
@@ -39,6 +40,7 @@ from tasks.workers.finished import finish_once, link
 
 DOCUMENTS = DATA / "clean" / "documents"
 TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
+MIXTURE = Plot("bars", "Parts of the stream", "share_reached", "source", "share of tokens", "source")
 
 
 class Source(Section):
@@ -334,10 +336,9 @@ def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], validation
     summary = {"tokens": plan.num_tokens, "tokens_asked": stage.params.num_tokens, "pieces": len(plan.pieces)}
     write_json(stage.output / "mixture.json", {**summary, "sources": {row["source"]: row for row in rows}})
     table = pandas.DataFrame(rows)
-    (stage.output / "plots").mkdir()
-    table.to_csv(stage.output / "plots" / "mixture.csv", index=False)
+    stage.plot("mixture", table, MIXTURE)
     table.to_csv(stage.tables / "mixture.csv", index=False)
-    _plot(table, stage.artifacts / "mixture.png")
+    plot_mixture(table, stage.artifacts / "mixture.png")
     figures: dict[str, float] = {
         "tokens": plan.num_tokens,
         "documents": sum(row["source_documents"] for row in rows if row["max_epochs"]),
@@ -353,20 +354,18 @@ def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], validation
     return figures
 
 
-def _plot(table: Any, path: Path) -> None:
-    """Draw the shares asked and reached as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    trained = table[table["max_epochs"] > 0].set_index("source")
-    axes = trained[["share_asked", "share_reached"]].plot.bar(figsize=(8, 4), ylabel="share of the stream's tokens")
-    for place, epochs in enumerate(trained["epochs"]):
-        axes.text(place, trained["share_reached"].iloc[place], f"{epochs:.2g} epochs", rotation=30, fontsize=7)
-    axes.figure.tight_layout()
-    axes.figure.savefig(path, dpi=120)
-    pyplot.close(axes.figure)
+def plot_mixture(table: Any, path: Path) -> None:
+    """Plot the shares asked and reached as bars."""
+    trained = table[table["max_epochs"] > 0]
+    places = np.arange(len(trained))
+    with picture(path, 8, 4) as axes:
+        axes.bar(places - 0.2, trained["share_asked"], 0.4, label="share_asked")
+        axes.bar(places + 0.2, trained["share_reached"], 0.4, label="share_reached")
+        for place, share, epochs in zip(places, trained["share_reached"], trained["epochs"], strict=True):
+            axes.text(place, share, f"{epochs:.2g} epochs", rotation=30, fontsize=7)
+        axes.set_xticks(places, trained["source"], rotation=90)
+        axes.set(xlabel="source", ylabel="share of the stream's tokens")
+        axes.legend()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""How tables are plotted: declared where a stage writes them, read by `report`; and where pictures are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tasks.running.files import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Plot:
+    """How to plot a table, by its columns.
+
+    - bars: one a row, as long as `x` and named by `y`
+    - curves: `y` against the number `x`, one for each word in `series`
+    - steps: `y` against the word `x`, in the table's order, one for each word in `series`
+    """
+
+    kind: Literal["bars", "curves", "steps"]
+    title: str
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    series: str | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are plotted."""
+        return [name for name in (self.x, self.y, self.series) if name is not None]
+
+
+def write_plot(directory: Path, name: str, table: pd.DataFrame, plot: Plot) -> None:
+    """Write a table to NAME.csv, and to NAME.json how to plot it."""
+    path = directory / f"{name}.csv"
+    assert not path.exists(), f"two tables of one name: {path}"
+    for column in plot.columns:
+        assert column in table.columns, f"{path} has the columns {', '.join(table.columns)}, not {column}"
+    directory.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    write_json(directory / f"{name}.json", asdict(plot))
+
+
+@contextmanager
+def picture(path: Path, width: float, height: float, **panels: Any) -> Iterator[Any]:
+    """Give axes to plot on (`panels`: arguments of matplotlib's Figure.subplots), then write the picture.
+
+    Sizes are in inches. An .svg is the same bytes every time. `$` in names, which are people's, starts no formula.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "arriero"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure.subplots(**panels)
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
