@@ -51,6 +51,7 @@ from tasks.learning.loop import digest_of, log_training, peak_flops, progress_ba
 from tasks.reading.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
 from tasks.reading.prompts import as_text
 from tasks.running.files import write_lines
+from tasks.running.names import metric_name
 from tasks.running.params import Section
 from tasks.running.stage import Stage, start
 
@@ -283,7 +284,8 @@ def evaluate(training: Training) -> None:
     progress = training.progress
     sums = {name: loss_sum(training, examples) for name, examples in training.data.validation.items()}
     together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
-    losses = {name: total / count for name, (total, count) in {"all": together, **sums}.items()}
+    named = {"all": together, **{metric_name(name): own for name, own in sums.items()}}
+    losses = {name: total / count for name, (total, count) in named.items()}
     progress.validation.append({"step": progress.step, "tokens": progress.tokens, **losses})
     training.stage.log(validation_figures(losses), step=progress.step, tokens=progress.tokens)
     answer_prompts(training)

@@ -253,7 +253,7 @@ def test_a_sample_is_the_same_documents_whatever_the_parts(tmp_path):
     documents = [document("bad.", number=number) for number in range(400)]
     shared = scoring(score_bad, sample=0.25)
     number = toxicity.score_part(write_part(documents, directory=tmp_path), shared)["web", "toxicity", "scored"]
-    expected = sum(corpus.draw("toxicity", 1, each["id"]) < 0.25 for each in documents)
+    expected = sum(corpus.fraction_of("toxicity", 1, each["id"]) < 0.25 for each in documents)
     assert number == expected
     assert 70 <= number <= 130  # 100 expected, 3.5 standard deviations of a binomial
 

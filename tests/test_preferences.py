@@ -32,10 +32,9 @@ from tasks.preferences import (
     split,
 )
 from tasks.reading.pairs import plain
-from tasks.reading.prompts import KINDS, Kind
+from tasks.reading.prompts import KINDS, Kind, Label
 from tasks.running.files import write_lines
 from tasks.running.stage import Stage, Waiting
-from tasks.world.annotators import Label
 
 REPOSITORY = Path(__file__).parent.parent
 TASTES = dict.fromkeys(
@@ -50,7 +49,7 @@ ANNOTATOR = {
 def values_of(**changes: Any) -> dict[str, Any]:
     values = {
         "annotators": "files",
-        "world": {"truth": "truth", "overlap_share": 0.5, "annotators": dict.fromkeys(("a", "b", "c"), ANNOTATOR)},
+        "simulated": {"truth": "truth", "overlap_share": 0.5, "annotators": dict.fromkeys(("a", "b", "c"), ANNOTATOR)},
         "labels": "labels", "max_alike": 20,
         "sources": {"public": {"files": ["public.jsonl"], "format": "auto", "kind": "helpfulness", "max_pairs": None}},
         "max_malformed_share": 0.1, "validation_share": 0.3, "evaluation_root": "prompts",
@@ -219,7 +218,7 @@ def write_truth(pairs: dict[str, list[dict[str, Any]]]) -> None:
 def test_simulated_annotators_choose_what_is_true_and_agree(place: Path) -> None:
     pairs = write_responses("v1")
     write_truth(pairs)
-    figures = run(stage_of(annotators="world", max_alike=1000))
+    figures = run(stage_of(annotators="simulated", max_alike=1000))
     assert figures["helpfulness/newest_wins"] == figures["safety/newest_wins"] == 1
     assert figures["safety/bins/both_safe"] == 1
     several = figures["helpfulness/agreement/pairs"]
@@ -229,7 +228,7 @@ def test_simulated_annotators_choose_what_is_true_and_agree(place: Path) -> None
     found = [pair for pair in lines("out/train.jsonl") if pair["source"] == "world"]
     assert {len(pair["annotator"].split()) for pair in found} == {1, 3}
     with pytest.raises(ValueError, match=r"have the degree `better`: have annotators use all four"):
-        run(stage_of(annotators="world"))
+        run(stage_of(annotators="simulated"))
 
 
 def test_the_same_inputs_give_the_same_bytes(place: Path) -> None:

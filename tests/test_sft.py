@@ -24,6 +24,7 @@ from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, Step, build_model, draw_weights
 from tasks import sft
 from tasks.learning.loop import digest_of, read_base
+from tasks.running.names import metric_name
 from tasks.running.stage import Stage
 from tasks.sft import Params, mean_context, plan_steps, run
 
@@ -226,6 +227,18 @@ def test_what_was_left_out_is_counted_and_listed(place: Path) -> None:
     ]
     assert "turn 1 is the assistant's" in refused[0]["error"]
     assert refused[1]["raw"] == "no JSON"
+
+
+def test_categories_have_whatever_names(place: Path) -> None:
+    categories = ["all", "tokens", "Coding & debugging", "Coding _ debugging"]
+    rows = [{"messages": turns(f"so, the {name}?", "blue"), "category": name} for name in categories]
+    Path("dialogues/validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = run(stage_of(epochs=1))
+    losses = [figures[metric_name("validation", name, "loss")] for name in categories]
+    assert len([name for name in figures if name.startswith("validation/")]) == 5
+    assert min(losses) < figures["validation/all/loss"] < max(losses)
+    assert len(set(pandas.read_csv("out/plots/validation.csv")["category"])) == 5
+    assert metrics_of("validation/all/loss")[-1][1] == figures["tokens"]
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tasks.audit.corpus import Counts, draw, read_part
+from tasks.audit.corpus import Counts, fraction_of, read_part
+from tasks.judging.intervals import NORMAL_QUANTILE
 from tasks.running.params import Section
 
 Floats = NDArray[np.float64]
@@ -201,7 +202,7 @@ def auc_interval(auc: float, num_toxic: int, num_other: int) -> tuple[float, flo
     def distance(x: float, sign: float) -> float:
         size = (num_toxic + num_other) / 2 - 1
         variance = x * (1 - x) * (1 + size * ((1 - x) / (2 - x) + x / (1 + x))) / (num_toxic * num_other)
-        return float(x - auc + sign * 1.959964 * np.sqrt(variance))
+        return float(x - auc + sign * NORMAL_QUANTILE * np.sqrt(variance))
 
     # at 0 and 1 the error vanishes too: those are no bounds
     edge = 1e-12
@@ -329,7 +330,7 @@ def score_part(path: Path, shared: Scoring) -> Counts:
             (document["source"], pieces)
             for document in batch
             if document["language"] in shared.languages
-            and draw("toxicity", shared.seed, document["id"]) < shared.sample
+            and fraction_of("toxicity", shared.seed, document["id"]) < shared.sample
             and (pieces := windows(document["text"], shared.window_words))
         ]
         if not documents:

@@ -42,6 +42,7 @@ from model.training.engine import (
 from model.training.states import load_state, save_state
 from tasks.learning.loop import log_training, peak_flops, progress_bar, write_curves
 from tasks.pretrain.stream import Text, read_stream
+from tasks.running.names import metric_name
 from tasks.running.params import Section
 from tasks.running.places import DATA
 from tasks.running.stage import Stage, start
@@ -262,7 +263,8 @@ def validate(training: Training) -> None:
     """Record the mean loss in nats per token, and its perplexity, of each source's held-out text, and of all of it."""
     sums = {name: loss_sum(training, text) for name, text in training.validation.items()}
     together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
-    losses = {name: total / max(1, count) for name, (total, count) in {"all": together, **sums}.items()}
+    named = {"all": together, **{metric_name(name): own for name, own in sums.items()}}
+    losses = {name: total / max(1, count) for name, (total, count) in named.items()}
     training.progress.validation.append({"step": training.progress.step, "tokens": training.tokens, **losses})
     metrics = validation_figures(losses)
     training.stage.log(metrics, step=training.progress.step, tokens=training.tokens)

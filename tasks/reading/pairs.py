@@ -25,8 +25,9 @@ from pydantic import Field
 
 from model.text.dialogue import Message, check
 from tasks.reading import sources
-from tasks.reading.prompts import DEGREES, Kind, Prompt, Responder, is_message, number_of
+from tasks.reading.prompts import DEGREES, Kind, Prompt, Responder, is_message
 from tasks.reading.sources import File, Malformed, Object
+from tasks.running.digests import number_of
 from tasks.running.params import Section
 
 Format = Literal["auto", "hh", "pandalm", "own"]

@@ -28,6 +28,7 @@ from typing import IO, Any, Generic
 
 from tasks.running.files import write_json
 from tasks.running.fingerprint import fingerprint
+from tasks.running.names import is_metric_name
 from tasks.running.params import Machine, ParamsType, Tracking, parse_section, read_params
 from tasks.running.places import DATA, RUNS, SCRATCH, entry_of, place_of, section_of
 from tasks.running.processes import LOCKED_ARGUMENT, PIPELINE_VARIABLE, die_with_parent, pipeline_id, pipeline_lock
@@ -77,6 +78,7 @@ class Stage(Generic[ParamsType]):
         for name, value in metrics.items():
             if not isinstance(value, int | float):
                 raise ValueError(f"metric `{name}` is {value!r}: only numbers can be logged")
+            assert is_metric_name(name), f"MLflow takes no metric `{name}`: make its name by metric_name"
         fresh = {name: float(value) for name, value in metrics.items() if step > self._last_step.get(name, -1)}
         if not fresh:
             return
@@ -251,6 +253,8 @@ def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:
     """Put the finished output in its place, and its figures into metrics.json and the record."""
     bad = {name: value for name, value in figures.items() if not isinstance(value, int | float) or value != value}
     assert not bad, f"figures that are no numbers: {bad}"
+    unnamed = [name for name in figures if not is_metric_name(name)]
+    assert not unnamed, f"MLflow takes no metrics {unnamed}: make their names by metric_name"
     write_json(stage.output / "metrics.json", dict(figures))
     write_json(stage.record / "figures.json", dict(figures))
     place = DATA / place_of(stage.name)
