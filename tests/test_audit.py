@@ -28,7 +28,7 @@ LABELLED = [(f"all {noun} are vile and worthless vermin", 1) for noun in NOUNS] 
 
 def classifier(**changes):
     values = {
-        "path": None,
+        "path": "data/seeds/none",
         "toxic_label": 1,
         "batch_size": 4,
         "labels": "labels.csv",

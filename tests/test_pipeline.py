@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import shutil
 import subprocess
 import sys
 from functools import cache, reduce
@@ -14,7 +15,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import chat, values
+from tasks.running.fingerprint import fingerprint
 from tasks.running.params import Machine, Tracking, parse_section
+from tasks.running.places import NOTHING
 
 ROOT = Path(__file__).parent.parent
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
@@ -159,6 +162,40 @@ def test_training_sees_neither_the_judges_truth_nor_the_evaluations_prompts(name
         for path in paths_of(name, dependency):
             read = [file for file in secret if file.is_relative_to(path) or path.is_relative_to(file)]
             assert not read, f"{name} could read {path}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "parameter"), [("pretrain", "pretrain.init_from"), ("audit", "audit.classifier.path")]
+)
+def test_other_weights_at_the_same_path_are_out_of_date(
+    stage: str, parameter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = values.compose([], {parameter: "weights"})
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(text)
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, check=True)
+    for path in (path for dependency in stage_definition(stage)["deps"] for path in paths_of(stage, dependency)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    Path("weights").mkdir()
+    Path("weights/model.safetensors").write_text("old")
+    before, _, datasets = fingerprint(stage)
+    assert "weights" in {dataset["path"] for dataset in datasets}
+    Path("weights/model.safetensors").write_text("new")
+    assert fingerprint(stage)[0] != before
+
+
+def test_where_no_model_is_read_dvc_watches_a_path_that_stands_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert PARAMS["pretrain"]["init_from"] == PARAMS["audit"]["classifier"]["path"] == str(NOTHING)
+    assert NOTHING.is_file()
+    for section, change in (("pretrain", {"init_from": None}), ("audit", {"classifier": {"path": None}})):
+        model = importlib.import_module(f"tasks.{section}.__main__").Params
+        with pytest.raises(ValueError, match=r"is None: Input should be a valid string .*; data/seeds/none: "):
+            parse_section(model, {section: {**PARAMS[section], **change}}, section)
 
 
 @pytest.mark.parametrize("reader", ["report", "publish"])

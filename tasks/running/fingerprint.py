@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.running.params import PARAMS_FILE, flatten
+from tasks.running.places import NOTHING
 
 
 def fingerprint(stage_name: str) -> tuple[str, dict[str, Any], list[dict[str, str]]]:
@@ -36,6 +37,8 @@ def fingerprint(stage_name: str) -> tuple[str, dict[str, Any], list[dict[str, st
     data = [
         {"path": dep["path"], "digest": dep.get("md5") or dep.get("etag") or dep.get("checksum") or ""}
         for dep in entry.get("deps", [])
-        if not dep["path"].endswith(".py") and Path(dep["path"]).parts[0] not in ("tasks", "model")
+        if not dep["path"].endswith(".py")
+        and Path(dep["path"]).parts[0] not in ("tasks", "model")
+        and Path(dep["path"]) != NOTHING
     ]
     return digest, flatten(entry.get("params", {}).get(str(PARAMS_FILE), {})), data
