@@ -11,7 +11,7 @@ nothing should be learned from is kept aside with its reason: no pair is lost. P
 of the split into training and validation, in every round the same one.
 
 Run once for each round (`preferences@v1`). Reads data/responses/<round>, the batches before, labels or truth, and the
-evaluations' prompts, to keep pairs aside that ask the same.
+evaluation's prompts, to keep pairs aside that ask the same.
 Writes train.jsonl, validation.jsonl (tasks/reading/pairs.py: Preference), aside.jsonl (Aside), plots/degrees.csv; for
 MLflow also tables of examples and of what is kept aside.
 """
@@ -28,8 +28,9 @@ from pydantic import Field
 from tasks.judging.agreement import report_agreement
 from tasks.judging.intervals import wilson
 from tasks.judging.labels import Decision, Labels, decide, find_labels, read_labels
-from tasks.reading.pairs import Aside, PairSource, Preference, plain, read_pairs, sift
-from tasks.reading.prompts import DEGREES, KINDS, Kind, Prompt, ResponsePair, as_text, read_prompts
+from tasks.reading.contamination import plain, read_evaluation
+from tasks.reading.pairs import Aside, PairSource, Preference, read_pairs, sift
+from tasks.reading.prompts import DEGREES, KINDS, Kind, ResponsePair, as_text
 from tasks.reading.rounds import round_of
 from tasks.running.digests import fraction_of
 from tasks.running.files import read_lines, write_lines
@@ -59,8 +60,6 @@ class Params(Section):
     sources: dict[str, PairSource] = Field(description="public pairs below the first round's `batches`, by name")
     max_malformed_share: float = Field(ge=0, le=1, description="share of a source's rows; more stop the stage")
     validation_share: float = Field(gt=0, lt=1, description="share of prompts that is held out")
-    evaluation_root: str = Field(min_length=1, description="directory of the evaluations' prompts, which DVC watches")
-    evaluation_prompts: list[str] = Field(description="files of prompts below it; pairs that ask the same are left out")
     num_examples: int = Field(gt=0, description="pairs of each kind and degree in the table of examples")
 
 
@@ -85,7 +84,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         own += preferences
         undecided += aside
     earlier, public, refused = read_earlier(Path(place.round.batches), params)
-    kept, unsound = sift([*own, *public], read_evaluation(params))
+    kept, unsound = sift([*own, *public], read_evaluation())
     aside = [*undecided, *refused, *unsound]
     train, validation = split([*earlier, *kept], params.validation_share, stage.seed)
     num_read = sum(len(batch.pairs) for batch in batches) + len(earlier) + len(public) + len(refused)
@@ -212,12 +211,6 @@ def read_earlier(directory: Path, params: Params) -> tuple[list[Preference], lis
         return [*read_lines(directory / "train.jsonl"), *read_lines(directory / "validation.jsonl")], [], []
     public, refused = read_pairs(directory, params.sources, "preferences", params.max_malformed_share)
     return [], public, refused
-
-
-def read_evaluation(params: Params) -> list[Prompt]:
-    """Return the evaluations' prompts."""
-    paths = [Path(params.evaluation_root) / name for name in params.evaluation_prompts]
-    return read_prompts(paths, "preferences.evaluation_prompts")
 
 
 def split(
