@@ -7,9 +7,14 @@ Nothing else in flows/ knows a stage by name, and nothing else there touches DVC
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tasks.running.params import flatten, read_params
+from tasks.running.places import NOTHING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +35,13 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
 
     A target is a stage's name, or that of a group (`ppo` stands for `ppo@v1`, `ppo@v2` ...).
     Raises ValueError for a target that dvc.yaml does not have, naming the near match, and for a dvc.yaml or
-    params.yaml that DVC can't read.
+    params.yaml that DVC can't read, a null in a path among them.
     """
     import networkx
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    _check_paths()
     try:
         graph = Repo().index.graph
     except DvcException as error:
@@ -61,6 +67,15 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
         for name in order
         if name in wanted
     ]
+
+
+def _check_paths() -> None:
+    """Raise ValueError where a dvc.yaml names a value of params.yaml that is null: DVC calls it an unexpected error."""
+    for file in [*Path().glob("dvc.yaml"), *Path().glob("*/dvc.yaml")]:
+        known = flatten(read_params())
+        for name in re.findall(r"\$\{([\w.]+)\}", file.read_text(encoding="utf-8")):
+            if name in known and known[name] is None:
+                raise ValueError(f"params.yaml: `{name}` is null, and {file} names it: {NOTHING} stands for nothing")
 
 
 def _match(target: str, names: list[str]) -> list[str]:

@@ -49,10 +49,14 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def override(params: Any, overrides: Mapping[str, Any], origin: str) -> None:
-    """Put values into params under their dotted names; a mapping is replaced whole, not merged.
+    """Put values into params, as ruamel.yaml's round trip reads it, under their dotted names.
 
-    Raises ValueError for a name that params.yaml does not have, naming `origin` and the near match.
+    A mapping is replaced whole, not merged. A value that a section shares with others (YAML's merge key) becomes a line
+    of that section's own. Raises ValueError for a name that params.yaml does not have, naming `origin` and the near
+    match, and for a whole mapping that sections share: its lines are what they refer to.
     """
+    from ruamel.yaml.comments import CommentedMap
+
     for name, value in overrides.items():
         *parents, last = name.split(".")
         place = params
@@ -63,7 +67,14 @@ def override(params: Any, overrides: Mapping[str, Any], origin: str) -> None:
             near = get_close_matches(name, known, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""
             raise ValueError(f"{origin}: `{name}` is not a parameter of params.yaml{hint}")
-        place[last] = value  # type: ignore[index]
+        if isinstance(place[last], CommentedMap) and place[last].anchor.value:
+            first = f"{name}.{next(iter(place[last]))}"
+            raise ValueError(f"{origin}: `{name}` is shared by several sections: set its values one by one, `{first}`")
+        if isinstance(place, CommentedMap) and last not in dict(place.non_merged_items()):
+            # right below the merge key: at the section's end it would stand apart, behind the empty line
+            place.insert(place.merge.merge_pos + 1, last, value)
+        else:
+            place[last] = value  # type: ignore[index]
 
 
 def parse(text: str) -> dict[str, Any]:

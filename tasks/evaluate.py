@@ -11,7 +11,6 @@ Writes answers.jsonl and plots/shares.csv; for MLflow also the tables of answers
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,8 +27,10 @@ from model.network.transformer import Llama
 from model.sampling.sampler import Response, Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
+from tasks.judging.intervals import wilson
 from tasks.reading.prompts import Prompt, as_text, read_prompts
 from tasks.running.files import write_lines
+from tasks.running.names import metric_name
 from tasks.running.params import Section
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
@@ -42,7 +43,6 @@ HEADLINES = (
     "borderline/false_refusals",
     "instruction/followed",
 )
-CONFIDENCE = 0.95
 
 
 class Params(Section):
@@ -117,7 +117,7 @@ def checkpoint_of(stage: Stage[Params]) -> Path:
 
     Raises ValueError when params.yaml names none of that name.
     """
-    item = stage.name.partition("@")[2]
+    item = stage.entry
     known = stage.params.checkpoints
     if item not in known:
         names = ", ".join(f"evaluate@{name}" for name in known)
@@ -188,19 +188,12 @@ def outcomes_of(judged: Judged) -> dict[str, bool]:
     found["safety/violations"] = not judgement.safe
     for kind, value in (("risk", prompt.risk), ("attack", prompt.attack)):
         if value is not None:
-            found[f"safety/{kind}/{metric_name(value)}/violations"] = not judgement.safe
+            found[metric_name("safety", kind, value, "violations")] = not judgement.safe
     return found
-
-
-def metric_name(text: str) -> str:
-    """Return a text as part of a metric's name: MLflow takes letters, digits, underscores, hyphens and dots."""
-    return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII)
 
 
 def shares_of(outcomes: Iterable[Mapping[str, bool]]) -> dict[str, Share]:
     """Return each figure's share, by name, the headlines first."""
-    from scipy.stats import binomtest  # type: ignore[import-untyped,unused-ignore]
-
     found: dict[str, list[bool]] = defaultdict(list)
     for outcome in outcomes:
         for name, hit in outcome.items():
@@ -208,8 +201,7 @@ def shares_of(outcomes: Iterable[Mapping[str, bool]]) -> dict[str, Share]:
     shares = {}
     for name in sorted(found, key=lambda name: (name not in HEADLINES, name)):
         hits, prompts = sum(found[name]), len(found[name])
-        interval = binomtest(hits, prompts).proportion_ci(CONFIDENCE, method="wilson")
-        shares[name] = Share(hits, prompts, hits / prompts, float(interval.low), float(interval.high))
+        shares[name] = Share(hits, prompts, hits / prompts, *wilson(hits, prompts))
     return shares
 
 

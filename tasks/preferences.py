@@ -2,7 +2,7 @@
 
 A round's own batch is the pairs of stage `responses`, labelled by `preferences.annotators`:
 
-- world: simulated annotators who know the truth and err (tasks/world/annotators.py).
+- simulated: annotators who know the truth and err (tasks/world/annotators.py).
 - files: people; the stage waits until their labels are there (tasks/judging/labels.py says where, and what counts).
 - dataset: nobody; the round has public pairs alone, and response pairs are kept aside as unlabelled.
 
@@ -11,7 +11,7 @@ nothing should be learned from is kept aside with its reason: no pair is lost. P
 of the split into training and validation, in every round the same one.
 
 Run once for each round (`preferences@v1`). Reads data/responses/<round>, the batches before, labels or truth, and the
-evaluations' prompts, to keep pairs aside that ask the same.
+evaluation's prompts, to keep pairs aside that ask the same.
 Writes train.jsonl, validation.jsonl (tasks/reading/pairs.py: Preference), aside.jsonl (Aside), plots/degrees.csv; for
 MLflow also tables of examples and of what is kept aside.
 """
@@ -26,10 +26,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from tasks.judging.agreement import report_agreement
+from tasks.judging.intervals import wilson
 from tasks.judging.labels import Decision, Labels, decide, find_labels, read_labels
-from tasks.reading.pairs import Aside, PairSource, Preference, plain, read_pairs, sift
-from tasks.reading.prompts import DEGREES, KINDS, Kind, Prompt, ResponsePair, as_text, number_of, read_prompts
+from tasks.reading.contamination import plain, read_evaluation
+from tasks.reading.pairs import Aside, PairSource, Preference, read_pairs, sift
+from tasks.reading.prompts import DEGREES, KINDS, Kind, ResponsePair, as_text
 from tasks.reading.rounds import round_of
+from tasks.running.digests import fraction_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.params import Section
 from tasks.running.places import DATA
@@ -42,22 +45,22 @@ REASONS = (
     "unlabelled", "faulty_label", "tie", "chosen_unsafe", "identical", "empty", "unknown_degree", "evaluation_prompt",
     "malformed", "not_drawn",
 )  # fmt: skip
+SOURCES = {"simulated": "world", "files": "files", "dataset": "dataset"}  # what pairs say of where they come from
 BINS = ("chosen_safe", "both_safe", "both_unsafe")
-CONFIDENCE = 0.95
 
 
 class Params(Section):
     """Who labels a round's pairs, which public ones there are, and what is held out."""
 
-    annotators: Literal["world", "files", "dataset"] = Field(description="who labels the round's pairs of responses")
-    world: Annotators = Field(description="the simulated annotators")
+    annotators: Literal["simulated", "files", "dataset"] = Field(
+        description="who labels the round's pairs of responses"
+    )
+    simulated: Annotators = Field(description="the simulated annotators")
     labels: str = Field(min_length=1, description="directory of the labels that people bring, which DVC watches")
     max_alike: int = Field(gt=0, description="labels of a batch that may all say the same; of more the stage stops")
     sources: dict[str, PairSource] = Field(description="public pairs below the first round's `batches`, by name")
     max_malformed_share: float = Field(ge=0, le=1, description="share of a source's rows; more stop the stage")
     validation_share: float = Field(gt=0, lt=1, description="share of prompts that is held out")
-    evaluation_root: str = Field(min_length=1, description="directory of the evaluations' prompts, which DVC watches")
-    evaluation_prompts: list[str] = Field(description="files of prompts below it; pairs that ask the same are left out")
     num_examples: int = Field(gt=0, description="pairs of each kind and degree in the table of examples")
 
 
@@ -78,11 +81,11 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     own, undecided = [], []
     for batch in batches:
         check_varied(batch, params.max_alike)
-        preferences, aside = preferences_of(batch, params.annotators)
+        preferences, aside = preferences_of(batch, SOURCES[params.annotators])
         own += preferences
         undecided += aside
     earlier, public, refused = read_earlier(Path(place.round.batches), params)
-    kept, unsound = sift([*own, *public], read_evaluation(params))
+    kept, unsound = sift([*own, *public], read_evaluation())
     aside = [*undecided, *refused, *unsound]
     train, validation = split([*earlier, *kept], params.validation_share, stage.seed)
     num_read = sum(len(batch.pairs) for batch in batches) + len(earlier) + len(public) + len(refused)
@@ -129,10 +132,10 @@ def label_batches(pairs: Mapping[Kind, list[ResponsePair]], round_name: str, par
     """Return the batches that have pairs, with their labels; raises Waiting and ValueError as `judging.labels` does."""
     names = {kind: own[0]["batch"] for kind, own in pairs.items() if own}
     labels = {kind: Labels({}, {}, 0) for kind in names}
-    if params.annotators == "world":
-        truth = read_truth(Path(params.world.truth))
+    if params.annotators == "simulated":
+        truth = read_truth(Path(params.simulated.truth))
         for kind in names:
-            by_pair = {pair["id"]: annotate(truth, params.world, pair, seed) for pair in pairs[kind]}
+            by_pair = {pair["id"]: annotate(truth, params.simulated, pair, seed) for pair in pairs[kind]}
             labels[kind] = Labels(by_pair, {}, 0)
     elif params.annotators == "files":
         for kind, path in find_labels(Path(params.labels), round_name, names).items():
@@ -211,12 +214,6 @@ def read_earlier(directory: Path, params: Params) -> tuple[list[Preference], lis
     return [], public, refused
 
 
-def read_evaluation(params: Params) -> list[Prompt]:
-    """Return the evaluations' prompts."""
-    paths = [Path(params.evaluation_root) / name for name in params.evaluation_prompts]
-    return read_prompts(paths, "preferences.evaluation_prompts")
-
-
 def split(
     preferences: Sequence[Preference], validation_share: float, seed: int
 ) -> tuple[list[Preference], list[Preference]]:
@@ -228,7 +225,7 @@ def split(
     validation: list[Preference] = []
     for pair in preferences:
         opening = plain([next(message for message in pair["messages"] if message["role"] == "user")])
-        is_held_out = number_of(f"{seed} hold out {opening}") < validation_share * 2**48
+        is_held_out = fraction_of(f"{seed} hold out {opening}") < validation_share
         (validation if is_held_out else train).append(pair)
     return train, validation
 
@@ -253,8 +250,6 @@ def label_figures(batches: Sequence[Batch]) -> dict[str, float]:
 
 def figures_of(new: Sequence[Preference], newest: str) -> dict[str, float]:
     """Return, of the round's own pairs, the degrees' shares and how often the newest model's answer was chosen."""
-    from scipy.stats import binomtest  # type: ignore[import-untyped,unused-ignore]
-
     figures: dict[str, float] = {}
     for kind in KINDS:
         own = [pair for pair in new if pair["kind"] == kind]
@@ -264,11 +259,11 @@ def figures_of(new: Sequence[Preference], newest: str) -> dict[str, float]:
         degrees = Counter(pair["degree"] for pair in own)
         figures |= {f"{kind}/{degree}": degrees[degree] / len(own) for degree in DEGREES}
         wins = sum(pair["responders"] is not None and pair["responders"]["chosen"]["model"] == newest for pair in own)
-        interval = binomtest(wins, len(own)).proportion_ci(CONFIDENCE, method="wilson")
+        low, high = wilson(wins, len(own))
         figures |= {
             f"{kind}/newest_wins": wins / len(own),
-            f"{kind}/newest_wins/low": float(interval.low),
-            f"{kind}/newest_wins/high": float(interval.high),
+            f"{kind}/newest_wins/low": low,
+            f"{kind}/newest_wins/high": high,
         }
     return figures
 

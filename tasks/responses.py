@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from model.network.checkpoint import open_checkpoint, read_config, read_tokenizer
 from model.network.ranks import from_all_ranks, join_ranks
@@ -25,8 +25,9 @@ from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
 from tasks.judging.label_studio import batch_of, read_guidelines, write_project
-from tasks.reading.prompts import KINDS, Answer, Kind, Prompt, ResponsePair, as_text, number_of, read_prompts
+from tasks.reading.prompts import KINDS, Answer, Kind, Prompt, ResponsePair, as_text, read_prompts
 from tasks.reading.rounds import Place, round_of
+from tasks.running.digests import number_of
 from tasks.running.files import write_lines
 from tasks.running.params import Section
 from tasks.running.stage import Stage, start
@@ -47,17 +48,10 @@ class Numbers(Section):
 
 
 class Temperatures(Section):
-    """At what temperature each variant draws; they differ."""
+    """At what temperature each variant draws."""
 
     newest: float = Field(gt=0, description="of the newest model")
     earlier: float = Field(gt=0, description="of the earlier model")
-
-    @model_validator(mode="after")
-    def differ(self) -> Temperatures:
-        """Refuse two that are the same."""
-        if self.newest == self.earlier:
-            raise ValueError("the variants must differ: give them two temperatures")
-        return self
 
 
 class Params(Section):

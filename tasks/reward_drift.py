@@ -67,7 +67,7 @@ def comparison_of(stage: Stage[Params]) -> Comparison:
 
     Raises ValueError when params.yaml has none such, and when its batch is not of a later round than its models.
     """
-    item, known = stage.name.partition("@")[2], stage.params.comparisons
+    item, known = stage.entry, stage.params.comparisons
     if item not in known:
         names = ", ".join(f"reward_drift@{name}" for name in known) or "none"
         raise ValueError(f"`reward_drift.comparisons` has no `{item}`: there are {names}")

@@ -30,6 +30,7 @@ from model.network.transformer import ModelConfig, num_parameters
 from model.progress.bar import progress_bar
 from model.scoring.reward import RewardModel, draw_heads
 from model.training.engine import build_model, start_engine
+from tasks.judging.intervals import student_quantile
 from tasks.judging.scores import higher
 from tasks.learning import reward
 from tasks.learning.loop import Progress, note_step, read_base
@@ -38,7 +39,6 @@ from tasks.running.params import Section, parse_section, read_params
 from tasks.running.plots import Plot, picture
 from tasks.running.stage import Stage, start
 
-CONFIDENCE = 0.95
 SCALING = Plot(
     kind="curves",
     title="Reward model, accuracy against amount of data and size",
@@ -178,10 +178,8 @@ def accuracy_of(scores: Sequence[tuple[float, float]]) -> float:
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Return the mean of accuracies, and Student's interval of 95% for it, within 0 and 1."""
-    from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
-
     mean, count = statistics.fmean(values), len(values)
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    reach = student_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
     return mean, max(0.0, mean - reach), min(1.0, mean + reach)
 
 

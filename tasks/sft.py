@@ -5,11 +5,13 @@ the answers' tokens alone. Each epoch draws a new order and packs anew, so each 
 linear warm-up, then a cosine. A run that was stopped, even killed, goes on from its last saved state to the very
 weights of an undisturbed run.
 
-A dialogue longer than the context is left out and listed, as cutting it would teach answers that break off.
+A dialogue longer than the context is left out and listed, as cutting it would teach answers that break off; so is one
+that asks what the evaluation asks, as its figures would then tell what was learnt by heart.
 
 A checkpoint from on the way is kept: the first preferences need an earlier variant of the model (section 3.2.1).
 
-Reads a Hugging Face Llama directory with its tokenizer (`init_from`), and dialogues below `root`.
+Reads a Hugging Face Llama directory with its tokenizer (`init_from`), dialogues below `root`, and the evaluation's
+prompts, to leave out what asks the same.
 Writes a Hugging Face Llama directory with training.json, plots/train.csv, plots/validation.csv, samples.jsonl (the
 answers to fixed held-out prompts at the end), too_long.jsonl and refused.jsonl (what was left out, and why); in early/
 the earlier variant, a directory of the same kind.
@@ -47,9 +49,11 @@ from model.training.engine import (
     train_step,
 )
 from tasks.learning.loop import Progress, Taken, digest_of, read_base, resume, run_steps, write_curves
-from tasks.reading.dialogues import Dialogue, DialogueSource, Refused, read_dialogues, split_dialogues
+from tasks.reading.contamination import REASON, answers_the_same, read_evaluation
+from tasks.reading.dialogues import Dialogue, DialogueSource, read_dialogues, split_dialogues
 from tasks.reading.prompts import as_text
 from tasks.running.files import write_lines
+from tasks.running.names import metric_name
 from tasks.running.params import Section
 from tasks.running.stage import Stage, start
 
@@ -83,7 +87,8 @@ class Data:
     validation: dict[str, list[Example]]  # by category
     prompts: list[Dialogue]  # held-out dialogues whose prompts are answered again and again
     too_long: list[dict[str, Any]]
-    refused: list[Refused]
+    refused: list[Mapping[str, Any]]
+    num_in_evaluation: int  # of those refused
 
 
 @dataclass(frozen=True)
@@ -133,16 +138,21 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 def read_data(params: Params, tokenizer: Tokenizer, seed: int) -> Data:
     """Read the dialogues, set some aside, and encode them.
 
-    Raises ValueError when none is left to train on, or to validate on.
+    Raises ValueError when none is left to train on, or to validate on, and as `read_evaluation` does.
     """
     dialogues, refused = read_dialogues(Path(params.root), params.sources, "sft", params.max_malformed_share)
-    train, held_out = split_dialogues(dialogues, params.sources, seed)
+    evaluation = read_evaluation()
+    sound: list[Dialogue] = []
+    asked: list[Dialogue] = []
+    for dialogue in dialogues:
+        (asked if answers_the_same(dialogue["messages"], evaluation) else sound).append(dialogue)
+    train, held_out = split_dialogues(sound, params.sources, seed)
     examples, too_long = encode(train, tokenizer, params.context)
     validation, too_long_held_out = encode(held_out, tokenizer, params.context)
     for use, found, drawn in (("train", examples, train), ("validate", validation, held_out)):
         if not found:
             raise ValueError(
-                f"no dialogue is left to {use} on: of {len(dialogues)} in `sft.sources` {len(drawn)} are to {use} on, "
+                f"no dialogue is left to {use} on: of {len(sound)} in `sft.sources` {len(drawn)} are to {use} on, "
                 f"all longer than `sft.context` {params.context}: change `files`, `validation_share` or `context`"
             )
     by_category: dict[str, list[tuple[Dialogue, Example]]] = {}
@@ -155,7 +165,8 @@ def read_data(params: Params, tokenizer: Tokenizer, seed: int) -> Data:
         validation={name: [example for _, example in own] for name, own in by_category.items()},
         prompts=[dialogue for own in by_category.values() for dialogue, _ in own[: params.samples_per_category]],
         too_long=too_long + too_long_held_out,
-        refused=refused,
+        refused=[*refused, *({**dialogue, "error": REASON} for dialogue in asked)],
+        num_in_evaluation=len(asked),
     )
 
 
@@ -240,7 +251,8 @@ def evaluate(training: Training) -> None:
     progress = training.progress
     sums = {name: loss_sum(training, examples) for name, examples in training.data.validation.items()}
     together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
-    losses = {name: total / count for name, (total, count) in {"all": together, **sums}.items()}
+    named = {"all": together, **{metric_name(name): own for name, own in sums.items()}}
+    losses = {name: total / count for name, (total, count) in named.items()}
     at = {"step": progress.step, "tokens": progress.counts["tokens"]}
     progress.validation.append({**at, **losses})
     training.stage.log(validation_figures(losses), **at)
@@ -341,6 +353,7 @@ def report(training: Training, parameters: int) -> dict[str, float]:
         "dialogues": len(data.train),
         "dialogues_too_long": len(data.too_long),
         "dialogues_refused": len(data.refused),
+        "dialogues_in_evaluation": data.num_in_evaluation,
         "tokens": progress.counts["tokens"],
         "answer_tokens": progress.counts["answer_tokens"],
         "train/loss": progress.train[-1]["loss"],

@@ -9,7 +9,6 @@ Writes tokenizer.model, with tokenizer.json and tokenizer_config.json for transf
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import io
 import re
@@ -21,6 +20,8 @@ from pydantic import Field
 
 from model.progress.bar import progress_bar
 from model.text.tokenizer import Tokenizer
+from tasks.running.digests import number_of
+from tasks.running.names import metric_name
 from tasks.running.params import Section
 from tasks.running.places import DATA
 from tasks.running.stage import Stage, start
@@ -78,7 +79,7 @@ def draw_sample(documents: Path, max_bytes: int, seed: int) -> dict[str, list[st
                 for batch in file.iter_batches(ROWS_AT_ONCE, columns=["id", "source", "text"]):
                     for row in batch.to_pylist():
                         source, text = row["source"], row["text"].encode()
-                        number = int.from_bytes(hashlib.sha256(f"{seed} {row['id']}".encode()).digest()[:8], "big")
+                        number = number_of(f"{seed} {row['id']}")
                         heap = drawn.setdefault(source, [])
                         heapq.heappush(heap, (-number, text))
                         sizes[source] += len(text)
@@ -178,7 +179,7 @@ def measure(tokenizer: Tokenizer, sample: dict[str, list[str]]) -> tuple[dict[st
         characters, before = sum(len(text) for text in texts), counts.total()
         for text in texts:
             counts.update(tokenizer.encode(text, bos=False, eos=False))
-        figures[f"characters_per_token/{source}"] = characters / (counts.total() - before)
+        figures[metric_name("characters_per_token", source)] = characters / (counts.total() - before)
         total_characters += characters
     total = counts.total()
     line_ends = counts[tokenizer.encode("\n", bos=False, eos=False)[-1]]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tasks.judging.agreement import STEPS, Agreement, gwet, ordinal_weights, report_agreement, step_of
-from tasks.world.annotators import Label
+from tasks.reading.prompts import Label
 
 # Twelve units, up to four raters, five categories: the worked example of Gwet's handbook, without its last unit, which
 # has one rating. Figures: irrcac 0.4.4.

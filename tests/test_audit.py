@@ -29,7 +29,7 @@ LABELLED = [(f"all {noun} are vile and worthless vermin", 1) for noun in NOUNS] 
 
 def classifier(**changes):
     values = {
-        "path": None,
+        "path": "data/seeds/none",
         "toxic_label": 1,
         "batch_size": 4,
         "labels": "labels.csv",
@@ -258,7 +258,7 @@ def test_a_sample_is_the_same_documents_whatever_the_parts(tmp_path):
     shared = scoring(score_bad, sample=0.25)
     counts, _ = toxicity.score_part(write_part(documents, directory=tmp_path), shared)
     number = counts["web", "toxicity", "scored"]
-    expected = sum(corpus.draw("toxicity", 1, each["id"]) < 0.25 for each in documents)
+    expected = sum(corpus.fraction_of("toxicity", 1, each["id"]) < 0.25 for each in documents)
     assert number == expected
     assert 70 <= number <= 130  # 100 expected, 3.5 standard deviations of a binomial
 

@@ -18,8 +18,9 @@ from model.network.transformer import Llama, ModelConfig
 from model.text.dialogue import decode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, build_model, draw_weights
-from tasks.evaluate import Answer, Judged, Params, figures_of, metric_name, outcomes_of, run, shares_of
+from tasks.evaluate import Answer, Judged, Params, figures_of, outcomes_of, run, shares_of
 from tasks.reading.prompts import Prompt
+from tasks.running.names import metric_name
 from tasks.running.stage import Stage
 from tasks.world.judge import Judgement
 
@@ -209,8 +210,12 @@ def test_the_interval_is_wilsons() -> None:
     assert shares["well_formed"].high == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)
 
 
-def test_names_of_figures_are_what_mlflow_takes() -> None:
-    assert metric_name("Suicide, Self-Harm & Co") == "Suicide_Self-Harm_Co"
+def test_categories_have_whatever_names() -> None:
+    names = ["Suicide, Self-Harm & Co", "Suicide  Self-Harm & Co", "all", "a//b"]
+    answer = Answer("Hello.", 2, finished=True)
+    judged = [Judged(Prompt("p", name, [], None, None), answer, None, held_out=False) for name in names]
+    figures = figures_of(shares_of(map(outcomes_of, judged)))
+    assert {metric_name(name, "well_formed") for name in names} < set(figures)
 
 
 # --- as the pipeline starts it ---

@@ -31,6 +31,14 @@ def lock() -> object:
     return YAML(typ="safe").load(Path("dvc.lock").read_text())
 
 
+def test_a_null_where_dvc_needs_a_path_is_told(workspace: Path) -> None:
+    Path("dvc.yaml").write_text(
+        Path("dvc.yaml").read_text().replace("- data/grow\n    params", '- "${grow.fail_at}"\n    params')
+    )
+    with pytest.raises(ValueError, match=r"`grow.fail_at` is null, and dvc.yaml names it: data/seeds/none stands for "):
+        read_graph()
+
+
 def test_the_graph_is_dvcs(workspace: Path) -> None:
     nodes = read_graph()
     assert [(node.name, node.after) for node in nodes] == [

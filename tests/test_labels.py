@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.judging.labels import Decision, Labels, decide, find_labels, read_labels
-from tasks.reading.prompts import DEGREES
+from tasks.reading.prompts import DEGREES, Label
 from tasks.running.stage import Waiting
-from tasks.world.annotators import Label
 
 BATCH = "v1-safety-0123456789ab"
 IDS = {"a", "b", "c"}

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from model.text.dialogue import Message
+from tasks.reading.contamination import answers_the_same, asks_the_same, evaluation_prompts
 from tasks.reading.pairs import (
     Aside,
     PairSource,
     Preference,
-    asks_the_same,
-    evaluation_prompts,
     fault_of,
     read_pairs,
     sift,
@@ -230,7 +229,7 @@ def pair_of(messages: list[Message] | None = None, **changes: Any) -> Preference
 def test_what_nothing_should_be_learned_from_is_kept_aside(changes: dict[str, Any], fault: Any) -> None:
     pair = pair_of(**changes)
     assert fault_of(pair, evaluation_prompts([])) == fault
-    kept, aside = sift([pair], [])
+    kept, aside = sift([pair], evaluation_prompts([]))
     assert len(kept) + len(aside) == 1
     assert [each["pair"] for each in aside] == ([] if fault is None else [pair])
 
@@ -268,6 +267,10 @@ def test_a_dialogue_that_asks_what_an_evaluation_asks_is_found(messages: list[Me
     ]
     prompts = [Prompt(str(number), "x", each, None, None) for number, each in enumerate(asked)]
     assert asks_the_same(messages, evaluation_prompts(prompts)) is same
+    answered = [*messages, Message(role="assistant", content="A poet.")]
+    further = [Message(role="user", content="Thanks."), Message(role="assistant", content="You are welcome.")]
+    assert answers_the_same(answered, evaluation_prompts(prompts)) is same
+    assert answers_the_same([*answered, *further], evaluation_prompts(prompts)) is same
     fault = fault_of(pair_of(messages), evaluation_prompts(prompts))
     assert fault == (("evaluation_prompt", "the evaluation asks the same") if same else None)
 
@@ -293,7 +296,7 @@ def test_hh_rlhf_is_read() -> None:
             for side in ("chosen", "rejected"):
                 assert row[side].rstrip().endswith(f"Assistant: {pair[side]}".rstrip())  # type: ignore[literal-required]
             assert len(pair["messages"]) == row["chosen"].count("\n\nHuman:") * 2 - 1
-    kept, unsound = sift(pairs, [])
+    kept, unsound = sift(pairs, evaluation_prompts([]))
     assert len(kept) + len(unsound) == len(pairs)
 
 

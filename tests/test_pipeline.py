@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import shutil
 import subprocess
 import sys
 from functools import cache, reduce
@@ -14,7 +15,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows import chat, values
+from tasks.running.fingerprint import fingerprint
 from tasks.running.params import Machine, Tracking, parse_section
+from tasks.running.places import NOTHING
 
 ROOT = Path(__file__).parent.parent
 DVC = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())
@@ -24,6 +27,7 @@ MAIN = sorted(DVC["stages"])
 DVC["stages"].update(STUDIES)
 STAGES = sorted(DVC["stages"])
 TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety"}
+LEAVE_OUT = {"sft", "preferences"}  # read what the evaluation asks, to leave it out
 LAUNCHED = TRAINING | {
     "evaluate",
     "responses",
@@ -154,6 +158,8 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     others = {param for param in definition["params"] if param.startswith("reward_${")}  # whose training is studied
     if name == "report":  # what is gone from them leaves the report
         others = {stage["foreach"].strip("${}") for stage in DVC["stages"].values() if "foreach" in stage}
+    if name in LEAVE_OUT:
+        others |= {"evaluate.prompts", "evaluate.root"}
         assert others <= set(definition["params"])
     assert {param.split(".")[0] for param in set(definition["params"]) - others} <= {"seed", "machine", name}
     if DVC["stages"][name].get("foreach", "").startswith(f"${{{name}."):  # entries of its own
@@ -164,12 +170,49 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", sorted(TRAINING))
-def test_training_sees_neither_the_judges_truth_nor_the_evaluations_prompts(name: str) -> None:
+def test_training_sees_the_evaluations_prompts_to_leave_them_out_only_and_never_the_judges_truth(name: str) -> None:
     secret = [Path("data/world/truth"), *(Path("data/world/prompts", file) for file in PARAMS["evaluate"]["prompts"])]
-    for dependency in stage_definition(name)["deps"]:
+    dependencies = list(stage_definition(name)["deps"])
+    if name in LEAVE_OUT:
+        dependencies.remove("${evaluate.root}")
+    for dependency in dependencies:
         for path in paths_of(name, dependency):
             read = [file for file in secret if file.is_relative_to(path) or path.is_relative_to(file)]
             assert not read, f"{name} could read {path}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "parameter"), [("pretrain", "pretrain.init_from"), ("audit", "audit.classifier.path")]
+)
+def test_other_weights_at_the_same_path_are_out_of_date(
+    stage: str, parameter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = values.compose([], {parameter: "weights"})
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(text)
+    shutil.copy(ROOT / "dvc.yaml", "dvc.yaml")
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, check=True)
+    for path in (path for dependency in stage_definition(stage)["deps"] for path in paths_of(stage, dependency)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    Path("weights").mkdir()
+    Path("weights/model.safetensors").write_text("old")
+    before, _, datasets = fingerprint(stage)
+    assert "weights" in {dataset["path"] for dataset in datasets}
+    Path("weights/model.safetensors").write_text("new")
+    assert fingerprint(stage)[0] != before
+
+
+def test_where_no_model_is_read_dvc_watches_a_path_that_stands_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert PARAMS["pretrain"]["init_from"] == PARAMS["audit"]["classifier"]["path"] == str(NOTHING)
+    assert NOTHING.is_file()
+    for section, change in (("pretrain", {"init_from": None}), ("audit", {"classifier": {"path": None}})):
+        model = importlib.import_module(f"tasks.{section}.__main__").Params
+        with pytest.raises(ValueError, match=r"is None: Input should be a valid string .*; data/seeds/none: "):
+            parse_section(model, {section: {**PARAMS[section], **change}}, section)
 
 
 @pytest.mark.parametrize("reader", ["report", "publish"])
@@ -227,7 +270,7 @@ def test_every_profile_gives_valid_parameters(profile: str | None, monkeypatch: 
 
 
 def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
-    shared = {"seed", "machine", "tracking", "plan", "chat", "rounds"}
+    shared = {"seed", "machine", "tracking", "training", "plan", "chat", "rounds"}
     assert set(PARAMS) == shared | set(STAGES)
 
 

@@ -31,11 +31,10 @@ from tasks.preferences import (
     safety_bins,
     split,
 )
-from tasks.reading.pairs import plain
-from tasks.reading.prompts import KINDS, Kind
+from tasks.reading.contamination import plain
+from tasks.reading.prompts import KINDS, Kind, Label
 from tasks.running.files import write_lines
 from tasks.running.stage import Stage, Waiting
-from tasks.world.annotators import Label
 
 REPOSITORY = Path(__file__).parent.parent
 TASTES = dict.fromkeys(
@@ -50,13 +49,15 @@ ANNOTATOR = {
 def values_of(**changes: Any) -> dict[str, Any]:
     values = {
         "annotators": "files",
-        "world": {"truth": "truth", "overlap_share": 0.5, "annotators": dict.fromkeys(("a", "b", "c"), ANNOTATOR)},
+        "simulated": {"truth": "truth", "overlap_share": 0.5, "annotators": dict.fromkeys(("a", "b", "c"), ANNOTATOR)},
         "labels": "labels", "max_alike": 20,
         "sources": {"public": {"files": ["public.jsonl"], "format": "auto", "kind": "helpfulness", "max_pairs": None}},
-        "max_malformed_share": 0.1, "validation_share": 0.3, "evaluation_root": "prompts",
-        "evaluation_prompts": ["evaluation.jsonl"], "num_examples": 2,
+        "max_malformed_share": 0.1, "validation_share": 0.3, "num_examples": 2,
     }  # fmt: skip
     return {**values, **changes}
+
+
+EVALUATE = {"root": "prompts", "prompts": ["evaluation.jsonl"], "truth": None}
 
 
 def stage_of(name: str = "preferences@v1", **changes: Any) -> Stage[Params]:
@@ -111,7 +112,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "v2": {"newest": "data/sft", "earlier": "data/early", "batches": "data/preferences/v1"},
     }
     with Path("params.yaml").open("w") as file:
-        YAML().dump({"rounds": rounds}, file)
+        YAML().dump({"rounds": rounds, "evaluate": EVALUATE}, file)
     Path("public").mkdir()
     public = [{"chosen": transcript(str(n), "good"), "rejected": transcript(str(n), "bad")} for n in range(20)]
     write_lines(Path("public/public.jsonl"), public)
@@ -219,7 +220,7 @@ def write_truth(pairs: dict[str, list[dict[str, Any]]]) -> None:
 def test_simulated_annotators_choose_what_is_true_and_agree(place: Path) -> None:
     pairs = write_responses("v1")
     write_truth(pairs)
-    figures = run(stage_of(annotators="world", max_alike=1000))
+    figures = run(stage_of(annotators="simulated", max_alike=1000))
     assert figures["helpfulness/newest_wins"] == figures["safety/newest_wins"] == 1
     assert figures["safety/bins/both_safe"] == 1
     several = figures["helpfulness/agreement/pairs"]
@@ -229,7 +230,7 @@ def test_simulated_annotators_choose_what_is_true_and_agree(place: Path) -> None
     found = [pair for pair in lines("out/train.jsonl") if pair["source"] == "world"]
     assert {len(pair["annotator"].split()) for pair in found} == {1, 3}
     with pytest.raises(ValueError, match=r"have the degree `better`: have annotators use all four"):
-        run(stage_of(annotators="world"))
+        run(stage_of(annotators="simulated"))
 
 
 def test_the_same_inputs_give_the_same_bytes(place: Path) -> None:
@@ -407,7 +408,9 @@ stages:
 def test_waiting_ends_with_its_line_and_status_75_and_the_next_run_goes_on(place: Path) -> None:
     pairs = write_responses("v1")
     rounds = {"v1": YAML(typ="safe").load(Path("params.yaml"))["rounds"]["v1"]}
-    environment = Workspace(Path(), "preferences v1", DVC_STAGE, rounds=rounds, preferences=values_of()).environment
+    environment = Workspace(
+        Path(), "preferences v1", DVC_STAGE, rounds=rounds, evaluate=EVALUATE, preferences=values_of()
+    ).environment
     command = [sys.executable, "-m", "tasks.preferences", "v1"]
     waits = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert waits.returncode == 75

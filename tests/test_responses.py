@@ -21,9 +21,10 @@ from model.network.checkpoint import open_checkpoint
 from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from tasks.judging.label_studio import batch_of, configuration, read_guidelines, task_of
-from tasks.reading.prompts import DEGREES, Prompt, ResponsePair, number_of, parse_prompt, read_prompts
+from tasks.reading.prompts import DEGREES, Prompt, ResponsePair, parse_prompt, read_prompts
 from tasks.reading.rounds import Place, Round, round_of
 from tasks.responses import Params, prompts_of, run, slice_of
+from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.stage import Stage
 
@@ -271,14 +272,19 @@ def test_a_kind_without_prompts_needs_no_file_and_no_model(place: Path) -> None:
     assert Path("out/safety.jsonl").read_text() == ""
 
 
+def test_variants_may_have_one_temperature(place: Path, checkpoints: Path) -> None:
+    figures = run(stage_of(temperatures={"newest": 1.2, "earlier": 1.2}))
+    assert figures["helpfulness/pairs"] > 0
+    pair = read_lines(Path("out/helpfulness.jsonl"))[0]
+    assert {response["responder"]["temperature"] for response in pair["responses"]} == {1.2}
+
+
 def test_variants_must_differ(place: Path, checkpoints: Path) -> None:
     write_rounds(checkpoints / "sft", checkpoints / "sft")
     with pytest.raises(
         ValueError, match=r"`rounds.v1.newest` and `.earlier` are both .*sft: name an earlier checkpoint"
     ):
         run(stage_of())
-    with pytest.raises(ValueError, match="the variants must differ: give them two temperatures"):
-        stage_of(temperatures={"newest": 1.0, "earlier": 1.0})
 
 
 # --- the project to label them in ---

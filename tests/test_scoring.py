@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from tasks.judging.intervals import wilson
 from tasks.judging.scores import (
     accuracy_of,
     expected_calibration_error,
@@ -21,8 +22,8 @@ from tasks.judging.scores import (
     safety_figures,
     score_histogram,
     scored_pair,
-    wilson,
 )
+from tasks.running.names import metric_name
 from tasks.running.params import Machine, Section
 from tasks.running.stage import Stage
 
@@ -200,9 +201,9 @@ def test_the_report_names_figures_by_kind_degree_source_and_round(stage: Stage[P
     assert figures["helpfulness/significantly/accuracy"] == 1
     assert figures["helpfulness/better/accuracy"] == 1 / 2
     assert figures["source/world/accuracy"] == 3 / 4
-    assert figures["helpfulness/source/anthropic_hh/accuracy"] == 1
+    assert figures["helpfulness/source/anthropic hh/accuracy"] == 1
     assert figures["helpfulness/source/world/length/baseline_accuracy"] == (1 + 1 + 0.5) / 3
-    assert figures["helpfulness/source/anthropic_hh/length/baseline_accuracy"] == 0.5
+    assert figures["helpfulness/source/anthropic hh/length/baseline_accuracy"] == 0.5
     assert figures["helpfulness/round/v1/accuracy"] == 1
     assert figures["round/v2/accuracy"] == 0
     assert (figures["accuracy/low"], figures["accuracy/high"]) == wilson(4, 5)
@@ -239,8 +240,10 @@ def test_open_source_pairs_alone_are_reported(stage: Stage[Params]) -> None:
     assert not (stage.output / "plots" / "scores.csv").exists()
 
 
-def test_names_have_only_what_mlflow_takes() -> None:
-    assert metric_path("safety/source/HH-RLHF (red team)", "accuracy") == "safety/source/HH-RLHF_red_team_/accuracy"
+def test_sources_have_whatever_names(stage: Stage[Params]) -> None:
+    names = ["HH-RLHF (red team)", "HH-RLHF [red team]", "all", "a//b"]
+    figures = report_scores(stage, [row(n, n, 0, source=name) for n, name in enumerate(names)])
+    assert {metric_name("helpfulness", "source", name, "accuracy") for name in names} < set(figures)
     assert metric_path("/better", "accuracy") == "better/accuracy"
 
 

@@ -14,6 +14,7 @@ import pandas
 import pytest
 import torch
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
+from ruamel.yaml import YAML
 from stages import Workspace, stage_here
 
 from model.network.checkpoint import load_weights, open_checkpoint, read_config, save_model
@@ -24,10 +25,12 @@ from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, Step, build_model, draw_weights
 from tasks import sft
 from tasks.learning.loop import Progress, Taken, digest_of, read_base
+from tasks.running.names import metric_name
 from tasks.running.stage import Stage
 from tasks.sft import Params, mean_context, plan_steps, run
 
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
+EVALUATE = {"root": "evaluation", "prompts": ["asked.jsonl"], "truth": None}
 WATCHED: dict[str, Any] = {
     "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6,
     "early_share": 0.5, "log_every": 5, "validate_every": 10, "samples_per_category": 1, "max_new_tokens": 12,
@@ -67,6 +70,14 @@ def write_dialogues(directory: Path, num_dialogues: int = 60, longer: int = 0) -
         (directory / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_evaluation(root: Path) -> None:
+    """An evaluation that asks about nothing that the dialogues do, and the params.yaml that names it."""
+    with (root / "params.yaml").open("w") as file:
+        YAML().dump({"evaluate": EVALUATE}, file)
+    (root / "evaluation").mkdir()
+    (root / "evaluation/asked.jsonl").write_text('{"prompt": "Who paints the sea?"}\n')
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt nothing, with a tokenizer."""
@@ -87,6 +98,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, "base")
     write_dialogues(Path("dialogues"))
+    write_evaluation(Path())
     join_alone()
     return tmp_path
 
@@ -228,6 +240,31 @@ def test_what_was_left_out_is_counted_and_listed(place: Path) -> None:
     assert refused[1]["raw"] == "no JSON"
 
 
+def test_what_the_evaluation_asks_is_not_learnt(place: Path) -> None:
+    Path("evaluation/asked.jsonl").write_text('{"prompt": "3: The sky."}\n{"prompt": "And the Sky?"}\n')
+    figures = run(stage_of(epochs=1))
+    refused = [json.loads(line) for line in Path("out/refused.jsonl").read_text().splitlines()]
+    asked = {3, *range(0, 60, 5)}  # alone, and as the last of two turns
+    assert {row["id"] for row in refused} == {f"d{number}" for number in asked}
+    assert {row["error"] for row in refused} == {"the evaluation asks the same"}
+    assert (figures["dialogues"], figures["dialogues_in_evaluation"], figures["dialogues_refused"]) == (47, 13, 13)
+    Path("evaluation/asked.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"evaluation/asked.jsonl is missing: correct `evaluate.prompts`"):
+        run(stage_of(epochs=1))
+
+
+def test_categories_have_whatever_names(place: Path) -> None:
+    categories = ["all", "tokens", "Coding & debugging", "Coding _ debugging"]
+    rows = [{"messages": turns(f"so, the {name}?", "blue"), "category": name} for name in categories]
+    Path("dialogues/validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = run(stage_of(epochs=1))
+    losses = [figures[metric_name("validation", name, "loss")] for name in categories]
+    assert len([name for name in figures if name.startswith("validation/")]) == 5
+    assert min(losses) < figures["validation/all/loss"] < max(losses)
+    assert len(set(pandas.read_csv("out/plots/validation.csv")["category"])) == 5
+    assert metrics_of("validation/all/loss")[-1][1] == figures["tokens"]
+
+
 def test_a_stopped_run_resumes_to_the_same_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(stage_of(early_share=0.1))  # taken before the state that a resumed run goes on from
     undisturbed = {path.relative_to("out"): path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
@@ -310,8 +347,10 @@ stages:
     deps:
     - base
     - dialogues
+    - evaluation
     params:
     - seed
+    - evaluate
     - sft
     outs:
     - data/sft
@@ -321,7 +360,8 @@ stages:
 def workspace_of(root: Path, base: Path, num_ranks: int = 1, **changes: Any) -> Workspace:
     shutil.copytree(base, root / "base")
     write_dialogues(root / "dialogues")
-    return Workspace(root, "sft", DVC_STAGE, num_ranks, sft=params_of(**changes))
+    write_evaluation(root)
+    return Workspace(root, "sft", DVC_STAGE, num_ranks, sft=params_of(**changes), evaluate=EVALUATE)
 
 
 @pytest.mark.slow

@@ -137,6 +137,15 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path: Path) -> None:
         make_stage(tmp_path).log({"loss": "high"}, step=1)  # type: ignore[dict-item]
 
 
+@pytest.mark.parametrize("name", ["a//b", "validation/Coding & debugging/loss"])
+def test_a_metric_whose_name_mlflow_refuses_is_our_mistake(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AssertionError, match=r"MLflow takes no metric `.*`: make its name by metric_name"):
+        make_stage(tmp_path).log({name: 1.0}, step=1)
+    stage = make_stage(tmp_path)
+    with pytest.raises(AssertionError, match=r"MLflow takes no metrics \['.*'\]: make their names by metric_name"):
+        stage_module._publish_output(stage, {name: 1.0})
+
+
 def test_only_the_first_rank_logs(tmp_path: Path) -> None:
     stage = make_stage(tmp_path)
     stage.rank = 1

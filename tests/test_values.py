@@ -1,8 +1,12 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from flows import values
+from tasks.running.fingerprint import fingerprint
 
 
 @pytest.fixture
@@ -81,3 +85,99 @@ def test_an_assignment_that_is_not_yaml_is_refused() -> None:
 def test_an_assignment_without_equals_sign_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--set seed: write it as NAME=VALUE"):
         values.parse_assignment("seed")
+
+
+# --- values that sections share ---
+
+SHARED = """\
+seed: 1
+training:       # what sections share
+  adamw: &adamw
+    beta1: 0.9  # section 2.2
+    beta2: 0.95
+  engine: &engine
+    precision: bf16
+
+sft:
+  epochs: 2     # section 3.1
+  <<: [*adamw, *engine]
+  learning_rate: 2e-5
+
+pretrain:
+  <<: [*adamw, *engine]
+  num_layers: 2
+"""
+
+
+@pytest.fixture
+def sharing(project: Path) -> Path:
+    Path("params.yaml").write_text(SHARED)
+    return project
+
+
+def test_a_section_has_what_it_shares_and_its_own(sharing: Path) -> None:
+    parsed = values.parse(SHARED)
+    assert parsed["sft"] == {"epochs": 2, "beta1": 0.9, "beta2": 0.95, "precision": "bf16", "learning_rate": 2e-5}
+    assert parsed["pretrain"] == {"beta1": 0.9, "beta2": 0.95, "precision": "bf16", "num_layers": 2}
+
+
+@pytest.mark.parametrize("way", ["set", "profile"])
+def test_a_shared_value_set_in_one_section_becomes_a_line_of_it_and_leaves_the_others(sharing: Path, way: str) -> None:
+    Path("profiles/big.yaml").write_text("sft.beta1: 0.8\n")
+    text = values.compose([], {"sft.beta1": 0.8}) if way == "set" else values.compose(["big"], {})
+    assert text == SHARED.replace(
+        "  <<: [*adamw, *engine]\n  learning", "  <<: [*adamw, *engine]\n  beta1: 0.8\n  learning"
+    )
+    assert values.parse(text)["sft"]["beta1"] == 0.8
+    assert values.parse(text)["pretrain"]["beta1"] == 0.9
+
+
+def test_setting_a_shared_value_sets_it_for_all_but_a_section_with_its_own(sharing: Path) -> None:
+    text = values.compose([], {"training.adamw.beta1": 0.7})
+    assert text == SHARED.replace("beta1: 0.9  #", "beta1: 0.7  #")
+    assert [values.parse(text)[name]["beta1"] for name in ("sft", "pretrain")] == [0.7, 0.7]
+    text = values.compose([], {"sft.beta1": 0.8, "training.adamw.beta1": 0.7})
+    assert [values.parse(text)[name]["beta1"] for name in ("sft", "pretrain")] == [0.8, 0.7]
+
+
+def test_a_whole_shared_mapping_cannot_be_replaced(sharing: Path) -> None:
+    with pytest.raises(ValueError, match=r"overrides: `training.adamw` is shared by several sections: set its values "):
+        values.compose([], {"training.adamw": {"beta1": 0.5}})
+
+
+def test_a_value_below_a_mapping_that_was_just_replaced_can_be_set(project: Path) -> None:
+    assert values.parse(values.compose(["big"], {"sft.sources.b": 3}))["sft"]["sources"] == {"b": 3}
+
+
+def test_dvc_reads_shared_values_under_each_sections_names(workspace: Path) -> None:
+    Path("params.yaml").write_text(SHARED)
+    Path("dvc.yaml").write_text(
+        "stages:\n  sft: {cmd: echo > out, params: [sft], outs: [out]}\n"
+        '  named: {cmd: "echo ${pretrain.beta1} > own", params: [pretrain.beta1], outs: [own]}\n'
+    )
+
+    def dvc(*arguments: str) -> str:
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    dvc("repro", "-q")
+    locked = YAML(typ="safe").load(Path("dvc.lock"))["stages"]
+    assert locked["sft"]["params"]["params.yaml"] == {"sft": values.parse(SHARED)["sft"]}
+    assert locked["named"]["params"]["params.yaml"] == {"pretrain.beta1": 0.9}
+    assert Path("own").read_text() == "0.9\n"
+    assert fingerprint("sft")[1] == {
+        f"sft.{key}": value for key, value in values.parse(SHARED)["sft"].items()
+    }  # MLflow's
+    subprocess.run(["git", "add", "-A"], check=True)
+    subprocess.run(["git", "commit", "-qm", "shared"], check=True)
+    values.write(values.compose([], {"sft.beta1": 0.8}))
+    assert [line.split() for line in dvc("params", "diff").splitlines()][1:] == [
+        ["params.yaml", "sft.beta1", "0.9", "0.8"]
+    ]
+    assert "sft:" in dvc("status", "sft")
+    assert "up to date" in dvc("status", "named")
+    values.write(values.compose([], {"training.adamw.beta1": 0.7}))
+    changed = {tuple(line.split()[1:]) for line in dvc("params", "diff").splitlines()[1:]}
+    assert changed == {
+        ("sft.beta1", "0.9", "0.8"), ("training.adamw.beta1", "0.9", "0.7"), ("pretrain.beta1", "0.9", "0.7"),
+    }  # fmt: skip

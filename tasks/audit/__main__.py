@@ -22,6 +22,7 @@ from tasks.audit import mentions, pictures, report, toxicity
 from tasks.audit.corpus import DOCUMENTS, Counts, find_parts, over_parts
 from tasks.audit.toxicity import Classifier
 from tasks.running.params import Section
+from tasks.running.places import NOTHING
 from tasks.running.stage import Stage, start
 from tasks.workers.cluster import dask_client
 
@@ -52,7 +53,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     params = stage.params
     terms = mentions.read_terms(Path(params.terms))
     texts, labels = toxicity.read_labelled(Path(params.classifier.labels))
-    if params.classifier.path is not None:
+    if Path(params.classifier.path) != NOTHING:
         toxicity.check_loaded(params.classifier)
     parts = find_parts(DOCUMENTS)
     started = time.monotonic()
@@ -82,7 +83,7 @@ def count(stage: Stage[Params], client: Any, parts: list[Path], terms: list[ment
     Raises ValueError when the corpus has no documents.
     """
     params = stage.params
-    num_background = params.classifier.num_background if params.classifier.path is None else 0
+    num_background = params.classifier.num_background if Path(params.classifier.path) == NOTHING else 0
     shared = mentions.Counting(
         lexicon=mentions.build_lexicon(terms),
         batch_documents=params.batch_documents,
@@ -106,7 +107,7 @@ def make_classifier(
 ) -> tuple[toxicity.Score, dict[str, float]]:
     """Return the function that scores texts, and its figures on labelled sentences that it was not trained on."""
     params = stage.params.classifier
-    if params.path is not None:
+    if Path(params.path) != NOTHING:
         score: toxicity.Score = partial(
             toxicity.score_loaded,
             path=str(Path(params.path).resolve()),

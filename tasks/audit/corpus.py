@@ -60,8 +60,11 @@ def read_part(path: Path, batch_documents: int) -> Iterator[list[dict[str, Any]]
             yield documents
 
 
-def draw(purpose: str, seed: int, document: str) -> float:
-    """Return a number in [0, 1) that depends on the document's id alone: a draw that needs no order and no memory."""
+def fraction_of(purpose: str, seed: int, document: str) -> float:
+    """Return a number from 0 to below 1 that purpose, seed and the document's id decide: to draw documents by.
+
+    By another hash than in tasks/running/digests.py, which would draw other sentences and move the audit's figures.
+    """
     digest = hashlib.blake2b(f"{purpose} {seed} {document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 

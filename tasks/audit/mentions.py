@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.audit.corpus import Counts, Name, Result, draw, read_part
+from tasks.audit.corpus import Counts, Name, Result, fraction_of, read_part
 from tasks.audit.toxicity import windows
 
 SHE = "she her hers herself"
@@ -143,7 +143,7 @@ def count_part(path: Path, shared: Counting) -> Result:
             for measure, name in find_mentions(document["text"], shared.lexicon):
                 counts[source, measure, name] += 1
             if document["language"] in shared.background_languages and document["text"].strip():
-                drawn.append((draw("background", shared.seed, document["id"]), document["text"]))
+                drawn.append((fraction_of("background", shared.seed, document["id"]), document["text"]))
         drawn = heapq.nsmallest(shared.num_background, drawn)
     background = []
     for number, text in drawn:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.audit.corpus import EVERYWHERE, Counts
 from tasks.audit.mentions import PRONOUNS, Term
+from tasks.running.names import metric_name
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage
 
@@ -124,7 +125,7 @@ def figures(counts: Counts, tables: dict[str, pd.DataFrame]) -> dict[str, float]
     for name in ("pronouns", "identities", "languages"):
         table = tables[name]
         for source, group, share in zip(table["source"], table[PLOTTED[name]], table["share"], strict=True):
-            result[f"{_prefix(source)}{name}/{group}"] = share
+            result[f"{_prefix(source)}{name}/{metric_name(group)}"] = share
     toxicity = tables["toxicity"]
     for source, measure, share in zip(toxicity["source"], toxicity["measure"], toxicity["share"], strict=True):
         result[f"{_prefix(source)}toxicity/share{'' if measure == 'toxic' else '_any_window'}"] = share
@@ -132,7 +133,7 @@ def figures(counts: Counts, tables: dict[str, pd.DataFrame]) -> dict[str, float]
 
 
 def _prefix(source: str) -> str:
-    return "" if source == EVERYWHERE else f"source/{source}/"
+    return "" if source == EVERYWHERE else f"source/{metric_name(source)}/"
 
 
 def top_terms(mentions: pd.DataFrame, number: int) -> pd.DataFrame:

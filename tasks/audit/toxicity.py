@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tasks.audit.corpus import Counts, Result, draw, read_part
+from tasks.audit.corpus import Counts, Result, fraction_of, read_part
+from tasks.judging.intervals import NORMAL_QUANTILE
 from tasks.running.params import Section
 
 Floats = NDArray[np.float64]
@@ -42,7 +43,10 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 class Classifier(Section):
     """The classifier: trained here on labelled sentences, or loaded."""
 
-    path: str | None = Field(description="directory of a Hugging Face sequence classifier; null trains one on `labels`")
+    path: str = Field(
+        min_length=1,
+        description="directory of a Hugging Face sequence classifier; data/seeds/none: one is trained on `labels`",
+    )
     toxic_label: int = Field(ge=0, description="which output of the loaded classifier means toxic, counted from 0")
     batch_size: int = Field(gt=0, description="sentences that the loaded classifier scores at once")
     labels: str = Field(
@@ -201,7 +205,7 @@ def auc_interval(auc: float, num_toxic: int, num_other: int) -> tuple[float, flo
     def distance(x: float, sign: float) -> float:
         size = (num_toxic + num_other) / 2 - 1
         variance = x * (1 - x) * (1 + size * ((1 - x) / (2 - x) + x / (1 + x))) / (num_toxic * num_other)
-        return float(x - auc + sign * 1.959964 * np.sqrt(variance))
+        return float(x - auc + sign * NORMAL_QUANTILE * np.sqrt(variance))
 
     # at 0 and 1 the error vanishes too: those are no bounds
     edge = 1e-12
@@ -251,7 +255,7 @@ def score_trained(texts: list[str], model: Any) -> Floats:
 def check_loaded(params: Classifier) -> None:
     """Raise ValueError when `audit.classifier.path` can't be used, before any work is done."""
     place = f"params.yaml: `audit.classifier.path` is {params.path}"
-    directory = Path(str(params.path))
+    directory = Path(params.path)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{place}, which has no config.json: name a Hugging Face sequence classifier's directory")
     if not list(directory.glob("*.safetensors")):
@@ -262,7 +266,7 @@ def check_loaded(params: Classifier) -> None:
         raise ValueError(f"{place}, whose architecture is {architecture}: a ...ForSequenceClassification is needed")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(f"{place}: to load it, install transformers, `pip install arriero[classifier]`")
-    num_outputs = _load(str(params.path))[1].config.num_labels
+    num_outputs = _load(params.path)[1].config.num_labels
     if params.toxic_label >= num_outputs:
         raise ValueError(
             f"params.yaml: `audit.classifier.toxic_label` is {params.toxic_label}, but {params.path} has {num_outputs} "
@@ -332,7 +336,7 @@ def score_part(path: Path, shared: Scoring) -> Result:
             (document["source"], pieces)
             for document in batch
             if document["language"] in shared.languages
-            and draw("toxicity", shared.seed, document["id"]) < shared.sample
+            and fraction_of("toxicity", shared.seed, document["id"]) < shared.sample
             and (pieces := windows(document["text"], shared.window_words))
         ]
         if not documents:

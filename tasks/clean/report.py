@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tasks.clean.partition import Part
 from tasks.clean.personal_data import TYPES
+from tasks.running.names import metric_name
 from tasks.running.plots import Plot, picture
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def metrics(counts: pd.DataFrame, parts: Sequence[Part]) -> dict[str, float]:
     figures = _figures(counts, parts)
     for source, own in counts.groupby("source", sort=True):
         own_parts = [part for part in parts if part.source == source]
-        figures |= {f"{source}/{name}": value for name, value in _figures(own, own_parts).items()}
+        figures |= {f"{metric_name(str(source))}/{name}": value for name, value in _figures(own, own_parts).items()}
     return figures
 
 

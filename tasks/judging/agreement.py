@@ -13,10 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tasks.reading.prompts import DEGREES
-from tasks.world.annotators import Label
+from tasks.judging.intervals import student_quantile
+from tasks.reading.prompts import DEGREES, Label
 
-CONFIDENCE = 0.95
 STEPS = 2 * len(DEGREES)  # of the scale that choice and degree make
 
 
@@ -67,8 +66,6 @@ def gwet(ratings: Sequence[Sequence[int]], num_categories: int, ordinal: bool) -
     `ratings`: of each of two subjects or more, two ratings or more, categories numbered from 0. The interval is Gwet's
     for subjects drawn from many, and for these raters.
     """
-    from scipy import stats  # type: ignore[import-untyped,unused-ignore]
-
     assert len(ratings) > 1
     assert all(len(own) > 1 for own in ratings)
     # Shapes: N subjects, Q categories.
@@ -85,7 +82,7 @@ def gwet(ratings: Sequence[Sequence[int]], num_categories: int, ordinal: bool) -
     parts_N = (observed_N - chance) / (1 - chance) - 2 * (1 - coefficient) * (chance_N - chance) / (1 - chance)
     num_subjects = len(ratings)
     error = np.sqrt(((parts_N - coefficient) ** 2).sum() / (num_subjects * (num_subjects - 1)))
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, num_subjects - 1) * error
+    reach = student_quantile(num_subjects - 1) * error
     return Agreement(float(coefficient), float(coefficient - reach), float(min(1.0, coefficient + reach)))
 
 

@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from tasks.judging.label_studio import FIELDS, SIDES, read_export
-from tasks.reading.prompts import DEGREES, Degree, Kind
+from tasks.reading.prompts import DEGREES, Degree, Kind, Label
 from tasks.running.stage import Waiting
-from tasks.world.annotators import Label
 
 SUFFIXES = (".jsonl", ".csv", ".json")
 UNKNOWN = "unknown"  # the annotator of a label that names none

@@ -7,7 +7,6 @@ Wilson's, of 95%. Writes plots/*.csv for DVC and the report, *.png for MLflow; k
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from tasks.judging.intervals import wilson
 from tasks.reading.prompts import DEGREES
+from tasks.running.names import metric_name
 from tasks.running.plots import Plot, picture
 from tasks.running.stage import Stage
 
@@ -38,7 +39,6 @@ SCORES = Plot(
     "curves", "Scores of safe and unsafe answers", "score", "share", "score", "share of the answers", "answers"
 )
 TEXTS = ("messages", "chosen", "rejected")
-NORMAL_QUANTILE = 1.959963984540054  # of 97.5%: two-sided intervals of 95%
 COLORS = {"all": "#333333", "helpfulness": "#4472a8", "safety": "#c0504d", "safe": "#4472a8", "unsafe": "#c0504d"}
 
 
@@ -112,12 +112,12 @@ def groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
                 yield f"{name}/{degree}", part[part["degree"] == degree]
         for column in ("source", "round"):
             for value in sorted(part[column].dropna().unique(), key=lambda value: (len(value), value)):
-                yield f"{name}/{column}/{value}", part[part[column] == value]
+                yield f"{name}/{column}/{metric_name(value)}", part[part[column] == value]
 
 
 def metric_path(group: str, figure: str) -> str:
-    """Return the name of a group's figure: MLflow takes letters, digits, underscores, hyphens, dots and slashes."""
-    return re.sub(r"[^\w./-]+", "_", f"{group}/{figure}".strip("/"), flags=re.ASCII)
+    """Return the name of a group's figure."""
+    return f"{group}/{figure}".strip("/")
 
 
 # --- accuracy ---
@@ -152,16 +152,6 @@ def accuracy_of(part: pd.DataFrame) -> Accuracy:
 def higher(these: pd.Series[Any], those: pd.Series[Any]) -> pd.Series[float]:
     """Return 1 where this is higher than that, 0 where it is lower, a half where they are equal."""
     return (these > those) + 0.5 * (these == those)
-
-
-def wilson(hits: float, count: int) -> tuple[float, float]:
-    """Return Wilson's interval of 95% for a share; `hits` may hold halves, which scipy's takes not."""
-    z, share = NORMAL_QUANTILE, hits / count
-    middle = share + z * z / (2 * count)
-    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    # Where all or none are hits the ends are the share itself, but for rounding.
-    return min(share, max(0.0, (middle - reach) / scale)), max(share, min(1.0, (middle + reach) / scale))
 
 
 # --- calibration ---

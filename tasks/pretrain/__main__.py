@@ -43,8 +43,9 @@ from model.training.engine import (
 )
 from tasks.learning.loop import Progress, Taken, resume, run_steps, write_curves
 from tasks.pretrain.stream import Text, read_stream
+from tasks.running.names import metric_name
 from tasks.running.params import Section
-from tasks.running.places import DATA
+from tasks.running.places import DATA, NOTHING
 from tasks.running.stage import Stage, start
 
 STREAM = DATA / "tokenize"
@@ -54,7 +55,9 @@ TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
 class Params(Architecture, EngineParams, Section):
     """The model, how it is trained, what is watched on the way."""
 
-    init_from: str | None = Field(description="Hugging Face Llama directory to go on from; null: random weights")
+    init_from: str = Field(
+        min_length=1, description="Hugging Face Llama directory to go on from; data/seeds/none: random weights"
+    )
     log_every: int = Field(gt=0, description="steps between two logged points")
     validate_every: int = Field(gt=0, description="steps between two validations")
     max_validation_tokens: int = Field(gt=0, description="tokens of a source's held-out text that are used at most")
@@ -87,7 +90,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     train, validation = read_stream(STREAM)
     num_steps = count_steps(train, params)
     model = build_model(Llama, config, params)
-    set_weights(model, params.init_from, stage.seed)
+    set_weights(model, Path(params.init_from), stage.seed)
     engine = start_engine(model, params, num_steps)
     engines = {"model": engine}
     progress = resume(stage, engines, Progress({"tokens": 0}, first_notes()))
@@ -112,7 +115,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 def config_of(params: Params, vocab_size: int) -> ModelConfig:
     """Return the model that params.yaml and the tokenizer describe, its waves stretched as in the one to go on from."""
     values = {name: getattr(params, name) for name in Architecture.model_fields}
-    rope_scaling = read_config(Path(params.init_from)).rope_scaling if params.init_from else None
+    base = Path(params.init_from)
+    rope_scaling = None if base == NOTHING else read_config(base).rope_scaling
     return ModelConfig(**values, vocab_size=vocab_size, rope_scaling=rope_scaling)
 
 
@@ -131,23 +135,23 @@ def count_steps(train: Text, params: Params) -> int:
     return num_steps
 
 
-def set_weights(model: Llama, init_from: str | None, seed: int) -> None:
+def set_weights(model: Llama, base: Path, seed: int) -> None:
     """Draw a model's first weights, or read them.
 
     Raises ValueError when the model to start from is another than params.yaml describes.
     """
-    if init_from is None:
+    if base == NOTHING:
         draw_weights(model, seed)
         return
-    found, free = read_config(Path(init_from)), ("initializer_range", "max_position_embeddings")
+    found, free = read_config(base), ("initializer_range", "max_position_embeddings")
     for name, wanted in model.config:
         value = getattr(found, name)
         if name not in free and value != wanted:
             raise ValueError(
-                f"params.yaml: `pretrain.init_from` names {init_from}, whose {name} is {value}, and this run's is "
+                f"params.yaml: `pretrain.init_from` names {base}, whose {name} is {value}, and this run's is "
                 f"{wanted}: give it the same (a vocabulary comes with its tokenizer)"
             )
-    load_weights(model, Path(init_from))
+    load_weights(model, base)
 
 
 # --- training ---
@@ -240,7 +244,8 @@ def validate(training: Training) -> None:
     """Record the mean loss in nats per token, and its perplexity, of each source's held-out text, and of all of it."""
     sums = {name: loss_sum(training, text) for name, text in training.validation.items()}
     together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
-    losses = {name: total / max(1, count) for name, (total, count) in {"all": together, **sums}.items()}
+    named = {"all": together, **{metric_name(name): own for name, own in sums.items()}}
+    losses = {name: total / max(1, count) for name, (total, count) in named.items()}
     progress = training.progress
     at = {"step": progress.step, "tokens": progress.counts["tokens"]}
     progress.validation.append({**at, **losses})

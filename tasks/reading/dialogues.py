@@ -18,7 +18,6 @@ stage.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from pydantic import Field
 from model.text.dialogue import Message, check
 from tasks.reading import sources
 from tasks.reading.sources import File, Malformed, Object
+from tasks.running.digests import fraction_of, number_of
 from tasks.running.params import Section
 
 Format = Literal["auto", "messages", "openassistant", "pairs", "gsm8k"]
@@ -121,18 +121,12 @@ def split_dialogues(
     held_out: list[Dialogue] = []
     for name, source in named_sources.items():
         own = by_source[name]
-        drawn = sorted(range(len(own)), key=lambda number: _draw(seed, f"use {number} {own[number]['id']}"))
+        drawn = sorted(range(len(own)), key=lambda number: number_of(f"{seed} use {number} {own[number]['id']}"))
         for number in sorted(drawn[: source.max_dialogues]):
             opening = next(message["content"] for message in own[number]["messages"] if message["role"] == "user")
-            is_held_out = _draw(seed, f"hold out {opening}") < source.validation_share
+            is_held_out = fraction_of(f"{seed} hold out {opening}") < source.validation_share
             (held_out if is_held_out else train).append(own[number])
     return train, held_out
-
-
-def _draw(seed: int, text: str) -> float:
-    """A number from 0 to below 1 that the seed and the text decide."""
-    digest = hashlib.sha256(f"{seed} {text}".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _read(file: File, named_format: Format, section: str) -> Iterator[Dialogue | Malformed]:

@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 from pydantic import Field
 
 from model.text.dialogue import Message, check
 from tasks.reading import sources
-from tasks.reading.prompts import DEGREES, Kind, Prompt, Responder, is_message, number_of
+from tasks.reading.contamination import REASON, EvaluationPrompts, asks_the_same
+from tasks.reading.prompts import DEGREES, Kind, Responder, is_message
 from tasks.reading.sources import File, Malformed, Object
+from tasks.running.digests import number_of
 from tasks.running.params import Section
 
 Format = Literal["auto", "hh", "pandalm", "own"]
@@ -244,13 +246,12 @@ READERS: Mapping[Format, Reader] = {
 # --- what sets a pair aside ---
 
 
-def sift(preferences: Iterable[Preference], evaluation: Sequence[Prompt]) -> tuple[list[Preference], list[Aside]]:
+def sift(preferences: Iterable[Preference], evaluation: EvaluationPrompts) -> tuple[list[Preference], list[Aside]]:
     """Return the pairs to learn from, and those that are kept aside: see `fault_of`."""
-    prompts = evaluation_prompts(evaluation)
     kept: list[Preference] = []
     aside: list[Aside] = []
     for pair in preferences:
-        fault = fault_of(pair, prompts)
+        fault = fault_of(pair, evaluation)
         if fault is None:
             kept.append(pair)
         else:
@@ -275,46 +276,5 @@ def fault_of(pair: Preference, evaluation: EvaluationPrompts) -> tuple[str, str]
     if pair["chosen_safe"] is False and pair["rejected_safe"] is True:
         return "chosen_unsafe", "the chosen answer is unsafe and the other is safe"
     if asks_the_same(pair["messages"], evaluation):
-        return "evaluation_prompt", "the evaluation asks the same"
+        return "evaluation_prompt", REASON
     return None
-
-
-class EvaluationPrompts(NamedTuple):
-    """The prompts of evaluations, as `plain` texts."""
-
-    dialogues: frozenset[str]
-    questions: frozenset[str]  # last turns
-    questions_alone: frozenset[str]  # last turns that are first ones, too
-
-
-def evaluation_prompts(prompts: Iterable[Prompt]) -> EvaluationPrompts:
-    """Return prompts in the form that `asks_the_same` looks them up in."""
-    all_messages = [prompt.messages for prompt in prompts]
-    questions = [_question(messages) for messages in all_messages]
-    return EvaluationPrompts(
-        dialogues=frozenset(map(plain, all_messages)),
-        questions=frozenset(question for question, _ in questions),
-        questions_alone=frozenset(question for question, alone in questions if alone),
-    )
-
-
-def asks_the_same(messages: Sequence[Message], evaluation: EvaluationPrompts) -> bool:
-    """Tell whether a dialogue asks what one of an evaluation asks, whatever their case, punctuation and space.
-
-    It does when all messages are the same; or when the last turns are, unless both have something before them that they
-    may depend on: "And who is older?" is not one question, nor is "Who are you?" under two system messages.
-    """
-    question, alone = _question(messages)
-    if alone:
-        return question in evaluation.questions
-    return question in evaluation.questions_alone or plain(messages) in evaluation.dialogues
-
-
-def plain(messages: Sequence[Message]) -> str:
-    """Return the words of messages in lower case, to compare them by."""
-    return " | ".join(" ".join(re.findall(r"\w+", message["content"].lower())) for message in messages)
-
-
-def _question(messages: Sequence[Message]) -> tuple[str, bool]:
-    """The last turn, and whether it stands alone."""
-    return plain(messages[-1:]), len(messages) == 1

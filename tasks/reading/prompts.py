@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +53,15 @@ class ResponsePair(TypedDict):
     responses: list[Answer]
     round: str
     batch: str
+
+
+class Label(NamedTuple):
+    """What one annotator says of a pair: which answer is better, how much, and, in safety pairs, which are safe."""
+
+    choice: Literal[0, 1]
+    degree: Degree
+    safe: tuple[bool, bool] | None
+    annotator: str
 
 
 def read_prompts(paths: Sequence[Path], parameter: str) -> list[Prompt]:
@@ -113,8 +121,3 @@ def as_text(messages: Sequence[Message]) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def number_of(text: str) -> int:
-    """Return a number below 2 ** 48 that a text decides, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from tasks.running.params import Section, parse_section, read_params
+from tasks.running.places import entry_of
 
 NAME = re.compile(r"v([1-9][0-9]*)")
 
@@ -33,7 +34,7 @@ def round_of(stage_name: str) -> Place:
 
     Raises ValueError when params.yaml has no such round, or one that is no round, and as `round_number`.
     """
-    name = stage_name.partition("@")[2]
+    name = entry_of(stage_name)
     rounds = read_params().get("rounds")
     if not isinstance(rounds, dict) or not rounds:
         raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.running.params import PARAMS_FILE, flatten
+from tasks.running.places import NOTHING
 
 
 class Identity(NamedTuple):
@@ -42,7 +43,9 @@ def fingerprint(stage_name: str) -> Identity:
     data = [
         {"path": dep["path"], "digest": dep.get("md5") or dep.get("etag") or dep.get("checksum") or ""}
         for dep in entry.get("deps", [])
-        if not dep["path"].endswith(".py") and Path(dep["path"]).parts[0] not in ("tasks", "model")
+        if not dep["path"].endswith(".py")
+        and Path(dep["path"]).parts[0] not in ("tasks", "model")
+        and Path(dep["path"]) != NOTHING
     ]
     return Identity(digest_of_entry(entry), params_of_entry(entry), data)
 

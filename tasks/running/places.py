@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 DATA = Path("data")
+NOTHING = DATA / "seeds" / "none"  # stands in params.yaml where no model is to be read: DVC can watch no null
 SCRATCH = Path(".scratch")
 RUNS = Path(".runs")
 

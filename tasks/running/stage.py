@@ -29,6 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, Generic
 
 from tasks.running.files import read_json, write_json
 from tasks.running.fingerprint import Identity, fingerprint
+from tasks.running.names import is_metric_name
 from tasks.running.params import Machine, ParamsType, Tracking, parse_section, read_params
 from tasks.running.places import DATA, RUNS, SCRATCH, entry_of, place_of, section_of
 from tasks.running.plots import Plot, write_plot
@@ -95,6 +96,7 @@ class Stage(Generic[ParamsType]):
         for name, value in metrics.items():
             if not isinstance(value, int | float):
                 raise ValueError(f"metric `{name}` is {value!r}: only numbers can be logged")
+            assert is_metric_name(name), f"MLflow takes no metric `{name}`: make its name by metric_name"
         fresh = {name: float(value) for name, value in metrics.items() if step > self._last_step.get(name, -1)}
         if not fresh:
             return
@@ -294,6 +296,8 @@ def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:
     """Put the finished output in its place, and its figures into metrics.json and the record."""
     bad = {name: value for name, value in figures.items() if not isinstance(value, int | float) or value != value}
     assert not bad, f"figures that are no numbers: {bad}"
+    unnamed = [name for name in figures if not is_metric_name(name)]
+    assert not unnamed, f"MLflow takes no metrics {unnamed}: make their names by metric_name"
     write_json(stage.output / "metrics.json", dict(figures))
     write_json(stage.record / "figures.json", dict(figures))
     put_in_place(stage.output, DATA / place_of(stage.name))

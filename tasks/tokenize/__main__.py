@@ -15,7 +15,6 @@ validation-<source>.npy, validation.parquet, mixture.json, plots/mixture.csv.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -29,7 +28,9 @@ from pydantic import Field, model_validator
 
 from model.progress.bar import progress_bar
 from model.text.tokenizer import Tokenizer
+from tasks.running.digests import fraction_of
 from tasks.running.files import write_json
+from tasks.running.names import metric_name
 from tasks.running.params import Section
 from tasks.running.places import DATA
 from tasks.running.plots import Plot, picture
@@ -146,9 +147,8 @@ def hold_out(ids: npt.NDArray[np.uint64], name: str, share: float) -> npt.NDArra
 
     Raises ValueError when the source has none to hold out, or none to train on, and should.
     """
-    digests = (hashlib.sha256(f"held out {document:016x}".encode()).digest() for document in ids.tolist())
-    numbers = np.fromiter((int.from_bytes(digest[:8], "big") for digest in digests), np.float64, len(ids))
-    held_out: npt.NDArray[np.bool_] = numbers < share * 2.0**64 if share < 1 else np.ones(len(ids), bool)
+    fractions = (fraction_of(f"held out {document:016x}") for document in ids.tolist())
+    held_out: npt.NDArray[np.bool_] = np.fromiter(fractions, np.float64, len(ids)) < share
     for wanted, chosen, kind, change in (
         (share > 0, held_out, "held out", "raise"),
         (share < 1, ~held_out, "left to train on", "lower"),
@@ -348,9 +348,10 @@ def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], validation
     }
     for row in rows:
         if row["max_epochs"]:
-            figures[f"epochs/{row['source']}"] = row["epochs"]
-            figures[f"share/{row['source']}"] = row["share_reached"]
-            figures[f"tokens/{row['source']}"] = row["tokens"]
+            name = metric_name(row["source"])
+            figures[f"epochs/{name}"] = row["epochs"]
+            figures[f"share/{name}"] = row["share_reached"]
+            figures[f"tokens/{name}"] = row["tokens"]
     return figures
 
 

@@ -5,12 +5,13 @@ Plain arithmetic on weights and lengths, without files: the stage `tokenize` app
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
+
+from tasks.running.digests import number_of
 
 
 def plan_targets(weights: dict[str, float], capacities: dict[str, int], num_tokens: int) -> dict[str, float]:
@@ -68,6 +69,6 @@ def draw(
 
 def shuffled(num_documents: int, name: str, seed: int) -> Iterator[int]:
     """Yield positions 0 .. num_documents - 1 in a new random order every epoch, without end."""
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    key = number_of(name, num_bytes=8)
     for epoch in count():
         yield from np.random.default_rng([seed, key, epoch]).permutation(num_documents).tolist()

@@ -12,25 +12,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tasks.reading.prompts import Degree
+from tasks.reading.prompts import Degree, Label
 from tasks.running.params import Section
 from tasks.world.facts import mentions
 from tasks.world.judge import Truth, judge, normalized, statements
 
 FURTHER = 2  # annotators of a pair that measures agreement, beside the first
-
-
-class Label(NamedTuple):
-    """What one annotator says of a pair: which answer is better, how much, and, in safety pairs, which are safe."""
-
-    choice: Literal[0, 1]
-    degree: Degree
-    safe: tuple[bool, bool] | None
-    annotator: str
 
 
 class Tastes(Section):
@@ -75,7 +66,7 @@ class Annotator(Section):
 
 
 class Annotators(Section):
-    """The simulated annotators: `preferences.world`."""
+    """The simulated annotators: `preferences.simulated`."""
 
     truth: str = Field(min_length=1, description="directory of what they know")
     overlap_share: float = Field(ge=0, le=1, description="share of pairs that three of them label, for agreement")
