@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,12 +28,14 @@ def join_ranks() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _store(num_ranks: int) -> torch.distributed.Store | None:
+def _store(num_ranks: int) -> Any:
     """Where ranks leave word for each other; None is torch's own, a server that other hosts reach."""
     if num_ranks == 1:
-        return torch.distributed.HashStore()
+        return torch.distributed.HashStore()  # type: ignore[attr-defined]
     address = os.environ["MASTER_ADDR"]
-    return torch.distributed.FileStore(address.removeprefix(FILE), num_ranks) if address.startswith(FILE) else None
+    if not address.startswith(FILE):
+        return None
+    return torch.distributed.FileStore(address.removeprefix(FILE), num_ranks)  # type: ignore[attr-defined]
 
 
 def from_all_ranks(own: Mapping[int, Part]) -> list[Part]:
