@@ -102,7 +102,7 @@ def test_training_on_one_host_listens_on_the_loopback_only(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     set_value("num_ranks: 1", f"num_ranks: {num_ranks}")
     process = launch("v5")
-    wait_for(lambda: all(Path(f"rank{rank}").exists() for rank in range(num_ranks)), seconds=180)
+    wait_for(lambda: all(Path(f"rank{rank}").exists() for rank in range(num_ranks)), seconds=240)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     listening = [
         connection.laddr.ip
