@@ -19,7 +19,7 @@ BARS = Plot("bars", "Shares", "share", "name", "share of all", "name")
 CURVES = Plot("curves", "Loss by source", "tokens", "loss", "tokens", "nats", "source")
 ROOT = Path(__file__).parent.parent
 
-# A pipeline of rounds whose report the tests read; reading `made` the stage is like any of ours.
+# What each round of the tests' pipeline writes: a plot of every kind, and words that pandas or matplotlib could mistake.
 MAKE = """\
 import sys
 from pathlib import Path

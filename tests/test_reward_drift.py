@@ -12,10 +12,9 @@ import torch
 from ranks import SMALL, TRAINED, join_alone, train_tokenizer
 from stages import stage_here
 
-from model.network.checkpoint import save_model
 from model.network.transformer import ModelConfig, first_weights
 from model.network.weights import fill_weights
-from model.scoring.reward import RewardModel, draw_heads, open_reward, score
+from model.scoring.reward import RewardModel, draw_heads, open_reward, save_reward, score
 from model.text.dialogue import encode_dialogue
 from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, build_model
@@ -32,7 +31,7 @@ def write_reward_model(directory: Path, tokenizer: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     fill_weights(model.model, lambda name, shape: first_weights(name, shape, config, generator))
     draw_heads(model, seed)
-    save_model(model, Tokenizer(tokenizer), directory, {"step": 1}, 10**9)
+    save_reward(model, Tokenizer(tokenizer), directory, {"step": 1}, 10**9)
 
 
 @pytest.fixture(scope="module")

@@ -30,8 +30,8 @@ CALIBRATION = Plot(
     title="Calibration",
     x="predicted",
     y="observed",
-    x_label="predicted preference of the first answer: sigmoid(first score - second score)",
-    y_label="share preferred",
+    x_label="predicted: sigmoid(first score - second score)",
+    y_label="observed: share preferred",
     series="data",
 )
 LENGTH = Plot("bars", "Length bias", "value", "figure", "correlation, or accuracy", "figure")

@@ -70,7 +70,6 @@ def read_plots(directory: Path) -> Iterator[tuple[str, Plot, pd.DataFrame]]:
             dtype=dict.fromkeys(words, str),
             keep_default_na=False,  # people's words may be `None` or `NA`
             na_values={name: [""] for name in {plot.x, plot.y} - words},
-            float_precision="round_trip",
         )
         against = plot.x_label if plot.kind == "bars" else f"{plot.y_label} against {plot.x_label}"
         points = {"title": f"{plot.title} ({against})", "x": table[plot.x], "y": table[plot.y]}
