@@ -1,10 +1,13 @@
+import http.server
 import json
 import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -29,11 +32,12 @@ from tasks.clean.duplicates import (
     sign,
 )
 from tasks.clean.language import Identification, check_languages, identify
-from tasks.clean.partition import Params
+from tasks.clean.partition import Params, clean_files
 from tasks.clean.personal_data import PersonalData, find_personal_data, is_rich, luhn, mask
 from tasks.clean.quality import C4, Gopher, drop_lines, judge_page, judge_words
 from tasks.clean.repair import repair
 from tasks.clean.repetition import Repetition, encode, extend, judge_repetition, repeated_share, top_share
+from tasks.reading.sources import File
 from tasks.running.params import Machine
 from tasks.running.stage import Stage
 
@@ -692,3 +696,28 @@ def test_a_run_that_is_killed_again_and_again_does_nothing_twice_and_ends_in_the
         if path.is_file()
     }
     assert undisturbed == {name: content for name, content in workspace.files.items() if name != "metrics.json"}
+
+
+def test_a_url_that_a_killed_run_had_begun_is_cleaned_anew_and_a_finished_one_is_not(tmp_path):
+    def serve(numbers):
+        (tmp_path / "page.jsonl").write_text("".join(json.dumps({"text": story(n)}) + "\n" for n in numbers))
+
+    def cleaned():
+        return pd.concat(pd.read_parquet(path) for path in sorted(tmp_path.glob("cleaned/0-*/documents.parquet")))
+
+    (tmp_path / "cleaned").mkdir()
+    params = parameters(tmp_path, partition_megabytes=0.001)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/page.jsonl"
+        file = File("first", 0, url, url, "jsonl", "text", 0)
+        serve(range(6))
+        assert len(clean_files([file], str(tmp_path / "cleaned" / "0"), params, 1)) > 1
+        serve(range(10, 12))
+        clean_files([file], str(tmp_path / "cleaned" / "0"), params, 1)
+        assert cleaned()["text"].tolist() == [story(n) for n in range(6)]
+        (tmp_path / "cleaned" / "0.json").unlink()  # as a kill leaves it before the last partition
+        clean_files([file], str(tmp_path / "cleaned" / "0"), params, 1)
+        assert cleaned()["text"].tolist() == [story(n) for n in range(10, 12)]
+        server.shutdown()
