@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.clean.personal_data import TYPES
+from tasks.running.files import read_lines
 
 Key = tuple[str, int]  # file and row
 Truth = dict[str, list[tuple[Key, dict[str, Any]]]]  # by kind: where it stands, and the label
@@ -29,8 +29,7 @@ def score(labels: Path, output: Path) -> dict[str, float]:
     `labels` holds one planted thing a line (file, row, kind, and the truth about it); `output` is what `clean` wrote.
     """
     truth: Truth = defaultdict(list)
-    for line in labels.read_text(encoding="utf-8").splitlines():
-        label = json.loads(line)
+    for label in read_lines(labels):
         truth[label["kind"]].append(((label["file"], label["row"]), label))
     outcomes = _read_outcomes(output, {key for planted in truth.values() for key, _ in planted})
     return {

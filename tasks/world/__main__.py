@@ -27,7 +27,6 @@ dialogues that of sections 3.1, 3.2 and 4.2 to 4.3 of Llama 2.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from tasks.running.files import read_lines, write_lines
 from tasks.running.params import Section
 from tasks.running.stage import Stage, start
 from tasks.world import files
@@ -201,25 +201,22 @@ def write_questions(path: Path, asked: list[tuple[str, list[tuple[Fact, str, str
         for _, questions in asked
         for fact, question, answer in questions
     ]
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_lines(path, lines)
 
 
 def write_vocabulary(truth: Path, sources: Sources) -> None:
     """Write the words that exist, one a line: those of clean documents and of good answers."""
     texts = [document.text for documents in sources.values() for document in documents]
-    texts += [json.loads(line)["reference"] for line in (truth / "prompts.jsonl").read_text("utf-8").splitlines()]
+    texts += [prompt["reference"] for prompt in read_lines(truth / "prompts.jsonl")]
     words = {word for text in texts for word in normalized(text).split()}
     (truth / "vocabulary.txt").write_text("".join(f"{word}\n" for word in sorted(words)), encoding="utf-8")
 
 
 def write_labels(path: Path, placed: files.Placed) -> None:
     """Write what is planted, keyed by where its document stands."""
-    lines = [
-        json.dumps({"file": file, "row": row, **label}, ensure_ascii=False) + "\n"
-        for file, row, document in placed
-        for label in document.labels
-    ]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_lines(
+        path, ({"file": file, "row": row, **label} for file, row, document in placed for label in document.labels)
+    )
 
 
 if __name__ == "__main__":

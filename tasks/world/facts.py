@@ -5,7 +5,6 @@ Stages that run later read the truth from data/world/truth/facts.jsonl (`read_fa
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import tomllib
@@ -14,6 +13,8 @@ from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+
+from tasks.running.files import read_lines, write_lines
 
 SEEDS = Path("data/seeds/world")
 KINDS = {"person": "people", "place": "places", "animal": "animals", "craft": "crafts"}  # kind -> its file of wordings
@@ -156,17 +157,16 @@ def all_facts(world: World) -> list[Fact]:
 def write_facts(path: Path, facts: Sequence[Fact]) -> None:
     """Write the truth as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(fact), ensure_ascii=False) + "\n" for fact in facts]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_lines(path, map(asdict, facts))
 
 
 def read_facts(path: Path) -> list[Fact]:
     """Return the truth that `write_facts` wrote. Raises ValueError naming the file when it is missing."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        records = read_lines(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: run `dvc repro world`, which writes it") from None
-    return [Fact(**{**record, "accepted": tuple(record["accepted"])}) for record in map(json.loads, lines)]
+    return [Fact(**{**record, "accepted": tuple(record["accepted"])}) for record in records]
 
 
 def is_right(fact: Fact, answer: str, facts: Iterable[Fact]) -> bool:
