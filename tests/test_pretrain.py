@@ -308,6 +308,7 @@ def test_twenty_kills_at_random_moments_leave_no_trace(tmp_path: Path, tokenizer
     undisturbed.finish()
     whole = undisturbed.files
     shutil.rmtree(undisturbed.output)
+    shutil.rmtree(undisturbed.root / ".scratch")  # else it would only end again
     started = time.monotonic()
     undisturbed.finish()
     seconds = time.monotonic() - started
