@@ -167,6 +167,7 @@ class Workspace:
             if self.output.exists():
                 assert self.files == whole
                 shutil.rmtree(self.output)
+                shutil.rmtree(self.root / ".scratch")
 
     def errors(self, rank: int) -> str:
         return (self.root / f"errors{rank}.txt").read_text()
