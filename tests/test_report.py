@@ -19,7 +19,7 @@ BARS = Plot("bars", "Shares", "share", "name", "share of all", "name")
 CURVES = Plot("curves", "Loss by source", "tokens", "loss", "tokens", "nats", "source")
 ROOT = Path(__file__).parent.parent
 
-# What each round of the tests' pipeline writes: a plot of every kind, and words that pandas or matplotlib could mistake.
+# What each round of the tests' pipeline writes: a plot of each kind, with words that pandas or matplotlib mistakes.
 MAKE = """\
 import sys
 from pathlib import Path
