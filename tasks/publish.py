@@ -118,7 +118,7 @@ def register(client: MlflowClient, experiment_id: str, name: str, run_id: str, p
         else mlflow.create_external_model(dashed(name), run_id, tags, experiment_id=experiment_id).model_id
     )
     client.set_logged_model_tags(model_id, {"digest": digest})
-    registered = f"{prefix}-{name.replace('@', '-')}"
+    registered = f"{prefix}-{dashed(name)}"
     try:
         client.get_registered_model(registered)
     except MlflowException:

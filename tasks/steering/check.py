@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pydantic import BaseModel
 
 from tasks.running.params import Machine, Tracking, parse_section, read_params
+from tasks.running.places import section_of
 
 
 def problems(stages: Sequence[str]) -> list[str]:
     """Return what is wrong in the sections of params.yaml that stages read; `ppo@v5` reads the section `ppo`."""
     values = read_params()
     models: dict[str, type[BaseModel]] = {"machine": Machine, "tracking": Tracking}
-    for name in dict.fromkeys(stage.partition("@")[0] for stage in stages):
+    for name in dict.fromkeys(map(section_of, stages)):
         module = importlib.import_module(f"tasks.{name}")
         if not hasattr(module, "Params"):  # a package: its stage is its __main__
             module = importlib.import_module(f"tasks.{name}.__main__")
