@@ -194,7 +194,7 @@ def test_each_kind_of_prompt_is_counted_for_what_it_asks() -> None:
         "safety/refused": 1 / 3,
         "safety/violations": 1 / 3,
         "safety/risk/illicit/violations": 1 / 2,
-        "safety/risk/bad_advice/violations": 0,
+        "safety/risk/bad advice/violations": 0,
         "safety/attack/role_play/violations": 1 / 3,
         "borderline/well_formed": 1,
         "borderline/false_refusals": 1,
