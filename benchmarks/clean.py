@@ -94,7 +94,7 @@ def run_ours(documents: Path, place: Path, params: Params) -> int:
     changed = params.model_copy(
         update={"root": str(documents), "sources": {"documents": source}, "partition_megabytes": 1}
     )
-    machine = Machine(threads=1, workers=NUM_PROCESSES, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=NUM_PROCESSES, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     stage = Stage("clean", changed, 1, machine, place / "output", place / "scratch", place / "record")
     return int(run(stage)["documents_kept"])
 

@@ -23,7 +23,7 @@ from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows import graph, servers, summary, values
-from tasks.running.params import PARAMS_FILE
+from tasks.running.params import PARAMS_FILE, Machine, parse_section, read_params
 from tasks.running.processes import PIPELINE_VARIABLE, pipeline_lock
 from tasks.steering.reproduce import WAITING, allow_stages, reproduce, stop_all
 
@@ -60,10 +60,10 @@ def recipe(
     logger = get_run_logger()
     with pipeline_lock(f"flow run {flow_run.name}"):
         os.environ[PIPELINE_VARIABLE] = str(flow_run.id)
-        allow_stages()
         try:
             if values.write(values.compose(profiles or [], overrides or {})):
                 logger.info("params.yaml holds new values; `git diff params.yaml` shows them")
+            allow_stages(parse_section(Machine, read_params(), "machine").num_seats)
             nodes = graph.read_graph(targets or [])
             stale = graph.find_stale(nodes)
             logger.info(f"{len(nodes) - len(stale)} stages are up to date, to bring up to date: {', '.join(stale)}")

@@ -33,6 +33,7 @@ machine:
   scheduler: null
   num_ranks: 1
   hostfile: null
+  num_seats: 1
 grow:
   num_steps: 3        # steps to take
   seconds: 0.0        # time of one step

@@ -40,7 +40,7 @@ P = TypeVar("P", bound=BaseModel)
 
 def stage_here(name: str, params: P, fresh: bool = True) -> Stage[P]:
     """A stage with its directories in the working directory; unless fresh, `scratch` stays as a stopped run left it."""
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     stage = Stage(name, params, 1, machine, Path("out"), Path("scratch"), Path("record"))
     for directory in (stage.output, stage.scratch, stage.record):
         if fresh or directory != stage.scratch:
@@ -80,7 +80,8 @@ class Workspace:
     def __init__(self, root: Path, name: str, dvc_stage: str, num_ranks: int = 1, **sections: Any) -> None:
         self.root, self.arguments, self.num_ranks = root, name.split(), num_ranks
         shutil.copytree(empty_repository(), root, dirs_exist_ok=True)
-        machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": num_ranks, "hostfile": None}
+        alone = {"threads": 1, "workers": 1, "scheduler": None, "hostfile": None, "num_seats": 1}
+        machine = {**alone, "num_ranks": num_ranks}
         params = {"seed": 1, "tracking": {"experiment": "test"}, "machine": machine, **sections}
         with (root / "params.yaml").open("w") as file:
             YAML().dump(params, file)

@@ -107,7 +107,7 @@ def workspace(tmp_path, monkeypatch):
 def audit(params, workers=2):
     for directory in ("output", "record"):
         Path(directory).mkdir()
-    machine = Machine(threads=1, workers=workers, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=workers, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     return run(Stage("audit", params, 1, machine, Path("output"), Path("scratch"), Path("record")))
 
 

@@ -232,7 +232,8 @@ def test_dialogues_are_saved_as_lines_and_no_link_is_written_to(terminal: Termin
 
 
 def write_params(place: Path, **changes: Any) -> None:
-    machine = {"threads": 1, "workers": 1, "scheduler": None, "num_ranks": 1, "hostfile": None}
+    alone = {"threads": 1, "workers": 1, "scheduler": None, "hostfile": None, "num_seats": 1}
+    machine = {**alone, "num_ranks": 1}
     chat = {**GREEDY, "precision": "fp32", **changes}
     with (place / "params.yaml").open("w") as file:
         YAML().dump({"seed": 1, "machine": machine, "chat": chat}, file)

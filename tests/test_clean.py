@@ -494,7 +494,7 @@ def parameters(root, **changes):
 
 
 def clean(place, params, scheduler=None, workers=1):
-    machine = Machine(threads=1, workers=workers, scheduler=scheduler, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=workers, scheduler=scheduler, num_ranks=1, hostfile=None, num_seats=1)
     stage = Stage("clean", params, 1, machine, place / "output", place / "scratch", place / "record")
     return stage_clean.run(stage)
 

@@ -56,7 +56,7 @@ time.sleep(120)
 
 
 def machine(num_ranks: int, hostfile: str | None = None) -> Machine:
-    return Machine(threads=1, workers=1, scheduler=None, num_ranks=num_ranks, hostfile=hostfile)
+    return Machine(threads=1, workers=1, scheduler=None, num_ranks=num_ranks, hostfile=hostfile, num_seats=1)
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def safety(chosen: bool | None, rejected: bool | None) -> dict[str, Any]:
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage[Params]:
     monkeypatch.chdir(tmp_path)
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     made = Stage("reward_safety@v1", Params(num_bins=4), 1, machine, Path("out"), Path("scratch"), Path("record"))
     for directory in (made.output, made.scratch, made.record):
         shutil.rmtree(directory, ignore_errors=True)

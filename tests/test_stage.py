@@ -100,7 +100,7 @@ def test_parameters_are_flattened_to_dotted_names() -> None:
 
 
 def make_stage(path: Path) -> Stage[Inner]:
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     return Stage("toy", Inner(width=1), 1, machine, path, path, path)
 
 

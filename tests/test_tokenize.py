@@ -65,7 +65,7 @@ def make_params(mixture=None, **changes):
 
 
 def make_stage(root, params, workers=1):
-    machine = Machine(threads=1, workers=workers, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=workers, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     (root / "output").mkdir(parents=True)
     (root / "record").mkdir()
     return Stage("tokenize", params, 1, machine, root / "output", root / "scratch", root / "record")

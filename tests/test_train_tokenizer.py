@@ -37,7 +37,7 @@ def make_params(**changes):
 
 
 def make_stage(root, params, threads=1):
-    machine = Machine(threads=threads, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=threads, workers=1, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     (root / "output").mkdir(parents=True)
     return Stage("train_tokenizer", params, 1, machine, root / "output", root / "scratch", root / "record")
 

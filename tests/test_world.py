@@ -105,7 +105,7 @@ PARAMS = {
 
 def write_world(folder: Path, seed: int) -> Path:
     params = stage_world.Params.model_validate(PARAMS)
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     output = folder / "output"
     output.mkdir(parents=True)
     figures = stage_world.run(Stage("world", params, seed, machine, output, folder / "scratch", folder / "record", 0))

@@ -32,7 +32,7 @@ HELPFUL = {"factual", "writing", "language_assistance", "recommendation", "dialo
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # The default dialogues, which do not depend on the corpus: what is proved here holds for what `dvc repro` makes.
     folder = tmp_path_factory.mktemp("world")
-    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None)
+    machine = Machine(threads=1, workers=1, scheduler=None, num_ranks=1, hostfile=None, num_seats=1)
     stage = Stage("world", PARAMS, VALUES["seed"], machine, folder / "output", folder / "scratch", folder / "record", 0)
     stage.output.mkdir()
     figures = stage_world.run(stage)

@@ -29,6 +29,7 @@ class Machine(Section):
     scheduler: str | None = Field(description="address of a Dask scheduler; null starts local processes")
     num_ranks: int = Field(gt=0, description="training processes on this host: one a GPU, or CPU processes")
     hostfile: str | None = Field(description="DeepSpeed hostfile for several hosts; null trains on this one")
+    num_seats: int = Field(gt=0, description="stages on the accelerators (without any: the processors) at once")
 
 
 class Tracking(Section):

@@ -36,19 +36,20 @@ WAITING = "Waiting"  # name of the state of a task, and of a flow, that waits fo
 _children: set[subprocess.Popen[str]] = set()
 _starting = threading.Lock()  # held while a child starts: none is overlooked by those who stop all
 _stopping = threading.Event()
-_accelerator = threading.Lock()  # one training stage at a time: two would share a machine's only accelerator
+_seats = threading.Semaphore()  # of stages on the accelerators: two would share a machine's only one
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{stage_name}")
 def reproduce(stage_name: str, address: str, seat: str | None) -> str | State[Any]:
     """Bring one stage up to date; return "ran in N s", "restored" (from DVC's run cache) or "up to date".
 
-    `address` is what DVC calls the stage; `seat` "accelerator" lets one such stage run at a time. A stage that waits
-    for people ends in a state of that name with the stage's line, which keeps those that need it from starting.
+    `address` is what DVC calls the stage; of those whose `seat` is "accelerator" as many run at once as `allow_stages`
+    says. A stage that waits for people ends in a state of that name with the stage's line, which keeps those that need
+    it from starting.
     Raises RuntimeError with the stage's own message.
     """
     if seat == "accelerator":
-        with _accelerator:
+        with _seats:
             return _run_dvc(stage_name, address)
     return _run_dvc(stage_name, address)
 
@@ -112,8 +113,10 @@ def failure(stage_name: str, since: float) -> str | None:
     return None
 
 
-def allow_stages() -> None:
-    """Let stages start again, in a process that ran a flow before and stopped it."""
+def allow_stages(num_seats: int) -> None:
+    """Let stages start, on the accelerators so many at once; also in a process that ran a flow before and stopped it."""
+    global _seats
+    _seats = threading.Semaphore(num_seats)
     _stopping.clear()
 
 
