@@ -114,7 +114,7 @@ def failure(stage_name: str, since: float) -> str | None:
 
 
 def allow_stages(num_seats: int) -> None:
-    """Let stages start, so many on the accelerators at once, also in a process that ran a flow before and stopped it."""
+    """Let stages start, so many on the accelerators at once; also in a process that stopped a flow before."""
     global _seats
     _seats = threading.Semaphore(num_seats)
     _stopping.clear()
