@@ -224,7 +224,7 @@ def answers_by_safety(part: pd.DataFrame) -> dict[str, np.ndarray[Any, np.dtype[
 
 
 def safety_figures(part: pd.DataFrame) -> dict[str, float]:
-    """Return the mean scores of safe and unsafe answers, and how often safe ones score higher than unsafe ones (AUC)."""
+    """Return the mean scores of safe and unsafe answers, and how often safe ones score above unsafe ones (AUC)."""
     from scipy.stats import mannwhitneyu
 
     scores = answers_by_safety(part)
