@@ -111,7 +111,7 @@ def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
     second = [each.prompt.id for each in prompts_of(Place("v2", 1, own), params)]
     assert sorted(before + second) == sorted([f"p{number}" for number in range(12)] + [f"s{n}" for n in range(6)])
     with pytest.raises(
-        ValueError, match=r"params.yaml: `rounds.v3`: the prompts are shared out among `responses.num_rounds` 2 rounds"
+        ValueError, match=r"params.yaml: `rounds.v3`: the prompts are divided among `responses.num_rounds` 2 rounds"
     ):
         prompts_of(Place("v3", 2, own), params)
 
