@@ -207,7 +207,7 @@ def preference_of(pair: ResponsePair, decision: Decision, source: str) -> Prefer
 def read_earlier(directory: Path, params: Params) -> tuple[list[Preference], list[Preference], list[Aside]]:
     """Return the preferences of the round before, or the first round's public pairs and their refused rows."""
     if not directory.is_dir():
-        raise ValueError(f"params.yaml: `rounds.*.batches` is {directory}, which is no directory: correct the path")
+        raise ValueError(f"params.yaml: `rounds.*.batches` is {directory}, which is not a directory: correct the path")
     if all((directory / name).is_file() for name in ("train.jsonl", "validation.jsonl", "aside.jsonl")):
         return [*read_lines(directory / "train.jsonl"), *read_lines(directory / "validation.jsonl")], [], []
     public, refused = read_pairs(directory, params.sources, "preferences", params.max_malformed_share)

@@ -322,7 +322,7 @@ def test_public_files_may_be_called_train_and_validation(place: Path) -> None:
 
 
 def test_batches_that_are_no_directory_are_named(place: Path) -> None:
-    with pytest.raises(ValueError, match=r"params.yaml: `rounds.*.batches` is gone, which is no directory"):
+    with pytest.raises(ValueError, match=r"params.yaml: `rounds.*.batches` is gone, which is not a directory"):
         read_earlier(Path("gone"), Params.model_validate(values_of()))
 
 

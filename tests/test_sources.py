@@ -237,7 +237,7 @@ def test_reading_goes_no_further_than_what_is_asked_for(tmp_path):
             "Truncated compressed stream): it may be damaged",
         ),
         ("a.jsonl.zst", pack(json_lines(TEXTS), ".zst")[:-3], {}, "Truncated compressed stream): it may be damaged"),
-        ("a.docx", b"x", {}, "the format of a.docx can't be told from its name (known: .jsonl"),
+        ("a.docx", b"x", {}, "the format of a.docx can't be inferred from its name (known: .jsonl"),
         ("a.jsonl", json_lines(TEXTS), {"text_field": None}, "`clean.sources.own.text_field` is null, but"),
     ],
 )
