@@ -165,8 +165,8 @@ def _format_of(name: str, where: str) -> Format:
     suffix, _ = _suffixes(name)
     if suffix not in FORMATS:
         raise ValueError(
-            f"{where}: the format of {name} can't be inferred from its name (known: {', '.join(FORMATS)}, each also .gz or "
-            ".zst): set the source's `format`"
+            f"{where}: the format of {name} can't be inferred from its name (known: {', '.join(FORMATS)}, each also "
+            ".gz or .zst): set the source's `format`"
         )
     return FORMATS[suffix]
 
