@@ -1,11 +1,11 @@
 """Answer the evaluation's prompts with one checkpoint, and judge the answers (Llama 2, sections 3.4 and 4.4).
 
-Answers are greedy, so that two checkpoints differ by what they are and not by luck. In the default world each answer is
-judged by known truth: is it right, safe, as the system's message asked, a refusal where none was due. Elsewhere there
-is no truth, and only what can be told of any answer is reported. Shares are of all prompts of their kind, with Wilson's
-interval; a prompt that is too long for the model counts as one that it gave no answer to.
+Answers are greedy, so that checkpoints differ by their weights and not by luck. In the default world each answer is
+judged by the known truth: whether it is right, is safe, does as the system message asked, or refuses where no refusal
+was due. Elsewhere there is no truth, and only what can be told of any answer is reported. Shares are of all prompts of
+their kind, with Wilson's interval; a prompt that is too long for the model counts as unanswered.
 
-Run once for each checkpoint (`evaluate@sft`). Reads the checkpoint, the files of prompts, data/world/truth.
+Run once for each checkpoint (`evaluate@sft`). Reads the checkpoint, the prompt files, data/world/truth.
 Writes answers.jsonl and plots/shares.csv; for MLflow also the tables of answers and of shares.
 """
 
@@ -46,21 +46,21 @@ HEADLINES = (
 
 
 class Params(Section):
-    """Which checkpoints are asked what, and how they answer."""
+    """Which checkpoints answer which prompts, and how."""
 
     checkpoints: dict[str, str] = Field(
         min_length=1, description="Hugging Face Llama directory of each checkpoint, by the name of its evaluation"
     )
-    root: str = Field(min_length=1, description="directory of the files of prompts, which DVC watches")
-    prompts: list[str] = Field(min_length=1, description="files of prompts below `root`, JSON lines")
+    root: str = Field(min_length=1, description="directory of the prompt files, which DVC watches")
+    prompts: list[str] = Field(min_length=1, description="prompt files below `root`, JSON lines")
     truth: str | None = Field(description="directory of what the judge knows; null: answers are not judged")
     sampling: Sampling = Field(description="how answers are drawn; temperature 0: always the likeliest token")
     precision: Literal["fp32", "bf16"] = Field(description="weights and products")
-    max_rows: int = Field(gt=0, description="answers in the making at once; more need more memory")
+    max_rows: int = Field(gt=0, description="answers generated at once; more need more memory")
 
 
 class Answer(NamedTuple):
-    """What a checkpoint answered; no tokens: the prompt left no room in its context."""
+    """What a checkpoint answered; without tokens if the prompt left no room in the context."""
 
     text: str
     num_tokens: int
@@ -68,7 +68,7 @@ class Answer(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A prompt, its answer, and what the truth says of them; `held_out`: no training text has told what is asked."""
+    """A prompt, its answer, and what the truth says of them; `held_out`: it asks for a fact of a held-out entity."""
 
     prompt: Prompt
     answer: Answer
@@ -77,7 +77,7 @@ class Judged(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How many of how many prompts, and where the true share lies with a confidence of 95%."""
+    """How many of how many prompts, and the share with its 95% interval."""
 
     hits: int
     prompts: int
@@ -113,9 +113,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def checkpoint_of(stage: Stage[Params]) -> Path:
-    """Return the checkpoint that this run of the stage is about.
+    """Return the checkpoint that this run of the stage evaluates.
 
-    Raises ValueError when params.yaml names none of that name.
+    Raises ValueError when params.yaml has no checkpoint of that name.
     """
     item = stage.entry
     known = stage.params.checkpoints
@@ -160,7 +160,7 @@ def answer_of(response: Response, tokenizer: Tokenizer) -> Answer:
 
 
 def judge_answer(prompt: Prompt, answer: Answer, truth: Truth | None) -> Judged:
-    """Judge an answer, if there is a truth to judge it by."""
+    """Judge an answer, if there is a truth to judge it against."""
     if truth is None:
         return Judged(prompt, answer, None, held_out=False)
     judgement = judge(truth, prompt.id, answer.text, answer.finished)
@@ -215,7 +215,7 @@ def figures_of(shares: Mapping[str, Share]) -> dict[str, float]:
     return figures
 
 
-# --- what is left to read ---
+# --- files ---
 
 
 def write_answers(stage: Stage[Params], judged: Sequence[Judged]) -> None:
@@ -234,7 +234,7 @@ def write_answers(stage: Stage[Params], judged: Sequence[Judged]) -> None:
 
 
 def write_shares(stage: Stage[Params], shares: Mapping[str, Share]) -> None:
-    """Write the shares as the plot's file and as a table."""
+    """Write the shares as a plot and as a table."""
     import pandas
 
     table = pandas.DataFrame({"figure": name, **share._asdict()} for name, share in shares.items())

@@ -1,19 +1,19 @@
-"""The choices between answers that reward models learn from, of all rounds so far (Llama 2, section 3.2.1).
+"""Collect the preferences that reward models learn from, of all rounds so far (Llama 2, section 3.2.1).
 
 A round's own batch is the pairs of stage `responses`, labelled by `preferences.annotators`:
 
-- simulated: annotators who know the truth and err (tasks/world/annotators.py).
-- files: people; the stage waits until their labels are there (tasks/judging/labels.py says where, and what counts).
-- dataset: nobody; the round has public pairs alone, and response pairs are kept aside as unlabelled.
+- simulated: annotators who know the truth but err (tasks/world/annotators.py).
+- files: people; the stage waits for their labels (tasks/judging/labels.py says where they go, and what counts).
+- dataset: nobody; the round has only public pairs, and response pairs are set aside as unlabelled.
 
-To these come the preferences of the round before, or, in the first round, public pairs (tasks/reading/pairs.py). What
-nothing should be learned from is kept aside with its reason: no pair is lost. Prompts that open alike are on one side
-of the split into training and validation, in every round the same one.
+The preferences of the round before are added or, in the first round, public pairs (tasks/reading/pairs.py). Pairs that
+should not be learned from are set aside with the reason: no pair is lost. Prompts that open alike are on the same side
+of the split into training and validation, in every round.
 
 Run once for each round (`preferences@v1`). Reads data/responses/<round>, the batches before, labels or truth, and the
-evaluation's prompts, to keep pairs aside that ask the same.
+evaluation's prompts, to set aside pairs that ask the same.
 Writes train.jsonl, validation.jsonl (tasks/reading/pairs.py: Preference), aside.jsonl (Aside), plots/degrees.csv; for
-MLflow also tables of examples and of what is kept aside.
+MLflow also tables of examples and of what is set aside.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ REASONS = (
     "unlabelled", "faulty_label", "tie", "chosen_unsafe", "identical", "empty", "unknown_degree", "evaluation_prompt",
     "malformed", "not_drawn",
 )  # fmt: skip
-SOURCES = {"simulated": "world", "files": "files", "dataset": "dataset"}  # what pairs say of where they come from
+SOURCES = {"simulated": "world", "files": "files", "dataset": "dataset"}  # annotators -> `source` of their pairs
 BINS = ("chosen_safe", "both_safe", "both_unsafe")
 
 
@@ -57,9 +57,9 @@ class Params(Section):
     )
     simulated: Annotators = Field(description="the simulated annotators")
     labels: str = Field(min_length=1, description="directory of the labels that people bring, which DVC watches")
-    max_alike: int = Field(gt=0, description="labels of a batch that may all say the same; of more the stage stops")
+    max_alike: int = Field(gt=0, description="a batch of more labels stops the stage if all say the same")
     sources: dict[str, PairSource] = Field(description="public pairs below the first round's `batches`, by name")
-    max_malformed_share: float = Field(ge=0, le=1, description="share of a source's rows; more stop the stage")
+    max_malformed_share: float = Field(ge=0, le=1, description="share of a source's rows; more stops the stage")
     validation_share: float = Field(gt=0, lt=1, description="share of prompts that is held out")
     num_examples: int = Field(gt=0, description="pairs of each kind and degree in the table of examples")
 
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
-    """Label the round's pairs, add all earlier ones, keep aside, split, report."""
+    """Label the round's pairs, add all earlier ones, set unsound ones aside, split, report."""
     params = stage.params
     place = round_of(stage.name)
     batches = label_batches(read_responses(DATA / "responses" / place.name), place.name, params, stage.seed)
@@ -93,7 +93,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     if not train or not validation:
         raise ValueError(
             f"{len(train)} pairs are left to learn from and {len(validation)} to validate with, of {num_read} read, "
-            f"{len(aside)} of them kept aside: bring more pairs, or change `preferences.validation_share`"
+            f"{len(aside)} of them set aside: bring more pairs, or change `preferences.validation_share`"
         )
     write_lines(stage.output / "train.jsonl", train)
     write_lines(stage.output / "validation.jsonl", validation)
@@ -121,7 +121,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def read_responses(directory: Path) -> dict[Kind, list[ResponsePair]]:
-    """Return the round's pairs of responses. Raises ValueError naming a file that is missing."""
+    """Return the round's pairs of responses. Raises ValueError, naming the file, when one is missing."""
     for kind in KINDS:
         if not (directory / f"{kind}.jsonl").is_file():
             raise ValueError(f"{directory / f'{kind}.jsonl'} is missing: run stage `responses@{directory.name}`")
@@ -152,8 +152,8 @@ def check_varied(batch: Batch, max_alike: int) -> None:
     if len(choices) == 1:
         side = "right" if choices.pop() else "left"
         raise ValueError(
-            f"batch {batch.name}: all {len(labels)} labels choose the {side} answer, and which stands there was drawn "
-            "by lot: check how the labels were made"
+            f"batch {batch.name}: all {len(labels)} labels choose the {side} answer, although the order was drawn at "
+            "random: check how the labels were made"
         )
     if len(degrees) == 1:
         raise ValueError(
@@ -172,7 +172,7 @@ def preferences_of(batch: Batch, source: str) -> tuple[list[Preference], list[As
         if decision is not None:
             preferences.append(preference_of(pair, decision, source))
             continue
-        reason, detail = "unlabelled", f"batch {batch.name} has no label of it"
+        reason, detail = "unlabelled", f"batch {batch.name} has no label for it"
         if labels:
             reason, detail = "tie", f"its {len(labels)} annotators are divided"
         elif faults:
@@ -201,13 +201,13 @@ def preference_of(pair: ResponsePair, decision: Decision, source: str) -> Prefer
     }
 
 
-# --- what was there before, and the split ---
+# --- earlier and public pairs, and the split ---
 
 
 def read_earlier(directory: Path, params: Params) -> tuple[list[Preference], list[Preference], list[Aside]]:
     """Return the preferences of the round before, or the first round's public pairs and their refused rows."""
     if not directory.is_dir():
-        raise ValueError(f"params.yaml: `rounds.*.batches` is {directory}, which is no directory: correct the path")
+        raise ValueError(f"params.yaml: `rounds.*.batches` is {directory}, which is not a directory: correct the path")
     if all((directory / name).is_file() for name in ("train.jsonl", "validation.jsonl", "aside.jsonl")):
         return [*read_lines(directory / "train.jsonl"), *read_lines(directory / "validation.jsonl")], [], []
     public, refused = read_pairs(directory, params.sources, "preferences", params.max_malformed_share)
@@ -249,7 +249,7 @@ def label_figures(batches: Sequence[Batch]) -> dict[str, float]:
 
 
 def figures_of(new: Sequence[Preference], newest: str) -> dict[str, float]:
-    """Return, of the round's own pairs, the degrees' shares and how often the newest model's answer was chosen."""
+    """Return the degrees' shares of the round's own pairs, and how often the newest model's answer was chosen."""
     figures: dict[str, float] = {}
     for kind in KINDS:
         own = [pair for pair in new if pair["kind"] == kind]
@@ -271,7 +271,7 @@ def figures_of(new: Sequence[Preference], newest: str) -> dict[str, float]:
 def safety_bins(own: Sequence[Preference]) -> dict[str, float]:
     """Return the bins of section 3.2.1: only the chosen answer is safe, both are, neither is.
 
-    Shares of these three together; pairs of which only the other answer is safe are a share of all.
+    Each is a share of the three together; pairs in which only the other answer is safe are a share of all pairs.
     """
     found = Counter((pair["chosen_safe"], pair["rejected_safe"]) for pair in own if pair["chosen_safe"] is not None)
     counts = [found[True, False], found[True, True], found[False, False]]
@@ -297,7 +297,7 @@ def write_degrees(stage: Stage[Params], new: Sequence[Preference]) -> None:
 
 
 def write_tables(stage: Stage[Params], new: Sequence[Preference], aside: Sequence[Aside]) -> None:
-    """Write examples of each kind and degree, and of what is kept aside for each reason."""
+    """Write examples of each kind and degree, and of what is set aside for each reason."""
     import pandas
 
     examples: list[dict[str, Any]] = []

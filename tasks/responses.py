@@ -1,10 +1,10 @@
-"""Two answers to each prompt of a round, for annotators to choose from (Llama 2, section 3.2.1).
+"""Generate two answers to each prompt of a round, for annotators to choose from (Llama 2, section 3.2.1).
 
 The answers come from two variants, the newest model and an earlier one, at two temperatures, and are shown in random
-order. A prompt belongs to one round, by a hash of its id, so that rounds share none and a further round changes none.
-Where the variants say the same, the earlier one draws again. A prompt without room for an answer is left out.
+order. A hash of a prompt's id assigns it to one round, so rounds share no prompts and adding one changes no other.
+If both answers are the same, the earlier variant draws again. A prompt without room for an answer is left out.
 
-Run once for each round (`responses@v1`). Reads both checkpoints, the files of prompts, the guidelines.
+Run once for each round (`responses@v1`). Reads both checkpoints, the prompt files, the guidelines.
 Writes helpfulness.jsonl and safety.jsonl, and label_studio/<kind>/, a project to label each in (tasks/judging).
 """
 
@@ -34,7 +34,7 @@ from tasks.running.stage import Stage, start
 
 
 class Files(Section):
-    """The file of prompts of each kind."""
+    """The prompt file of each kind."""
 
     helpfulness: str = Field(min_length=1, description="JSON lines of prompts")
     safety: str = Field(min_length=1, description="JSON lines of adversarial prompts")
@@ -43,30 +43,30 @@ class Files(Section):
 class Numbers(Section):
     """How many prompts of each kind."""
 
-    helpfulness: int = Field(ge=0, description="prompts at most; 0: none, and their file is not read")
-    safety: int = Field(ge=0, description="prompts at most; 0: none, and their file is not read")
+    helpfulness: int = Field(ge=0, description="maximum prompts; 0: none, and their file is not read")
+    safety: int = Field(ge=0, description="maximum prompts; 0: none, and their file is not read")
 
 
 class Temperatures(Section):
-    """At what temperature each variant draws."""
+    """The temperature at which each variant draws."""
 
     newest: float = Field(gt=0, description="of the newest model")
     earlier: float = Field(gt=0, description="of the earlier model")
 
 
 class Params(Section):
-    """What is asked, and how the two variants answer."""
+    """Which prompts are asked, and how the two variants answer."""
 
-    prompts: Files = Field(description="files of prompts, which all rounds share out")
+    prompts: Files = Field(description="prompt files, divided among all rounds")
     max_prompts: Numbers = Field(description="prompts of one round")
-    num_rounds: int = Field(gt=0, description="rounds that share the prompts; more would change what each one gets")
+    num_rounds: int = Field(gt=0, description="rounds that share the prompts; a change gives every round other prompts")
     temperatures: Temperatures = Field(description="divide the logits")
-    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens that hold this probability; 1: all")
-    top_k: int = Field(ge=0, description="draw among so many of the likeliest tokens; 0: all")
-    max_new_tokens: int = Field(gt=0, description="tokens of an answer at most, EOS included")
-    max_draws: int = Field(gt=0, description="times that the earlier variant draws where both have said the same")
+    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens with this total probability; 1: all")
+    top_k: int = Field(ge=0, description="draw among this many of the likeliest tokens; 0: all")
+    max_new_tokens: int = Field(gt=0, description="maximum tokens of an answer, EOS included")
+    max_draws: int = Field(gt=0, description="maximum draws of the earlier variant where both answers are the same")
     precision: Literal["fp32", "bf16"] = Field(description="weights and products")
-    max_rows: int = Field(gt=0, description="answers in the making at once; more need more memory")
+    max_rows: int = Field(gt=0, description="answers generated at once; more need more memory")
     guidelines: str = Field(min_length=1, description="directory of helpfulness.md and safety.md, for annotators")
 
 
@@ -79,7 +79,7 @@ class Variant(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A prompt and what its answers are wanted for."""
+    """A prompt and the kind of preference that its answers are for."""
 
     kind: Kind
     prompt: Prompt
@@ -127,12 +127,12 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def variants_of(place: Place, params: Params) -> tuple[Variant, Variant]:
-    """Return the two variants of a round. Raises ValueError when they are one model."""
+    """Return the two variants of a round. Raises ValueError when they are the same model."""
     newest, earlier = place.round.newest, place.round.earlier
     if Path(newest) == Path(earlier):
         raise ValueError(
             f"params.yaml: `rounds.{place.name}.newest` and `.earlier` are both {newest}: name an earlier checkpoint, "
-            "or each pair shows one model beside itself"
+            "or each pair compares a model with itself"
         )
     return (
         Variant("newest", newest, params.temperatures.newest),
@@ -143,12 +143,12 @@ def variants_of(place: Place, params: Params) -> tuple[Variant, Variant]:
 def prompts_of(place: Place, params: Params) -> list[Asked]:
     """Return the round's prompts of all kinds, in their files' order.
 
-    Raises ValueError for a round beyond those that share the prompts, and as `read_prompts`.
+    Raises ValueError for a round beyond those that share the prompts, and as `read_prompts` does.
     """
     if place.number >= params.num_rounds:
         raise ValueError(
-            f"params.yaml: `rounds.{place.name}`: the prompts are shared out among `responses.num_rounds` "
-            f"{params.num_rounds} rounds: raise it, and every round gets other prompts"
+            f"params.yaml: `rounds.{place.name}`: the prompts are divided among `responses.num_rounds` "
+            f"{params.num_rounds} rounds: raise it, which gives every round other prompts"
         )
     asked = []
     for kind in KINDS:
@@ -161,7 +161,7 @@ def prompts_of(place: Place, params: Params) -> list[Asked]:
 
 
 def slice_of(prompts: Sequence[Prompt], number: int, num_rounds: int, limit: int) -> list[Prompt]:
-    """Return the prompts of round `number`; of more than `limit` the first by another hash, in their order."""
+    """Return the prompts of round `number` in their order; if more than `limit`, the first by another hash."""
     own = [prompt for prompt in prompts if number_of(f"round {prompt.id}") % num_rounds == number]
     drawn = sorted(own, key=lambda prompt: number_of(f"use {prompt.id}"))[:limit]
     ids = {prompt.id for prompt in drawn}
@@ -169,7 +169,7 @@ def slice_of(prompts: Sequence[Prompt], number: int, num_rounds: int, limit: int
 
 
 def with_room(asked: Sequence[Asked], variant: Variant) -> list[Asked]:
-    """Return those whose prompt leaves room for an answer in a variant's context."""
+    """Return the prompts that leave room for an answer in a variant's context."""
     if not asked:
         return []
     config = read_config(Path(variant.model))
@@ -181,7 +181,7 @@ def with_room(asked: Sequence[Asked], variant: Variant) -> list[Asked]:
 def answer_twice(
     stage: Stage[Params], asked: Sequence[Asked], newest: Variant, earlier: Variant
 ) -> list[tuple[Answer, Answer]]:
-    """Return both variants' answers to each prompt; one model at a time is in memory."""
+    """Return both variants' answers to each prompt, with one model at a time in memory."""
     if not asked:
         return []
     prompts = [each.prompt for each in asked]
@@ -235,7 +235,7 @@ def answers_of(
 
 
 def pair_of(asked: Asked, answers: Sequence[Answer], round_name: str, seed: int) -> ResponsePair:
-    """Return a prompt with its answers in the order in which they are shown; a hash of seed and prompt draws it."""
+    """Return a prompt with its answers in the order shown, which a hash of seed and prompt decides."""
     prompt = asked.prompt
     swap = number_of(f"{seed} order {prompt.id}") % 2
     return {

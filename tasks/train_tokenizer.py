@@ -1,4 +1,4 @@
-"""Train the tokenizer: SentencePiece byte-pair encoding, as Llama 2's (LLaMA section 2.1, Llama 2 section 2.2.1).
+"""Train the tokenizer: SentencePiece byte-pair encoding, as in Llama 2 (LLaMA section 2.1, Llama 2 section 2.2.1).
 
 Numbers are split into digits, characters outside the vocabulary become bytes, and the text is not normalised.
 It learns from a seeded sample of every source, so that memory stays bounded however large the corpus is.
@@ -27,7 +27,7 @@ from tasks.running.places import DATA
 from tasks.running.stage import Stage, start
 
 DOCUMENTS = DATA / "clean" / "documents"
-ROWS_AT_ONCE = 256  # documents held in memory while reading; decides no result
+ROWS_AT_ONCE = 256  # documents held in memory while reading; doesn't affect the result
 
 
 class Params(Section):
@@ -35,10 +35,10 @@ class Params(Section):
 
     vocab_size: int = Field(gt=0, description="tokens in the vocabulary, the 256 bytes and 3 special tokens included")
     character_coverage: float = Field(
-        gt=0, le=1, description="share of the sample's characters that get a token; the rest is spelt in bytes"
+        gt=0, le=1, description="share of the sample's characters that get a token; the rest is spelt as bytes"
     )
-    max_bytes_per_source: int = Field(ge=1_000, description="text to learn from, in bytes of UTF-8 a source")
-    max_line_bytes: int = Field(ge=64, description="longer lines are cut at a space before learning, in bytes of UTF-8")
+    max_bytes_per_source: int = Field(ge=1_000, description="text to learn from, in UTF-8 bytes per source")
+    max_line_bytes: int = Field(ge=64, description="UTF-8 bytes; longer lines are cut at a space before learning")
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -62,11 +62,11 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def draw_sample(documents: Path, max_bytes: int, seed: int) -> dict[str, list[str]]:
-    """Return texts by source, drawn at random, of at most `max_bytes` of UTF-8 a source (the last is cut to fit).
+    """Return random texts by source, at most `max_bytes` of UTF-8 per source (the last text is cut to fit).
 
-    Every document has a random number made of the seed and its id; a source's smallest numbers are drawn until they
-    fill the bytes. So one pass is enough, only the sample is in memory, and neither the order of the documents nor how
-    they are spread over files matters.
+    Seed and id give every document a random number; a source's smallest numbers are drawn until they fill the bytes.
+    So one pass is enough, only the sample is in memory, and neither the order of the documents nor how they are spread
+    over files matters.
     """
     import pyarrow.parquet
 
@@ -97,9 +97,9 @@ def draw_sample(documents: Path, max_bytes: int, seed: int) -> dict[str, list[st
 
 
 def lines(sample: dict[str, list[str]], max_bytes: int) -> Iterator[str]:
-    """Yield the sample's lines, none longer than `max_bytes` of UTF-8: SentencePiece drops longer ones in silence.
+    """Yield the sample's lines, none longer than `max_bytes` of UTF-8: SentencePiece silently drops longer ones.
 
-    Line ends themselves are no part of a line, so a line end becomes the byte token `<0x0A>`, as in Llama.
+    Line ends are not part of a line, so a line end becomes the byte token `<0x0A>`, as in Llama.
     """
     for texts in sample.values():
         for text in texts:
@@ -118,8 +118,8 @@ def lines(sample: dict[str, list[str]], max_bytes: int) -> Iterator[str]:
 def train(sample: dict[str, list[str]], params: Params) -> bytes:
     """Return the trained tokenizer.model.
 
-    Raises ValueError, naming the parameter and the nearest size that is possible, when the vocabulary doesn't fit the
-    text: too large for the pairs it offers, or too small for its characters.
+    Raises ValueError, naming the parameter and the nearest possible size, when the vocabulary doesn't fit the text: too
+    large for the pairs it offers, or too small for its characters.
     """
     import sentencepiece
 
@@ -143,7 +143,7 @@ def train(sample: dict[str, list[str]], params: Params) -> bytes:
             eos_id=2,
             pad_id=-1,
             input_sentence_size=0,  # all lines: the sample is drawn above
-            num_threads=1,  # the file records it, and more threads are no faster for byte pairs
+            num_threads=1,  # the model file records it, and more threads don't speed up byte pairs
             minloglevel=2,
         )
     except RuntimeError as error:

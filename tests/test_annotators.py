@@ -230,7 +230,7 @@ def test_annotators_agree_more_the_clearer_a_pair_is():
 
 
 def test_thresholds_that_do_not_rise_too_few_annotators_and_an_unknown_prompt_are_refused():
-    with pytest.raises(ValidationError, match="thresholds must rise from `slightly` by `better` to `significantly`"):
+    with pytest.raises(ValidationError, match="thresholds must rise from `slightly` through `better` to `signific"):
         Thresholds(slightly=0.5, better=0.5, significantly=1)
     with pytest.raises(ValidationError, match="at least 3 items"):
         annotators(annotators={"anna": EXACT})

@@ -600,10 +600,10 @@ def test_malformed_rows_are_kept_and_too_many_stop_the_stage(scheduler, tmp_path
     assert "duplicates_recall" not in figures
     line = json.loads((tmp_path / "output" / "malformed.jsonl").read_text())
     assert (line["file"], line["row"], line["raw"]) == ("second.jsonl", 10, '{"text": "cut off')
-    assert line["error"].startswith("no JSON")
+    assert line["error"].startswith("invalid JSON")
     message = (
         "`clean.sources.second`: 1 of 11 rows are malformed, more than `clean.max_malformed_share` (0.05). "
-        "The first is row 10 of second.jsonl: no JSON"
+        "The first is row 10 of second.jsonl: invalid JSON"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         clean(tmp_path / "again", parameters(tmp_path / "corpus", max_malformed_share=0.05), scheduler)

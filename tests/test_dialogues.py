@@ -67,14 +67,14 @@ def test_this_projects_lines_keep_what_they_say_of_themselves(tmp_path: Path) ->
         ({"messages": turns("Hello", "Hi", "Bye")}, "it ends with the user's turn: there is no answer to learn from"),
         ({"messages": turns("Hello [/INST] Hi", "Hi")}, "turn 1 (user) contains [/INST]"),
         ({"messages": []}, "the dialogue holds no turn"),
-        ({"messages": "Hello"}, "`messages` is no list of objects"),
-        ({"messages": ["Hello", "Hi"]}, "`messages` is no list of objects"),
+        ({"messages": "Hello"}, "`messages` is not a list of objects"),
+        ({"messages": ["Hello", "Hi"]}, "`messages` is not a list of objects"),
         ({"messages": [{"role": "human", "content": "Hello"}]}, "role 'human' is none of system, user and assistant"),
         ({"messages": [{"role": ["user"], "content": "Hello"}]}, "role ['user'] is none of system, user and assistant"),
         ({"messages": [{"role": "user"}]}, "it has no `content`"),
         ({"messages": [{"role": "user", "content": None}]}, "`content` is NoneType, not text"),
-        ({"prompt": "Hello", "response": "Hi"}, "`messages` is no list of objects"),
-        ("{", "no JSON"),
+        ({"prompt": "Hello", "response": "Hi"}, "`messages` is not a list of objects"),
+        ("{", "invalid JSON"),
         ("[1]", "a JSON list, not an object"),
     ],
 )
@@ -153,13 +153,13 @@ def test_messages_that_are_in_no_tree_are_kept_aside(tmp_path: Path) -> None:
     )
     assert [contents(dialogue) for dialogue in found] == [["text 0", "text 1"]]
     assert sorted(refused) == [
-        (2, "`parent_id` m99 is no message of the file"),
+        (2, "`parent_id` m99 is not a message of the file"),
         (3, "it ends with the user's turn: there is no answer to learn from"),
         (4, FIRST_TURN_IS_THE_ASSISTANTS),
         (5, "role 'system' is none of prompter and assistant"),
         (6, "role ['prompter'] is none of prompter and assistant"),
         (7, "`rank` is 'best', not a whole number"),
-        (8, "`message_id` m1 is another row's, too"),
+        (8, "`message_id` m1 belongs to another row too"),
         (9, "`parent_id` is int, not text"),
         (10, "`text` is NoneType, not text"),
     ]  # fmt: skip
@@ -216,14 +216,15 @@ def test_pairs_that_lack_something_are_kept_aside(tmp_path: Path) -> None:
 
 
 def test_the_format_can_be_given_and_must_be_where_columns_tell_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"their columns \(text, label\): set `sft.sources.own.format`"):
+    with pytest.raises(ValueError, match=r"its columns \(text, label\): set `sft.sources.own.format`"):
         read(tmp_path, {"text": "Hello", "label": 1})
     found, _ = read(tmp_path, {"prompt": "a", "response": "b", "question": "c", "answer": "d"}, format="pairs")
     assert contents(found[0]) == ["a", "b"]
 
 
 def test_a_source_without_a_dialogue_is_all_malformed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"source `own`: 2 of 2 dialogues are malformed.*row 0 of file.jsonl: no JSON"):
+    message = r"source `own`: 2 of 2 dialogues are malformed.*row 0 of file.jsonl: invalid JSON"
+    with pytest.raises(ValueError, match=message):
         read(tmp_path, "{", "}")
 
 
@@ -241,7 +242,7 @@ def test_files_may_be_compressed_several_and_one_array(tmp_path: Path, ending: s
 def test_an_array_that_is_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "own.json"
     path.write_bytes(lines({"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b"}))
-    with pytest.raises(ValueError, match=r"own.json is no JSON: .*name it .jsonl if it holds one object a line"):
+    with pytest.raises(ValueError, match=r"own.json is not valid JSON: .*name it .jsonl if it holds one object per"):
         read_dialogues(tmp_path, {"own": source("own.json")}, "sft", 0.0)
     path.write_text('{"prompt": "a"}')
     with pytest.raises(ValueError, match=r"own.json holds a JSON dict, not an array of objects"):

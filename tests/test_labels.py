@@ -98,7 +98,7 @@ def test_several_labels_of_a_pair_need_their_annotators(tmp_path: Path, suffix: 
     labels = read_labels(write(tmp_path / f"safety{suffix}", nameless, row("b", "")), "safety", BATCH, IDS)
     assert [label.annotator for own in labels.by_pair.values() for label in own] == ["unknown", "unknown"]
     path = write(tmp_path / f"safety{suffix}", nameless, row(choice="right", annotator=""))
-    with pytest.raises(ValueError, match=r"is a second label of pair a without an `annotator`: name who has labelled"):
+    with pytest.raises(ValueError, match=r"is a second label of pair a without an `annotator`: name the annotators, "):
         read_labels(path, "safety", BATCH, IDS)
 
 
@@ -120,20 +120,20 @@ def test_a_label_that_says_nothing_known_does_not_count(tmp_path: Path, changes:
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
 def test_labels_of_another_batch_or_pair_stop_the_stage(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"safety{suffix}", row(), row("b", batch="v1-safety-ba9876543210"))
-    with pytest.raises(ValueError, match=rf"is a label of batch v1-safety-ba9876543210, and {BATCH} is expected"):
+    with pytest.raises(ValueError, match=rf"is a label of batch v1-safety-ba9876543210, but {BATCH} is expected"):
         read_labels(path, "safety", BATCH, IDS)
     write(path, row("z"))
-    with pytest.raises(ValueError, match=rf"is a label of pair 'z', which batch {BATCH} has not"):
+    with pytest.raises(ValueError, match=rf"is a label of pair 'z', which is not in batch {BATCH}"):
         read_labels(path, "safety", BATCH, IDS)
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("s.jsonl", "{\n", r"s.jsonl, line 1 is no JSON \(.*\): correct it"),
+        ("s.jsonl", "{\n", r"s.jsonl, line 1 is not valid JSON \(.*\): correct it"),
         ("s.jsonl", "[1]\n", r"s.jsonl, line 1 holds no JSON object: correct it"),
         ("s.csv", "id,choice\n", r"s.csv lacks the columns batch, degree; it has: id, choice"),
-        ("s.json", "{", r"s.json is no JSON \(.*\): export the project again, as JSON"),
+        ("s.json", "{", r"s.json is not valid JSON \(.*\): export the project again, as JSON"),
         ("s.json", "{}", r"s.json holds no list of tasks: export the project as JSON, not as another format"),
         ("s.json", '[{"id": "a", "choice": "left"}]', r"s.json, task 0 lacks `data` with `batch` and `id`"),
     ],
@@ -174,7 +174,7 @@ def test_labels_that_are_not_there_are_waited_for(tmp_path: Path) -> None:
         "helpfulness": folder / "helpfulness.csv", "safety": folder / "safety.json",
     }  # fmt: skip
     write(folder / "safety.csv")
-    with pytest.raises(ValueError, match=r"safety.csv and .*safety.json are both there: keep one of them"):
+    with pytest.raises(ValueError, match=r"safety.csv and .*safety.json both exist: keep one of them"):
         find_labels(tmp_path, "v1", batches)
     assert find_labels(tmp_path, "v2", {}) == {}
 

@@ -115,16 +115,16 @@ def test_this_projects_own_pairs_keep_what_they_say_of_themselves(tmp_path: Path
     ("good", "row", "reason"),
     [
         (GOOD, {**GOOD, "chosen": transcript("Hallo", "Hi")}, "the two transcripts differ before the last turn"),
-        (GOOD, {**GOOD, "chosen": "Hello"}, "`chosen` is no transcript that begins with `Human:`"),
-        (GOOD, {**GOOD, "rejected": transcript("Hello")}, "`rejected` is no transcript"),
-        (GOOD, {**GOOD, "rejected": transcript("Hello", "Hi", "Bye")}, "`rejected` is no transcript"),
+        (GOOD, {**GOOD, "chosen": "Hello"}, "`chosen` is not a transcript that begins with `Human:`"),
+        (GOOD, {**GOOD, "rejected": transcript("Hello")}, "`rejected` is not a transcript"),
+        (GOOD, {**GOOD, "rejected": transcript("Hello", "Hi", "Bye")}, "`rejected` is not a transcript"),
         (GOOD, {"chosen": None, "rejected": "x"}, "`chosen` is NoneType, not text"),
         (
             GOOD,
             {side: f"\n\nAssistant: Hi{transcript('Hello', side)}" for side in GOOD},
             "turn 1 is the assistant's, and it is the user's turn",
         ),
-        (GOOD, "{", "no JSON"),
+        (GOOD, "{", "invalid JSON"),
         (compared(1, 1, 1), compared(1, 1, 3), "`annotator3` is 3, which is none of 0, 1 and 2"),
         (compared(1, 1, 1), compared(1, 1, 1, response1=True), "`response1` is bool, not text"),
         (
@@ -135,7 +135,7 @@ def test_this_projects_own_pairs_keep_what_they_say_of_themselves(tmp_path: Path
         (
             {"messages": turns("Hello"), "chosen": "Hi", "rejected": "No"},
             {"messages": "Hello", "chosen": "Hi", "rejected": "No"},
-            "`messages` is no list of objects",
+            "`messages` is not a list of objects",
         ),
         (
             {"messages": turns("Hello"), "chosen": "Hi", "rejected": "No"},
@@ -145,7 +145,7 @@ def test_this_projects_own_pairs_keep_what_they_say_of_themselves(tmp_path: Path
         (
             {"messages": turns("Hello"), "chosen": "Hi", "rejected": "No"},
             {"messages": turns("Hello"), "chosen": "Hi", "rejected": "No", "chosen_safe": "yes"},
-            "`chosen_safe` is 'yes', which is no bool",
+            "`chosen_safe` is 'yes', not a bool",
         ),
     ],
 )
@@ -163,7 +163,7 @@ def test_too_many_malformed_rows_stop_the_stage(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"source `own`: 2 of 9 rows are malformed, more than `preferences.max_malformed_share` 0.2; the first is "
-        r"row 7 of file.jsonl: no JSON",
+        r"row 7 of file.jsonl: invalid JSON",
     ):
         read(tmp_path, *rows, share=0.2)
 
@@ -171,7 +171,7 @@ def test_too_many_malformed_rows_stop_the_stage(tmp_path: Path) -> None:
 def test_a_form_that_cant_be_told_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"file.jsonl: what its rows are can't be told from their columns \(better, worse\): set "
+        match=r"file.jsonl: its format can't be inferred from its columns \(better, worse\): set "
         r"`preferences.sources.own.format`",
     ):
         read(tmp_path, {"better": "a", "worse": "b"})

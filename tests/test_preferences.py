@@ -322,7 +322,7 @@ def test_public_files_may_be_called_train_and_validation(place: Path) -> None:
 
 
 def test_batches_that_are_no_directory_are_named(place: Path) -> None:
-    with pytest.raises(ValueError, match=r"params.yaml: `rounds.*.batches` is gone, which is no directory"):
+    with pytest.raises(ValueError, match=r"params.yaml: `rounds.*.batches` is gone, which is not a directory"):
         read_earlier(Path("gone"), Params.model_validate(values_of()))
 
 
@@ -338,7 +338,7 @@ def test_a_batch_with_all_labels_one_way_stops_the_stage() -> None:
     varied = [Label(number % 2, ("better", "slightly")[number % 3 % 2], None, "ann") for number in range(40)]  # type: ignore[arg-type]
     check_varied(batch_with(varied), 20)
     left = [label._replace(choice=0) for label in varied]
-    with pytest.raises(ValueError, match=r"batch v1-safety-0: all 40 labels choose the left answer, and which stands"):
+    with pytest.raises(ValueError, match=r"batch v1-safety-0: all 40 labels choose the left answer, although the"):
         check_varied(batch_with(left), 20)
     right = [label._replace(choice=1) for label in varied]
     with pytest.raises(ValueError, match=r"all 40 labels choose the right answer"):

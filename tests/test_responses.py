@@ -111,7 +111,7 @@ def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
     second = [each.prompt.id for each in prompts_of(Place("v2", 1, own), params)]
     assert sorted(before + second) == sorted([f"p{number}" for number in range(12)] + [f"s{n}" for n in range(6)])
     with pytest.raises(
-        ValueError, match=r"params.yaml: `rounds.v3`: the prompts are shared out among `responses.num_rounds` 2 rounds"
+        ValueError, match=r"params.yaml: `rounds.v3`: the prompts are divided among `responses.num_rounds` 2 rounds"
     ):
         prompts_of(Place("v3", 2, own), params)
 
@@ -134,7 +134,7 @@ def test_a_rounds_number_is_in_its_name(place: Path) -> None:
     write_rounds(Path("a"), Path("b"), v4={"newest": "c", "earlier": "a", "batches": "data/preferences/v1"})
     assert round_of("responses@v4").number == 3  # whichever rounds stand before it
     write_rounds(Path("a"), Path("b"), final={"newest": "c", "earlier": "a", "batches": "data/preferences/v1"})
-    with pytest.raises(ValueError, match=r"`final` is no name of a round: call them v1, v2 and so on, in their order"):
+    with pytest.raises(ValueError, match=r"`final` is not a round's name: call rounds v1, v2 and so on"):
         round_of("responses@final")
 
 
@@ -175,14 +175,14 @@ def test_prompts_of_other_shapes_are_read() -> None:
             '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}',
             "it ends with an answer: there is nothing to answer",
         ),
-        ('{"id": "p0", "prompt": "x"}', "its id p0 is another prompt's, too"),
+        ('{"id": "p0", "prompt": "x"}', "its id p0 belongs to another prompt too"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(line: str, message: str, tmp_path: Path) -> None:
     write_prompts(tmp_path / "asked.jsonl", [asked(0)])
     with (tmp_path / "asked.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=rf"asked\.jsonl, line 2 is no prompt: {message}"):
+    with pytest.raises(ValueError, match=rf"asked\.jsonl, line 2 is not a prompt: {message}"):
         read_prompts([tmp_path / "asked.jsonl"], "responses.prompts.safety")
 
 

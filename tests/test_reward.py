@@ -335,10 +335,10 @@ def test_nothing_to_train_or_validate_on_is_refused(place: Path) -> None:
 def test_a_file_that_is_missing_or_no_preferences_is_named(place: Path) -> None:
     path = Path("data/preferences/v1/train.jsonl")
     path.write_text(json.dumps(preference(1)) + "\n" + json.dumps({**preference(2), "degree": "hardly"}) + "\n")
-    with pytest.raises(ValueError, match=r"train.jsonl, line 2 is no preference: `degree`: Input should be 'signif"):
+    with pytest.raises(ValueError, match=r"train.jsonl, line 2 is not a preference: `degree`: Input should be 's"):
         run(stage_of())
     path.write_text("{\n")
-    with pytest.raises(ValueError, match=r"train.jsonl, line 1 is no preference: Invalid JSON"):
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1 is not a preference: Invalid JSON"):
         run(stage_of())
     path.unlink()
     with pytest.raises(ValueError, match=r"v1/train.jsonl is missing: run the stage `preferences` first"):

@@ -158,13 +158,13 @@ def test_malformed_json_lines_are_kept_with_their_row_and_the_rest_is_read(tmp_p
     assert [item.row for item in items if isinstance(item, Document)] == [0, 8]
     errors = [item.error for item in items if isinstance(item, Malformed)]
     expected = [
-        "no JSON",
+        "invalid JSON",
         "a JSON list",
         "no field `text`",
         "`text` is empty",
         "`text` is int",
-        "no JSON",
-        "half a char",
+        "invalid JSON",
+        "lone surrog",
     ]
     assert all(part in error for part, error in zip(expected, errors, strict=True)), errors
     assert items[1].raw == "{broken"
@@ -179,7 +179,7 @@ def test_malformed_csv_rows_are_kept_with_their_lines(tmp_path):
     ]  # fmt: skip
     assert [item.raw for item in items[1:5]] == ["2", '3,"no"quote', "4,\\xff", "5,"]
     assert "1 columns, the header has 2" in items[1].error
-    assert "no CSV" in items[2].error
+    assert "invalid CSV" in items[2].error
     assert items[5].text == "two\nlines"
 
 
@@ -189,7 +189,7 @@ def test_a_null_in_parquet_and_an_undecodable_text_file_are_malformed(tmp_path):
     (tmp_path / "c.txt").write_bytes(b"\n\n")
     items = rows_of(tmp_path, "a.parquet", "b.txt", "c.txt")
     assert [type(item) for item in items] == [Document, Malformed, Malformed, Malformed]
-    assert [item.error[:12] for item in items[1:]] == ["`text` is No", "no UTF-8: 'u", "the file hol"]
+    assert [item.error[:12] for item in items[1:]] == ["`text` is No", "invalid UTF-", "the file hol"]
     assert items[2].raw == "caf\\xe9"
 
 
@@ -228,8 +228,8 @@ def test_reading_goes_no_further_than_what_is_asked_for(tmp_path):
         ("a.jsonl", json_lines(["x"], "body"), {}, "has no column `text`; it has: body, other. Set `text_field`"),
         ("a.csv", b"id,body\n1,x\n", {}, "has no column `text`; it has: id, body. Set `text_field`"),
         ("a.parquet", parquet(TEXTS), {"text_field": "m"}, "has no column `m`; it has: text, n. Set `text_field`"),
-        ("a.parquet", b"no parquet at all", {}, "a.parquet is no readable Parquet file"),
-        ("a.warc", b"no warc at all\r\n\r\n", {}, "a.warc is no readable WARC file"),
+        ("a.parquet", b"no parquet at all", {}, "a.parquet is not a readable Parquet file"),
+        ("a.warc", b"no warc at all\r\n\r\n", {}, "a.warc is not a readable WARC file"),
         (
             "a.jsonl.gz",
             gzip.compress(json_lines(TEXTS * 99), mtime=0)[:-9],
@@ -237,7 +237,7 @@ def test_reading_goes_no_further_than_what_is_asked_for(tmp_path):
             "Truncated compressed stream): it may be damaged",
         ),
         ("a.jsonl.zst", pack(json_lines(TEXTS), ".zst")[:-3], {}, "Truncated compressed stream): it may be damaged"),
-        ("a.docx", b"x", {}, "the format of a.docx can't be told from its name (known: .jsonl"),
+        ("a.docx", b"x", {}, "the format of a.docx can't be inferred from its name (known: .jsonl"),
         ("a.jsonl", json_lines(TEXTS), {"text_field": None}, "`clean.sources.own.text_field` is null, but"),
     ],
 )
@@ -261,7 +261,7 @@ def test_a_pattern_that_leads_nowhere_or_outside_is_refused(tmp_path, pattern, m
 
 
 def test_a_missing_root_is_named(tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"`clean.root`: {tmp_path / 'none'} is no directory")):
+    with pytest.raises(ValueError, match=re.escape(f"`clean.root`: {tmp_path / 'none'} is not a directory")):
         find_files(tmp_path / "none", {"own": source("*")}, "clean")
 
 

@@ -256,8 +256,8 @@ def test_a_share_of_none_or_all_is_exact():
 @pytest.mark.parametrize(
     ("share", "message"),
     [
-        (1e-9, "validation_share` is 1e-09, and of the source's 3 documents none is held out: raise it"),
-        (1 - 1e-9, "validation_share` is 1, and of the source's 3 documents none is left to train on: lower it"),
+        (1e-9, "validation_share` is 1e-09, but none of the source's 3 documents is held out: raise it"),
+        (1 - 1e-9, "validation_share` is 1, but none of the source's 3 documents is left to train on: lower it"),
     ],
 )
 def test_a_source_that_the_split_leaves_empty_is_named(share, message):

@@ -421,7 +421,7 @@ def test_more_documents_than_the_wordings_give_are_refused():
 
 
 def test_more_dirt_than_documents_is_refused():
-    with pytest.raises(ValueError, match=r"`world.dirt` wants 2 more clean documents, 1 are left: lower a share"):
+    with pytest.raises(ValueError, match=r"`world.dirt` needs 2 more clean documents but finds 1: lower a share"):
         chosen([Document("clean"), Document("dirty", [{"kind": "toxic"}])], 2, random.Random(0))
 
 

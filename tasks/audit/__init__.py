@@ -1,1 +1,1 @@
-"""The stage `audit`: who and what the cleaned corpus speaks of, how toxic it is, in which languages."""
+"""Stage `audit`: whom and what the cleaned corpus mentions, how toxic it is, in which languages."""

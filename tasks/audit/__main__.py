@@ -30,9 +30,9 @@ from tasks.workers.cluster import dask_client
 class Toxicity(Section):
     """How documents are scored."""
 
-    languages: list[str] = Field(min_length=1, description="languages of the documents scored: the classifier's")
+    languages: list[str] = Field(min_length=1, description="the classifier's languages; only such documents are scored")
     sample: float = Field(gt=0, le=1, description="share of these documents that are scored")
-    threshold: float = Field(gt=0, lt=1, description="score from which on a document or a window counts as toxic")
+    threshold: float = Field(gt=0, lt=1, description="score at which a document or a window counts as toxic")
     num_bins: int = Field(gt=1, le=100, description="bins of the histogram of scores")
     window_words: int = Field(gt=0, description="longest piece of a sentence that is scored at once, in words")
 
@@ -49,7 +49,7 @@ class Params(Section):
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
-    """Audit the corpus and return the shares, over all sources and of each."""
+    """Audit the corpus and return the shares, over all sources and for each."""
     params = stage.params
     terms = mentions.read_terms(Path(params.terms))
     texts, labels = toxicity.read_labelled(Path(params.classifier.labels))
@@ -78,7 +78,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def count(stage: Stage[Params], client: Any, parts: list[Path], terms: list[mentions.Term]) -> tuple[Counts, list[str]]:
-    """Return the counts of all parts without toxicity, and the sentences drawn as the classifier's background.
+    """Return the counts of all parts except toxicity, and the sentences drawn as the classifier's background.
 
     Raises ValueError when the corpus has no documents.
     """
@@ -117,7 +117,7 @@ def make_classifier(
         held_out = score(texts)
     else:
         known = {toxicity.key(text) for text in texts}
-        # a sentence that is labelled must not come back as background: that would undo the hold-out
+        # a labelled sentence must not be in the background too: that would undo the hold-out
         background = [text for text in background if toxicity.key(text) not in known]
         held_out = toxicity.cross_validate(texts, labels, background, params, stage.seed)
         model = toxicity.train(texts, labels, background, params, stage.seed)
@@ -128,7 +128,7 @@ def make_classifier(
 
 
 def score_documents(stage: Stage[Params], client: Any, parts: list[Path], score: toxicity.Score) -> Counts:
-    """Return how many documents of all parts got which toxicity score."""
+    """Return how many documents of all parts have which toxicity score."""
     params = stage.params
     shared = toxicity.Scoring(
         score=score,

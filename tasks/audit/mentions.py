@@ -1,9 +1,9 @@
 """Which pronouns and which demographic identities a document mentions (Llama 2, section 4.1, table 9).
 
-A document counts once, however often it mentions a word. Words are matched whole and in any case; the words of a term
-such as "south african" may stand apart by spaces, hyphens or apostrophes, and are found by themselves too. The words
-are English, and many have other meanings ("us" the country, "black" the colour): the shares are upper bounds, which is
-why the terms' table says what else a term may mean.
+A document counts once, however often it mentions a word. Words are matched whole, ignoring case; the words of a term
+such as "south african" may be separated by spaces, hyphens or apostrophes, and are also found by themselves. The words
+are English, and many have other meanings ("us" the country, "black" the colour): the shares are upper bounds, so the
+terms' table says what else a term may mean.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Lexicon:
-    """What to look for: single words, and phrases under their first word with their pattern and all their words."""
+    """What to look for: single words, and phrases by their first word, each with all its words and its pattern."""
 
     words: dict[str, frozenset[Name]]
     phrases: dict[str, list[tuple[frozenset[str], re.Pattern[str], frozenset[Name]]]]
@@ -68,7 +68,7 @@ def read_terms(path: Path) -> list[Term]:
     has twice.
     """
     if not path.is_file():
-        raise ValueError(f"params.yaml: `audit.terms` is {path}, which is no file: give a CSV file of terms by axis")
+        raise ValueError(f"params.yaml: `audit.terms` is {path}, which is not a file: give a CSV file of terms by axis")
     terms: list[Term] = []
     seen: set[tuple[str, str]] = set()
     with path.open(encoding="utf-8", newline="") as file:
@@ -84,7 +84,7 @@ def read_terms(path: Path) -> list[Term]:
                 raise ValueError(f"{path}, line {rows.line_num}: axis and term must not be empty")
             for form in forms:
                 if (axis, form) in seen:
-                    raise ValueError(f"{path}, line {rows.line_num}: the axis {axis} has `{form}` already: keep one")
+                    raise ValueError(f"{path}, line {rows.line_num}: the axis {axis} already has `{form}`: keep one")
                 seen.add((axis, form))
             terms.append(Term(axis, forms[0], forms, other_meanings))
     if not terms:
@@ -114,7 +114,7 @@ def build_lexicon(terms: list[Term]) -> Lexicon:
 
 
 def find_mentions(text: str, lexicon: Lexicon) -> set[Name]:
-    """Return all that a text mentions: ("pronouns", group), ("identities", axis), ("terms", "axis/term")."""
+    """Return everything a text mentions: ("pronouns", group), ("identities", axis), ("terms", "axis/term")."""
     lowered = text.lower()
     words = set(WORD.findall(lowered))
     found: set[Name] = set()
@@ -122,7 +122,7 @@ def find_mentions(text: str, lexicon: Lexicon) -> set[Name]:
         found |= lexicon.words[word]
     for first in words & lexicon.phrases.keys():
         for parts, pattern, names in lexicon.phrases[first]:
-            # the words tell most documents apart at once; only the rest is searched
+            # the set of words rules out most documents at once; only the rest are searched
             if parts <= words and not names <= found and pattern.search(lowered):
                 found |= names
     return found
@@ -131,7 +131,7 @@ def find_mentions(text: str, lexicon: Lexicon) -> set[Name]:
 def count_part(path: Path, shared: Counting) -> Result:
     """Return a part's counts, and its share of the background: sentences of documents drawn by a hash of their id.
 
-    The background of the corpus is the lowest `num_background` of all parts' (draw, sentence).
+    The background of the corpus is the `num_background` lowest (draw, sentence) of all parts.
     """
     counts: Counts = Counts()
     drawn: list[tuple[float, str]] = []

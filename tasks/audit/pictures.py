@@ -40,7 +40,7 @@ def _label(name: str) -> str:
 
 
 def _percent(share: float) -> str:
-    """Three digits at most; less than what they show is told from nothing."""
+    """Format a share in percent, with at most three digits; a tiny share is distinguished from 0."""
     percent = 100 * share
     if percent == 0:
         return "0"
@@ -48,7 +48,7 @@ def _percent(share: float) -> str:
 
 
 def _bars(axes: Any, names: list[str], shares: list[float], colour: str = BAR) -> None:
-    """Horizontal bars in percent, the first on top, each with its value."""
+    """Draw horizontal bars in percent, the first on top, each with its value."""
     positions = np.arange(len(names))
     axes.barh(positions, [100 * share for share in shares], color=colour)
     axes.set_yticks(positions, [_label(name) for name in names])
@@ -60,7 +60,7 @@ def _bars(axes: Any, names: list[str], shares: list[float], colour: str = BAR) -
 
 
 def _plot_shares(table: pd.DataFrame, column: str, title: str, path: Path) -> None:
-    """Bars over all sources, sorted; beside them, in the same order, the shares of each source."""
+    """Plot sorted bars over all sources; beside them, in the same order, the shares of each source."""
     everywhere = table[table["source"] == EVERYWHERE].sort_values("share", ascending=False, kind="stable")
     names = everywhere[column].tolist()
     sources = [source for source in table["source"].drop_duplicates() if source != EVERYWHERE]
@@ -86,7 +86,7 @@ def _plot_shares(table: pd.DataFrame, column: str, title: str, path: Path) -> No
 
 
 def _plot_terms(terms: pd.DataFrame, path: Path) -> None:
-    """The top terms of each axis over all sources; a star marks those that have other meanings too."""
+    """Plot the top terms of each axis over all sources; a star marks those that have other meanings too."""
     everywhere = terms[terms["source"] == EVERYWHERE]
     groups = list(everywhere.groupby("axis", sort=False))
     heights = [len(group) + 1.5 for _, group in groups]
@@ -104,7 +104,7 @@ def _plot_terms(terms: pd.DataFrame, path: Path) -> None:
 
 
 def _plot_toxicity(histogram: pd.DataFrame, toxicity: pd.DataFrame, threshold: float, auc: str, path: Path) -> None:
-    """The histogram of document scores on a logarithmic scale, and each source's share above the threshold."""
+    """Plot the histogram of document scores on a logarithmic scale, and each source's share above the threshold."""
     everywhere = histogram[histogram["source"] == EVERYWHERE]
     starts = everywhere["score"].astype(float).to_numpy()
     width = 1 / len(starts)
@@ -118,7 +118,7 @@ def _plot_toxicity(histogram: pd.DataFrame, toxicity: pd.DataFrame, threshold: f
         )
         left.axvline(threshold, color="black", linestyle="--", linewidth=1)
         left.set_yscale("log")
-        left.yaxis.set_major_formatter("{x:g}")  # the scale's own writes formulas
+        left.yaxis.set_major_formatter("{x:g}")  # the log scale's own formatter writes powers of ten
         left.yaxis.set_minor_formatter("")
         left.set(
             xlim=(0, 1), xlabel="score of the document: mean of its sentences", ylabel="% of the documents scored (log)"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 KIND_OF = {group: kind for kind, groups in PRONOUNS.items() for group in (*groups, f"any_{kind}")}
 ALL_DOCUMENTS = ("documents", "")
 SCORED_DOCUMENTS = ("toxicity", "scored")
-PLOTTED = {  # tables of shares, and the column that names what a bar stands for
+PLOTTED = {  # tables of shares -> the column that names what a bar stands for
     "pronouns": "group",
     "identities": "axis",
     "identity_terms": "term",
@@ -43,7 +43,7 @@ PLOTS = {  # those that the report shows
 
 
 def add_up(counts: Counts) -> Counts:
-    """Return the counts with those of all sources together, under the source `all`."""
+    """Return the counts, with those of all sources together added under the source `all`."""
     total = Counts(counts)
     for (_, measure, name), number in counts.items():
         total[EVERYWHERE, measure, name] += number
@@ -53,9 +53,9 @@ def add_up(counts: Counts) -> Counts:
 def shares(
     counts: Counts, measure: str, names: Iterable[str], column: str, of: tuple[str, str] = ALL_DOCUMENTS
 ) -> pd.DataFrame:
-    """Return the columns source, `column` (the name), documents, share: `all` first, then the largest source.
+    """Return the columns source, `column` (the name), documents, share: `all` first, then sources by size.
 
-    A source in which the share's denominator `of` is nought has no rows: there is no share to tell.
+    A source whose denominator `of` is zero has no rows: its share is undefined.
     """
     import pandas as pd
 
@@ -74,7 +74,7 @@ def tabulate(counts: Counts, terms: list[Term], num_bins: int) -> dict[str, pd.D
     """Return the audit's tables by name, from counts that hold their sum.
 
     `share_of_group` is the share among the documents that mention anything of the kind or axis: the paper's table 9
-    gives pronouns and terms in this way, the axes as shares of all documents.
+    gives pronouns and terms this way, and axes as shares of all documents.
     """
     pronouns = shares(counts, "pronouns", KIND_OF, "group")
     pronouns.insert(1, "kind", pronouns["group"].map(KIND_OF))
@@ -117,7 +117,7 @@ def _most_first(table: pd.DataFrame, within: list[str]) -> pd.DataFrame:
 
 
 def figures(counts: Counts, tables: dict[str, pd.DataFrame]) -> dict[str, float]:
-    """Return the metrics: over all sources, and below `source/<source>/` for each."""
+    """Return the metrics: over all sources, and under `source/<source>/` for each."""
     result: dict[str, float] = {}
     for source in tables["pronouns"]["source"].unique():
         result[f"{_prefix(source)}documents"] = counts[source, *ALL_DOCUMENTS]
@@ -142,7 +142,7 @@ def top_terms(mentions: pd.DataFrame, number: int) -> pd.DataFrame:
 
 
 def write_plots(stage: Stage[Any], tables: dict[str, pd.DataFrame]) -> None:
-    """Write plots/NAME.csv over all sources, and plots/NAME_by_source.csv, whose `bar` names both."""
+    """Write plots/NAME.csv over all sources, and plots/NAME_by_source.csv, whose `bar` combines source and name."""
     for name, column in PLOTTED.items():
         table = tables[name]
         everywhere = table["source"] == EVERYWHERE

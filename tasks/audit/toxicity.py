@@ -3,12 +3,12 @@
 The paper scores each line of a document with HateBERT tuned on ToxiGen, and a document by the mean of its lines, in
 English only. Here the classifier is trained on labelled sentences (TF-IDF of words and of characters, calibrated
 logistic regression) or is any Hugging Face sequence classifier; it reads short windows, since it learned from
-sentences. The mean stays: a maximum grows with a document's length alone, so on a classifier with false alarms it
-measures length. How many documents have any toxic window is counted beside it.
+sentences. The mean is kept: a maximum grows with a document's length, so with a classifier that has false positives it
+measures length. Documents with any toxic window are counted as well.
 
-Labelled sentences are about sensitive things only; of ordinary prose a classifier trained on them knows nothing and
-calls a third of it toxic (measured: C4, ToxiGen). So ordinary sentences of the corpus itself, its background, are added
-as neutral ones. The few toxic ones among them cost little. The held-out figures are on labelled sentences alone.
+Labelled sentences are only about sensitive subjects; a classifier trained on them alone knows nothing of ordinary prose
+and calls a third of it toxic (measured: C4, ToxiGen). So ordinary sentences of the corpus itself, the background, are
+added as neutral ones. The few toxic ones among them do little harm. Held-out figures are on labelled sentences alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Classifier(Section):
 
     path: str = Field(
         min_length=1,
-        description="directory of a Hugging Face sequence classifier; data/seeds/none: one is trained on `labels`",
+        description="directory of a Hugging Face sequence classifier; data/seeds/none: train one on `labels`",
     )
     toxic_label: int = Field(ge=0, description="which output of the loaded classifier means toxic, counted from 0")
     batch_size: int = Field(gt=0, description="sentences that the loaded classifier scores at once")
@@ -56,9 +56,9 @@ class Classifier(Section):
     num_background: int = Field(ge=0, description="sentences of the corpus that are added to the neutral ones")
     word_ngram: int = Field(gt=0, description="longest n-gram of words")
     character_ngrams: tuple[int, int] = Field(description="shortest and longest n-gram of characters, within words")
-    min_sentences: int = Field(gt=0, description="sentences that an n-gram must occur in to be used")
+    min_sentences: int = Field(gt=0, description="sentences in which an n-gram must occur to be used")
     inverse_regularization: float = Field(gt=0, description="C of scikit-learn's LogisticRegression")
-    num_folds: int = Field(ge=2, description="folds of the cross-validation that the held-out figures come from")
+    num_folds: int = Field(ge=2, description="folds of the cross-validation behind the held-out figures")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read_labelled(path: Path) -> tuple[list[str], Integers]:
         rows = _read_csv(path)
     else:
         raise ValueError(
-            f"params.yaml: `audit.classifier.labels` is {path}, which is not there: name a file or directory"
+            f"params.yaml: `audit.classifier.labels` is {path}, which doesn't exist: name a file or directory"
         )
     labelled: dict[str, tuple[str, int]] = {}
     for place, text, label in rows:
@@ -129,7 +129,7 @@ def _read_toxigen(path: Path, kind: str, label: int) -> list[tuple[str, str, int
 
 
 def key(text: str) -> str:
-    """Return what makes two sentences the same: their words, in any case."""
+    """Return the key by which two sentences are the same: their words, in lower case."""
     return " ".join(text.lower().split())
 
 
@@ -148,7 +148,7 @@ def train(texts: list[str], labels: Integers, background: list[str], params: Cla
     characters = TfidfVectorizer(
         analyzer="char_wb", ngram_range=params.character_ngrams, min_df=params.min_sentences, sublinear_tf=True
     )
-    # the dual is solved in a fiftieth of the time, with fewer sentences than n-grams
+    # with fewer sentences than n-grams, the dual is solved in a fiftieth of the time
     regression = LogisticRegression(C=params.inverse_regularization, solver="liblinear", dual=True, random_state=seed)
     folds = StratifiedKFold(params.num_folds, shuffle=True, random_state=seed)
     calibrated = CalibratedClassifierCV(regression, method="sigmoid", cv=folds, ensemble=False)
@@ -164,7 +164,7 @@ def cross_validate(texts: list[str], labels: Integers, background: list[str], pa
     from sklearn.model_selection import StratifiedKFold
 
     rarest = int(np.bincount(labels).min())
-    # every fold's classifier is calibrated on folds of its own, from what is left to it
+    # every fold's classifier is in turn calibrated by folds within its training sentences
     if rarest - -(-rarest // params.num_folds) < params.num_folds:
         raise ValueError(
             f"{params.labels} has {rarest} different sentences of one label: too few for `audit.classifier.num_folds` "
@@ -198,7 +198,7 @@ def assess(labels: Integers, probabilities: Floats) -> dict[str, float]:
 def auc_interval(auc: float, num_toxic: int, num_other: int) -> tuple[float, float]:
     """Return the 95% confidence interval of an AUC (Newcombe 2006, part 2, method 5).
 
-    It solves |auc - x| = 1.96 * standard error at x, so that it has a width at an AUC of 1 too.
+    It solves |auc - x| = 1.96 * standard error at x, so it has a width even at an AUC of 1.
     """
     from scipy.optimize import brentq  # type: ignore[import-untyped]
 
@@ -207,7 +207,7 @@ def auc_interval(auc: float, num_toxic: int, num_other: int) -> tuple[float, flo
         variance = x * (1 - x) * (1 + size * ((1 - x) / (2 - x) + x / (1 + x))) / (num_toxic * num_other)
         return float(x - auc + sign * NORMAL_QUANTILE * np.sqrt(variance))
 
-    # at 0 and 1 the error vanishes too: those are no bounds
+    # the error also vanishes at 0 and 1, which are not bounds
     edge = 1e-12
     low = brentq(distance, 0.0, min(auc, 1 - edge), (1.0,)) if auc > 0 else 0.0
     high = brentq(distance, max(auc, edge), 1.0, (-1.0,)) if auc < 1 else 1.0
@@ -215,11 +215,11 @@ def auc_interval(auc: float, num_toxic: int, num_other: int) -> tuple[float, flo
 
 
 def save_classifier(model: Any, path: Path) -> None:
-    """Write the classifier as skops does, but the same bytes for the same classifier.
+    """Write the classifier as skops does, but with the same bytes for the same classifier.
 
-    skops names objects by their addresses in memory and dates its archive, scikit-learn notes an address in each
-    vectorizer: all differ from run to run. To `skops.io.load` it, trust the types that
-    `skops.io.get_untrusted_types` names, after a look: they are scikit-learn's own, of calibration and folds.
+    skops names objects by their memory addresses and dates its archive, and scikit-learn stores an address in each
+    vectorizer: all differ from run to run. To load it with `skops.io.load`, check and trust the types that
+    `skops.io.get_untrusted_types` names: they are scikit-learn's own, for calibration and folds.
     """
     import skops.io
 
@@ -249,7 +249,7 @@ def score_trained(texts: list[str], model: Any) -> Floats:
     return probabilities
 
 
-# --- a classifier of others ---
+# --- a loaded classifier ---
 
 
 def check_loaded(params: Classifier) -> None:
@@ -317,7 +317,7 @@ def score_loaded(texts: list[str], path: str, toxic_label: int, batch_size: int)
 
 
 def windows(text: str, max_words: int) -> list[str]:
-    """Return a text's sentences and lines, those that are longer than `max_words` in pieces."""
+    """Return a text's sentences and lines, cut into pieces of at most `max_words`."""
     result = []
     for sentence in SENTENCE_END.split(text):
         words = sentence.split()

@@ -1,1 +1,1 @@
-"""Stage `clean`: from outside files to the documents worth learning from, each rejected one kept with its rule."""
+"""Stage `clean`: from external files to the documents worth learning from; rejected ones are kept with their rule."""

@@ -7,10 +7,10 @@ Reads the files that `clean.sources` names below `clean.root`. Writes, below dat
 - malformed.jsonl              rows that hold no readable document: file, row, error, raw
 - plots/funnel.csv             documents of each source that are left after each rule
 
-Three steps on Dask, none of which holds more of the corpus than one partition a worker: judge each document by itself
-and sign it; find duplicates from the signatures; part kept from rejected. The result depends on neither the number of
-workers nor the size of a partition. A run that was killed goes on from the partitions that it has finished in a step;
-only the search for duplicates, the shortest, is one piece.
+Three steps on Dask, each of which holds at most one partition of the corpus per worker: judge each document by itself
+and compute its signature; find duplicates from the signatures; separate kept from rejected documents. The result
+depends on neither the number of workers nor the size of a partition. A killed run resumes from the partitions finished
+in a step; only the search for duplicates, the shortest step, restarts as a whole.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def check(params: Params) -> None:
-    """Raise ValueError for rules that a source names but that don't exist, and for languages that nobody can tell."""
+    """Raise ValueError for rules that a source names but don't exist, and for languages that can't be identified."""
     for name, source in params.sources.items():
         if source.rules not in params.rules:
             raise ValueError(
@@ -166,7 +166,7 @@ def check_malformed(parts: Sequence[Part], params: Params) -> None:
             raise ValueError(
                 f"`clean.sources.{name}`: {num_malformed} of {num_rows} rows are malformed, more than "
                 f"`clean.max_malformed_share` ({params.max_malformed_share:g}). The first is row {first.row} of "
-                f"{first.file}: {first.error}. Mend the file, or raise the share"
+                f"{first.file}: {first.error}. Fix the file, or raise the share"
             )
 
 

@@ -3,7 +3,7 @@
 Texts never travel. Each document leaves a signature of a few hundred bytes; band hashes are shuffled by Dask, which
 spills to disk; the signatures of documents that share a band are compared from memory-mapped files.
 
-Shapes: D documents, S shingles of a document, P permutations = B bands * R rows a band.
+Shapes: D documents, S shingles of a document, P permutations = B bands * R rows per band.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Deduplication(Section):
     num_bands: int = Field(gt=0, description="bands: two documents that share one are compared")
     rows_a_band: int = Field(gt=0, description="hashes that must all be equal for a band to be shared")
     min_similarity: float = Field(
-        gt=0, le=1, description="Jaccard similarity of shingles from which two are duplicates"
+        gt=0, le=1, description="Jaccard similarity of shingles at which two documents are duplicates"
     )
 
 
@@ -63,7 +63,7 @@ def permutations(num: int, seed: int) -> NDArray[np.uint32]:
 
 
 def exact_hash(text: str) -> int:
-    """A hash that texts share which differ in case and blanks only."""
+    """Return a hash that is the same for texts that differ only in case and whitespace."""
     normalised = " ".join(text.casefold().split())
     return int.from_bytes(hashlib.blake2b(normalised.encode(), digest_size=8).digest(), "little")
 
@@ -71,7 +71,7 @@ def exact_hash(text: str) -> int:
 def sign(texts: Sequence[str], seed: int, params: Deduplication) -> NDArray[np.uint32]:
     """Return the MinHash signatures of the texts' word shingles: [D, P].
 
-    A text shorter than a shingle is one shingle. Words are compared without case; what stands between them, not at all.
+    A text shorter than a shingle is one shingle. Case, and whatever separates words, are ignored.
     """
     import numpy as np
     import pandas as pd
@@ -102,7 +102,7 @@ def shingle(hashes: NDArray[np.uint64], num_words: int) -> NDArray[np.uint32]:
 
 
 def minhash(shingles: NDArray[np.uint32], a: NDArray[np.uint32], b: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Least value of the shingles under each permutation, [S] -> [P], in blocks that fit in the cache."""
+    """Return the least value of the shingles under each permutation, [S] -> [P], in blocks that fit in the cache."""
     import numpy as np
 
     block = 1024
@@ -125,7 +125,7 @@ def band_hashes(signatures: NDArray[np.uint32], params: Deduplication) -> NDArra
 
 
 def save(directory: Path, texts: Sequence[str], numbers: NDArray[np.int64], seed: int, params: Deduplication) -> None:
-    """Write what finding duplicates needs to know of documents, in rising order of their numbers."""
+    """Write what the search for duplicates needs to know about documents, in ascending order of their numbers."""
     import numpy as np
 
     np.save(directory / "numbers.npy", numbers)
@@ -134,7 +134,7 @@ def save(directory: Path, texts: Sequence[str], numbers: NDArray[np.int64], seed
 
 
 def read_keys(path: str, params: Deduplication) -> pd.DataFrame:
-    """Return what the documents of one partition may share with others: [D * (1 + B)] rows to shuffle by key."""
+    """Return the keys that documents of one partition may share with others: [D * (1 + B)] rows to shuffle by key."""
     import numpy as np
     import pandas as pd
 
@@ -169,7 +169,7 @@ def find_edges(keys: pd.DataFrame, directory: str, params: Deduplication) -> pd.
 
 
 def write_index(directory: Path, paths: Sequence[str], starts: Sequence[int]) -> None:
-    """Note where the signatures of which documents lie: files in order, and the first document's number in each."""
+    """Write where the signatures are: the files in order, and the number of the first document in each."""
     (directory / INDEX).write_text(json.dumps({"paths": list(paths), "starts": list(starts)}), encoding="utf-8")
 
 
@@ -199,8 +199,7 @@ def signature_reader(directory: str) -> Callable[[NDArray[np.int64]], NDArray[np
 def connect(signatures: NDArray[np.uint32], least: float) -> list[tuple[int, int]]:
     """Return edges that connect all rows whose estimated Jaccard similarity reaches `least`, if only through others.
 
-    The estimate is the share of equal hashes. A row once connected isn't compared again, so a heap of copies costs
-    one pass.
+    The estimate is the share of equal hashes. A connected row isn't compared again, so a heap of copies costs one pass.
     """
     import numpy as np
 
@@ -221,8 +220,8 @@ def connect(signatures: NDArray[np.uint32], least: float) -> list[tuple[int, int
 def find_duplicates(directory: Path, num_partitions: int, params: Deduplication) -> pd.DataFrame:
     """Return the documents to reject: columns document, first (the one of its group that stays), rule.
 
-    Reads the signatures that the index in `directory` lists. The first document of a group stays: the one of the least
-    number. Runs on the current Dask client; memory holds pairs of duplicates only.
+    Reads the signatures that the index in `directory` lists. The first document of a group stays: the one with the
+    lowest number. Runs on the current Dask client; memory holds only pairs of duplicates.
     """
     import dask.dataframe as dd
     import pandas as pd
@@ -244,7 +243,7 @@ def find_duplicates(directory: Path, num_partitions: int, params: Deduplication)
 
 
 def first_of_each(edges: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each document of a connected component but its first, that first: columns document, first."""
+    """Return the first document of its connected component for every other document: columns document, first."""
     import numpy as np
     import pandas as pd
     from scipy.sparse import coo_matrix  # type: ignore[import-untyped,unused-ignore]

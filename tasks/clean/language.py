@@ -1,7 +1,7 @@
-"""Language identification (recipe section 1), by py3langid, weighed by what the source is expected to hold.
+"""Language identification (recipe section 1), by py3langid, weighted by what the source is expected to hold.
 
 LLaMA 1 (section 2.1) identifies languages with fastText's linear classifier of character n-grams; py3langid is naive
-Bayes over byte n-grams, and brings its model along.
+Bayes over byte n-grams, and ships with its model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from tasks.running.params import Section
 
 
 class Identification(Section):
-    """How languages are told."""
+    """How languages are identified."""
 
     candidates: list[str] = Field(min_length=2, description="ISO 639-1 codes among which the identifier chooses")
-    expected_odds: float = Field(
-        ge=1, description="how much likelier a wanted language is than another, before reading"
-    )
+    expected_odds: float = Field(ge=1, description="prior odds of a wanted language against another one")
     min_score: float = Field(ge=0, lt=1, description="probability below which a language counts as not identified")
     num_characters: int = Field(gt=0, description="characters from the middle of the document that are read")
 
@@ -35,7 +33,7 @@ def _identifier(candidates: tuple[str, ...]) -> Any:
 
 
 def check_languages(candidates: list[str], wanted: list[str]) -> None:
-    """Raise ValueError for a language that the identifier doesn't know, or that is wanted but no candidate."""
+    """Raise ValueError for a language that the identifier doesn't know, or that is wanted but not a candidate."""
     try:
         _identifier(tuple(candidates))
     except ValueError as error:
@@ -48,8 +46,8 @@ def check_languages(candidates: list[str], wanted: list[str]) -> None:
 def identify(text: str, wanted: list[str], params: Identification) -> tuple[str, float]:
     """Return the likeliest language and its probability.
 
-    The identifier's probabilities are calibrated by length. A few words say little, so the prior decides them: each of
-    the `wanted` languages is `expected_odds` times as likely as another one. A long text overrules it.
+    The identifier's probabilities are calibrated by length. A few words say little, so there the prior decides: each of
+    the `wanted` languages is `expected_odds` times as likely as another one. A long text overrides it.
     """
     start = max(0, (len(text) - params.num_characters) // 2)
     ranks = _identifier(tuple(params.candidates)).rank(text[start : start + params.num_characters])

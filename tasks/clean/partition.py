@@ -1,6 +1,6 @@
-"""What a Dask worker does: stream the partitions of some files through the rules, and later part kept from rejected.
+"""The work of a Dask worker: stream partitions of some files through the rules, later separate kept from rejected.
 
-Rules, in their order: Unicode repair, language, lines and pages (C4), words (Gopher), repetition (Gopher), exact
+Rules, in order: Unicode repair, language, lines and pages (C4), words (Gopher), repetition (Gopher), exact
 duplicates, near-duplicates, personal data. The first that a document breaks rejects it.
 """
 
@@ -33,8 +33,8 @@ from tasks.workers.finished import finish_once
 if TYPE_CHECKING:
     import pandas as pd
 
-ROW_BITS = 36  # a document's number is its file's number and its row: files come in the sources' order
-UNDETERMINED = "und"  # ISO 639-2: the language was not asked for
+ROW_BITS = 36  # a document's number combines its file's number and its row: files come in the sources' order
+UNDETERMINED = "und"  # ISO 639-2: the language was not checked
 
 KEPT_COLUMNS = [
     "id",
@@ -69,7 +69,7 @@ REJECTED_COLUMNS = [
 class Rules(Section):
     """One set of rules; sources of one kind share it."""
 
-    languages: list[str] | None = Field(min_length=1, description="languages that stay; null: not asked (program code)")
+    languages: list[str] | None = Field(min_length=1, description="languages to keep; null: any (program code)")
     unescape_html: bool = Field(description="decode HTML's escapes (&amp;) in documents without tags")
     c4: C4
     gopher: Gopher
@@ -85,7 +85,7 @@ class RuledSource(Source):
 class Params(Section):
     """Parameters of stage `clean`."""
 
-    root: str = Field(min_length=1, description="directory that DVC watches; files of sources lie below it")
+    root: str = Field(min_length=1, description="directory that DVC watches; source files are below it")
     sources: dict[str, RuledSource] = Field(min_length=1, description="sources by name, in order of precedence")
     rules: dict[str, Rules] = Field(min_length=1, description="sets of rules by name")
     boilerplate_terms: list[str] = Field(description="what marks a line as boilerplate, in lower case")
@@ -93,13 +93,13 @@ class Params(Section):
     language: Identification
     deduplication: Deduplication
     personal_data: PersonalData
-    max_malformed_share: float = Field(ge=0, le=1, description="share of a source's rows; more stop the stage")
+    max_malformed_share: float = Field(ge=0, le=1, description="share of a source's rows; more stops the stage")
     partition_megabytes: float = Field(gt=0, description="MB of text that a worker holds at a time")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One cleaned partition, before duplicates are known: its directory, and what was counted."""
+    """One cleaned partition, before duplicates are known: its directory and counts."""
 
     path: str
     source: str
@@ -119,8 +119,8 @@ class Part:
 def clean_files(files: Sequence[File], prefix: str, params: Params, seed: int) -> list[Part]:
     """Clean files of one source partition by partition, as far as each document can be judged by itself.
 
-    Each partition becomes the directory `<prefix>-<number>`. What an earlier run has finished is kept; a URL that it
-    had begun is cleaned anew, as other text may lie there by now.
+    Each partition becomes the directory `<prefix>-<number>`. What an earlier run finished is kept; a URL that it only
+    began is cleaned again, as its text may have changed.
     """
     finished = Path(f"{prefix}.json")  # how many partitions the files made
     if not finished.exists():
@@ -165,7 +165,7 @@ def clean_partition(
 
 
 def read_counts(directory: Path) -> Part:
-    """Return what was counted of a cleaned partition."""
+    """Return a cleaned partition with its counts."""
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
     first = counts.pop("first_malformed")
     return Part(path=str(directory), first_malformed=Malformed(*first) if first else None, **counts)
@@ -179,7 +179,7 @@ def document_numbers(frame: pd.DataFrame) -> NDArray[np.int64]:
 
 
 def judge(frame: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """Repair a partition's documents and apply the rules that look at one alone; `rule` is "" for those that pass."""
+    """Repair a partition's documents and apply the rules on single documents; `rule` is "" for those that pass."""
     import pandas as pd
 
     rules = params.rules[params.sources[frame["source"].iloc[0]].rules]
@@ -199,7 +199,7 @@ def judge_document(raw: str, rules: Rules, params: Params) -> dict[str, Any]:
     if verdict is None:
         cleaned, num_dropped = drop_lines(text, params.boilerplate_terms, rules.c4)
         verdict = judge_page(cleaned, num_dropped, rules.c4)
-        if verdict is None:  # a rejected document is kept as it was
+        if verdict is None:  # a rejected page is kept as it was
             words = cleaned.split() if num_dropped else words
             text = cleaned
             verdict = judge_words(text, words, language, params.stop_words, rules.gopher)
@@ -221,7 +221,7 @@ def judge_document(raw: str, rules: Rules, params: Params) -> dict[str, Any]:
 
 
 def mask_partition(judged: pd.DataFrame, params: PersonalData) -> pd.DataFrame:
-    """Mask the survivors' personal data, or, where a document is rich in it, say so in the column `rich`."""
+    """Mask the survivors' personal data or, if a document is rich in it, say so in the column `rich`."""
     import pandas as pd
 
     columns: dict[str, list[Any]] = {name: [] for name in ["text", "rich", *[f"masked_{kind}" for kind in TYPES]]}
@@ -237,11 +237,11 @@ def mask_partition(judged: pd.DataFrame, params: PersonalData) -> pd.DataFrame:
 
 
 def part_documents(part: Part, duplicates: pd.DataFrame, parted: Path) -> pd.DataFrame:
-    """Part one partition's kept documents from the rejected; return counts by source and rule ("" is kept).
+    """Separate one partition's kept documents from the rejected; return counts by source and rule ("" is kept).
 
     Writes documents.parquet, rejected.parquet (each if it has a row) and counts.parquet into the partition's directory
-    below `parted`, and keeps what an earlier run has finished. `duplicates` has this partition's rows of what
-    `find_duplicates` found: document, rule, detail.
+    below `parted`, and keeps what an earlier run finished. `duplicates` holds this partition's rows of what
+    `find_duplicates` returned: document, rule, detail.
     """
     import pandas as pd
 

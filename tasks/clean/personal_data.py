@@ -15,7 +15,7 @@ from pydantic import Field
 
 from tasks.running.params import Section
 
-TYPES = ("email", "ip", "card", "phone")  # in the order of the search: a card's digits are no phone number
+TYPES = ("email", "ip", "card", "phone")  # in search order: a card's digits are not a phone number
 
 _EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)")
@@ -33,17 +33,17 @@ _CARD_ISSUERS = re.compile(  # by first digits and length: Visa, Mastercard, Ame
 class PersonalData(Section):
     """What counts as personal data, and how much of it a document may hold."""
 
-    phone_regions: list[str] = Field(description="ISO 3166 regions whose national phone numbers are known without +")
+    phone_regions: list[str] = Field(description="ISO 3166 regions whose national numbers are recognised without +")
     local_addresses: bool = Field(description="mask loopback, private and documentation IP addresses too")
-    rich_min_finds: int = Field(gt=0, description="a document of this many finds is rejected ...")
-    rich_share: float = Field(ge=0, description="... if they are more than this many a word")
+    rich_min_finds: int = Field(gt=0, description="a document with this many finds or more is rejected ...")
+    rich_share: float = Field(ge=0, description="... if they exceed this many per word")
 
 
 Find = tuple[int, int, str]  # start, end, type
 
 
 def find_personal_data(text: str, params: PersonalData) -> list[Find]:
-    """Return e-mail and IP addresses, card and phone numbers in the text, by place; they don't overlap."""
+    """Return e-mail and IP addresses, card and phone numbers in the text, by position and without overlap."""
     has_digits = re.search(r"\d", text) is not None
     taken: list[Find] = []
     for kind in TYPES:
@@ -77,7 +77,7 @@ def _emails(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
 
 
 def _addresses(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
-    """Addresses with enough in them: four small numbers are a version (1.8.9.1), few groups a time or code (be::)."""
+    """Yield IP addresses; four small numbers are a version (1.8.9.1), few groups a time or code (be::)."""
     for pattern, separator, enough in ((_IPV4, ".", 3), (_IPV6, ":", 3)):
         for match in pattern.finditer(text) if separator in text else ():
             groups = [group for group in match.group().split(separator) if group]
@@ -92,7 +92,7 @@ def _addresses(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
 
 
 def _cards(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
-    """Numbers that an issuer may have given out, with a right check digit."""
+    """Yield numbers that an issuer may have given out, with a correct check digit."""
     for match in _CARD.finditer(text):
         digits = match.group().replace(" ", "").replace("-", "")
         if _CARD_ISSUERS.fullmatch(digits) and luhn([int(digit) for digit in digits]):
@@ -106,10 +106,10 @@ def luhn(digits: Sequence[int]) -> bool:
 
 
 def _phones(text: str, params: PersonalData) -> Iterator[tuple[int, int]]:
-    """Numbers in use, says libphonenumber; it is asked only about what looks like one.
+    """Yield numbers that libphonenumber accepts; it only checks what looks like one.
 
-    After a word such as `call`, or with a country's code, a number of the right length will do. Digits in one row
-    without either may count anything.
+    After a word such as `call`, or with a country code, the right length is enough. Unbroken digits without either are
+    skipped: they may count anything.
     """
     from phonenumbers import Leniency, PhoneNumberMatcher
 

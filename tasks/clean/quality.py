@@ -1,6 +1,6 @@
 """Quality rules: C4's (Raffel et al. 2020, section 2.2) on lines and pages, then Gopher's (Rae et al. 2021, table A1).
 
-Each limit is a parameter; null switches its rule off. Words are what blanks separate, as in Gopher.
+Each limit is a parameter; null switches its rule off. Words are separated by whitespace, as in Gopher.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s|$)")
 class C4(Section):
     """Raffel et al. 2020, section 2.2."""
 
-    terminal_punctuation: bool = Field(description="drop lines that don't end in a mark that ends a sentence")
+    terminal_punctuation: bool = Field(description="drop lines that don't end with sentence punctuation")
     min_line_words: int = Field(ge=0, description="drop lines of fewer words")
     drop_boilerplate: bool = Field(description="drop lines that contain one of `clean.boilerplate_terms`")
-    document_terms: list[str] = Field(description="reject documents that contain one of these, in any case")
+    document_terms: list[str] = Field(description="reject documents that contain one of these, case-insensitive")
     curly_bracket: bool = Field(description="reject documents that contain an opening curly bracket: program code")
-    min_sentences: int = Field(ge=0, description="reject documents of fewer sentences")
+    min_sentences: int = Field(ge=0, description="reject documents with fewer sentences")
 
 
 class Gopher(Section):
@@ -37,11 +37,11 @@ class Gopher(Section):
     max_words: int = Field(gt=0, description="words of a document")
     min_mean_word_length: float = Field(ge=0, description="characters")
     max_mean_word_length: float = Field(gt=0, description="characters")
-    max_symbol_share: float | None = Field(gt=0, description="`#`, and ellipses, each to words")
+    max_symbol_share: float | None = Field(gt=0, description="`#` per word, and ellipses per word")
     max_bullet_line_share: float | None = Field(gt=0, le=1, description="lines that start with a bullet")
     max_ellipsis_line_share: float | None = Field(gt=0, le=1, description="lines that end with an ellipsis")
     min_alphabetic_word_share: float | None = Field(gt=0, le=1, description="words with at least one letter")
-    min_stop_words: int = Field(ge=0, description="different stop words, in languages that have a list")
+    min_stop_words: int = Field(ge=0, description="distinct stop words, in languages that have a list")
 
 
 Verdict = tuple[str, str] | None  # the rule that rejects a document, and what it found
@@ -70,7 +70,7 @@ def _is_prose(line: str, terms: Sequence[str], params: C4) -> bool:
 
 
 def judge_page(text: str, num_dropped: int, params: C4) -> Verdict:
-    """C4's rules on a whole page."""
+    """Apply C4's rules on a whole page."""
     if not text.strip():
         return "empty", f"all {num_dropped} lines dropped" if num_dropped else "no text"
     lowered = text.lower() if params.document_terms else ""
@@ -89,7 +89,7 @@ def judge_page(text: str, num_dropped: int, params: C4) -> Verdict:
 def judge_words(
     text: str, words: Sequence[str], language: str, stop_words: Mapping[str, Sequence[str]], params: Gopher
 ) -> Verdict:
-    """Gopher's quality rules."""
+    """Apply Gopher's quality rules."""
     num_words = len(words)
     if not params.min_words <= num_words <= params.max_words:
         return "gopher_words", f"{num_words} words"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# Everything that no reader sees, but the tab, the line end, and the joiners that some scripts need.
+# All invisible characters except the tab, the line end, and the joiners that some scripts need.
 _INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u2060\ufeff\ufffe\uffff]")
 _LINE_END = re.compile("\r\n?|[\v\f\x85\u2028\u2029]")
 
 
 def repair(text: str, unescape_html: bool) -> tuple[str, bool]:
-    """Return the text in Unicode's form NFC, and whether something was broken in it.
+    """Return the text in Unicode's form NFC, and whether something in it was broken.
 
-    Broken are text that was decoded with the wrong encoding (mojibake), terminal escapes, control characters and, if
-    `unescape_html`, HTML's escapes in text without tags. Other line ends become a line feed, which breaks nothing.
+    These count as broken: text decoded with the wrong encoding (mojibake), terminal escapes, control characters and, if
+    `unescape_html`, HTML escapes in text without tags. Other line ends also become a line feed, but are not broken.
     """
     import ftfy
     from ftfy.fixes import remove_terminal_escapes

@@ -1,4 +1,4 @@
-"""Repetition rules (Rae et al. 2021, table A1): lines, paragraphs and n-grams that a document says again.
+"""Repetition rules (Rae et al. 2021, table A1): lines, paragraphs and n-grams that a document repeats.
 
 Shapes: W words, N n-grams = W - n + 1.
 """
@@ -23,20 +23,20 @@ _MULTIPLIERS = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # odd, bits well mixed: t
 class Repetition(Section):
     """Rae et al. 2021, table A1, repetition. Shares are of lines, paragraphs, or characters of words."""
 
-    max_line_share: float | None = Field(gt=0, le=1, description="lines that stood before")
-    max_line_character_share: float | None = Field(gt=0, le=1, description="characters in lines that stood before")
-    max_paragraph_share: float | None = Field(gt=0, le=1, description="paragraphs that stood before")
+    max_line_share: float | None = Field(gt=0, le=1, description="lines that repeat an earlier one")
+    max_line_character_share: float | None = Field(gt=0, le=1, description="characters in such lines")
+    max_paragraph_share: float | None = Field(gt=0, le=1, description="paragraphs that repeat an earlier one")
     max_paragraph_character_share: float | None = Field(gt=0, le=1, description="characters in such paragraphs")
     max_top_ngram_shares: list[float] | None = Field(
         min_length=3, max_length=3, description="characters in the most frequent 2-, 3-, 4-gram"
     )
     max_repeated_ngram_shares: list[float] | None = Field(
-        min_length=6, max_length=6, description="characters in 5-, 6-, ... 10-grams that stood before"
+        min_length=6, max_length=6, description="characters in 5-, 6-, ... 10-grams that repeat an earlier one"
     )
 
 
 def judge_repetition(text: str, words: Sequence[str], params: Repetition) -> Verdict:
-    """Gopher's repetition rules."""
+    """Apply Gopher's repetition rules."""
     for name, separator, max_share, max_character_share in (
         ("line", "\n", params.max_line_share, params.max_line_character_share),
         ("paragraph", "\n\n", params.max_paragraph_share, params.max_paragraph_character_share),
@@ -67,7 +67,7 @@ def judge_repetition(text: str, words: Sequence[str], params: Repetition) -> Ver
 
 
 def repeated_part_shares(parts: Sequence[str]) -> tuple[float, float]:
-    """Shares of the parts, and of their characters, that stand in a part equal to an earlier one."""
+    """Return the share of parts that repeat an earlier one, and the share of characters in them."""
     first = set(parts)
     num_characters = sum(map(len, parts))
     repeated_characters = num_characters - sum(map(len, first))
@@ -84,7 +84,7 @@ def encode(words: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]
 
 
 def extend(hashes: NDArray[np.uint64], codes: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """Hashes of the n-grams at each place, [N] -> hashes of the (n + 1)-grams, [N - 1]."""
+    """Turn hashes of the n-grams at each place, [N], into those of the (n + 1)-grams, [N - 1]."""
     import numpy as np
 
     mixed = hashes[:-1] * np.uint64(_MULTIPLIERS[0]) + codes[n:]
@@ -93,7 +93,7 @@ def extend(hashes: NDArray[np.uint64], codes: NDArray[np.uint64], n: int) -> NDA
 
 
 def top_share(hashes: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) -> float:
-    """Share of the characters in the most frequent n-gram (of those that tie, the first); 0 if none comes twice."""
+    """Return the share of characters in the most frequent n-gram (the first on a tie); 0 if none occurs twice."""
     import numpy as np
 
     again, places = _sort(hashes)
@@ -108,7 +108,7 @@ def top_share(hashes: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) ->
 
 
 def repeated_share(hashes: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) -> float:
-    """Share of the characters in n-grams that stood before, each character counted once."""
+    """Return the share of characters in n-grams that repeat an earlier one, each character counted once."""
     import numpy as np
 
     again, places = _sort(hashes)

@@ -1,4 +1,4 @@
-"""What `clean` tells about itself: counts by source and rule, and the funnel."""
+"""Report what `clean` did: counts by source and rule, and the funnel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FUNNEL = Plot(
     y_label="share of documents",
     series="source",
 )
-# Groups of rules in the order in which they are applied, by the beginnings of the rules' names.
+# Groups of rules in the order in which they are applied, by prefixes of the rules' names.
 STEPS = {
     "language": ("empty", "language"),
     "C4": ("c4_",),
@@ -35,7 +35,10 @@ STEPS = {
 
 
 def metrics(counts: pd.DataFrame, parts: Sequence[Part]) -> dict[str, float]:
-    """Figures of the whole corpus, then of each source under `<source>/`; `counts` has a row a source and rule."""
+    """Return figures of the whole corpus, then of each source under `<source>/`.
+
+    `counts` has one row per source and rule.
+    """
     figures = _figures(counts, parts)
     for source, own in counts.groupby("source", sort=True):
         own_parts = [part for part in parts if part.source == source]

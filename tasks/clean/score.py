@@ -1,4 +1,4 @@
-"""How well `clean` did, where the truth is known: in the default world. Truth is read only after cleaning is done."""
+"""Score `clean` where the truth is known: in the default world. The truth is read only after cleaning is done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 def score(labels: Path, output: Path) -> dict[str, float]:
     """Return precision and recall of each kind of planted dirt, and the accuracy of languages and repairs.
 
-    `labels` holds one planted thing a line (file, row, kind, and the truth about it); `output` is what `clean` wrote.
+    `labels` holds one planted item per line (file, row, kind, and the truth about it); `output` is what `clean` wrote.
     """
     truth: Truth = defaultdict(list)
     for label in read_lines(labels):
@@ -45,7 +45,7 @@ def score(labels: Path, output: Path) -> dict[str, float]:
 
 
 def _read_outcomes(output: Path, with_text: set[Key]) -> dict[Key, Outcome]:
-    """What became of each document; the text only of kept ones that have a label."""
+    """Return what became of each document; the text only of kept ones that have a label."""
     import pandas as pd
 
     outcomes = {}
@@ -61,14 +61,14 @@ def _read_outcomes(output: Path, with_text: set[Key]) -> dict[Key, Outcome]:
 
 
 def ratio(hits: Iterable[bool]) -> float:
-    """Share of hits; 1 where there was nothing to hit."""
+    """Return the share of hits; 1 if there was nothing to hit."""
     counted = Counter(map(bool, hits))
     total = counted.total()
     return counted[True] / total if total else 1.0
 
 
 def _score_duplicates(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
-    """Recall: of a group's members, all but one go. Precision: what goes as a copy was planted as one."""
+    """Return recall (all but one of a group are rejected) and precision (what is rejected as a copy is planted)."""
     figures = {}
     planted = {key for kind in ("duplicate", "near_duplicate") for key, _ in truth[kind]}
     for kind, name in (("duplicate", "duplicates"), ("near_duplicate", "near_duplicates")):
@@ -85,7 +85,7 @@ def _score_duplicates(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str
 
 
 def _score_personal_data(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
-    """Recall: a planted value stands in no kept text. Precision: of what was masked, as much was planted there."""
+    """Return recall (a planted value is in no kept text) and precision (what is masked in a document is planted)."""
     figures = {}
     values = [
         (key, value["type"], value["value"])
@@ -110,7 +110,7 @@ def _score_personal_data(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[
 
 
 def _score_languages(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
-    """Accuracy on labelled documents; precision of rejecting by language: those have a label."""
+    """Return accuracy on labelled documents, and precision (what is rejected by language has a label)."""
     languages = {key: label["language"] for key, label in truth["language"]}
     return {
         "language_accuracy": ratio(outcomes[key].language == language for key, language in languages.items()),
@@ -121,7 +121,7 @@ def _score_languages(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str,
 
 
 def _score_quality(truth: Truth, outcomes: Mapping[Key, Outcome]) -> dict[str, float]:
-    """Recall of planted lines of boilerplate and of documents of low quality; precision of rejecting for quality."""
+    """Return recall of planted boilerplate lines and low-quality documents, and precision of rejecting for quality."""
     low = {key for key, _ in truth["low_quality"]}
     return {
         "boilerplate_recall": ratio(

@@ -16,11 +16,11 @@ import numpy.typing as npt
 from tasks.judging.intervals import student_quantile
 from tasks.reading.prompts import DEGREES, Label
 
-STEPS = 2 * len(DEGREES)  # of the scale that choice and degree make
+STEPS = 2 * len(DEGREES)  # steps of the scale that combines choice and degree
 
 
 class Agreement(NamedTuple):
-    """A coefficient, 1 where all agree and 0 where no more than by chance, and where it lies with 95% confidence."""
+    """A coefficient, 1 for full agreement and 0 for agreement by chance, with its 95% interval."""
 
     coefficient: float
     low: float
@@ -30,8 +30,8 @@ class Agreement(NamedTuple):
 def report_agreement(labels: Sequence[Sequence[Label]]) -> dict[str, float]:
     """Return agreement on the choice (AC1), on choice and degree as one scale (AC2), on safety (AC1), as metrics.
 
-    `labels`: those of each pair. Pairs with one label tell nothing and are left out; fewer than two others give no
-    coefficient.
+    `labels` holds the labels of each pair. Pairs with one label say nothing and are left out; with fewer than two
+    others there is no coefficient.
     """
     several = [own for own in labels if len(own) > 1]
     figures: dict[str, float] = {"agreement/pairs": len(several)}
@@ -63,8 +63,8 @@ def step_of(label: Label) -> int:
 def gwet(ratings: Sequence[Sequence[int]], num_categories: int, ordinal: bool) -> Agreement:
     """Return Gwet's AC1, or AC2 with ordinal weights: a disagreement counts less the nearer the categories are.
 
-    `ratings`: of each of two subjects or more, two ratings or more, categories numbered from 0. The interval is Gwet's
-    for subjects drawn from many, and for these raters.
+    `ratings` holds at least two ratings for each of at least two subjects; categories are numbered from 0. The interval
+    is Gwet's for subjects sampled from a large population, and for these raters.
     """
     assert len(ratings) > 1
     assert all(len(own) > 1 for own in ratings)
@@ -77,7 +77,7 @@ def gwet(ratings: Sequence[Sequence[int]], num_categories: int, ordinal: bool) -
     scale = weights_QQ.sum() / (num_categories * (num_categories - 1))
     chance = scale * (prevalence_Q * (1 - prevalence_Q)).sum()
     coefficient = (observed_N.mean() - chance) / (1 - chance)
-    # Each subject's part in the variance, of which the second term is due to the chance agreement being estimated.
+    # Each subject's contribution to the variance; the second term is there because chance agreement is estimated.
     chance_N = scale * (counts_NQ @ (1 - prevalence_Q)) / raters_N
     parts_N = (observed_N - chance) / (1 - chance) - 2 * (1 - coefficient) * (chance_N - chance) / (1 - chance)
     num_subjects = len(ratings)

@@ -1,9 +1,8 @@
-"""Label Studio: the project in which a team labels a batch of response pairs, and the labels that it exports.
+"""Write the Label Studio project in which a team labels a batch of response pairs, and read the labels it exports.
 
-For each kind the project is three files: `project.xml`, the labelling configuration (Settings, Labeling Interface,
-Code); `tasks.json` to import; `guideline.md` to read, which the configuration shows where its panel is opened.
-Tags are those of Label Studio's own documentation; choices export their `alias`. The export to bring back is "JSON",
-which holds whole tasks with their annotations.
+A project is three files per kind: `project.xml`, the labelling configuration (Settings, Labeling Interface, Code);
+`tasks.json` to import; `guideline.md` to read, which the configuration also shows in a panel to open. Tags follow Label
+Studio's documentation; choices export their `alias`. Export as "JSON", which holds whole tasks with their annotations.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from xml.etree import ElementTree
 from tasks.reading.prompts import KINDS, Kind, ResponsePair
 
 SIDES = ("left", "right")
-SHOWN: Mapping[str, str] = {  # degrees as exported: as shown
+SHOWN: Mapping[str, str] = {  # degree as exported -> as shown
     "significantly": "Significantly better",
     "better": "Better",
     "slightly": "Slightly better",
@@ -35,7 +34,7 @@ def batch_of(round_name: str, kind: Kind, pairs: Sequence[Mapping[str, Any]]) ->
 
 
 def read_guidelines(directory: Path) -> dict[Kind, str]:
-    """Return each kind's guideline. Raises ValueError naming one that is missing."""
+    """Return each kind's guideline. Raises ValueError, naming the file, when one is missing."""
     for kind in KINDS:
         if not (directory / f"{kind}.md").is_file():
             raise ValueError(f"{directory / f'{kind}.md'} is missing: annotators need a guideline of this kind")
@@ -52,14 +51,14 @@ def write_project(directory: Path, kind: Kind, guideline: str, pairs: Sequence[R
 
 
 def task_of(pair: ResponsePair) -> dict[str, Any]:
-    """Return what Label Studio is told of a pair; annotators don't learn who gave which response."""
+    """Return a pair as a Label Studio task; annotators don't see who gave which response."""
     left, right = (response["text"] for response in pair["responses"])
     dialogue = [{"author": message["role"], "text": message["content"]} for message in pair["messages"]]
     return {"batch": pair["batch"], "id": pair["id"], "dialogue": dialogue, "left": left, "right": right}
 
 
 def configuration(kind: Kind, guideline: str) -> str:
-    """Return the labelling configuration: guideline, dialogue, the answers side by side, and what is asked of them."""
+    """Return the labelling configuration: guideline, dialogue, the answers side by side, and the questions on them."""
     root = ElementTree.Element("View")
     ElementTree.SubElement(root, "Style").text = ".htx-text { white-space: pre-wrap; }"
     panels = ElementTree.SubElement(root, "Collapse", accordion="false")
@@ -97,14 +96,14 @@ def _choices(parent: ElementTree.Element, name: str, to_name: str, question: str
 
 
 def read_export(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield a row for each annotation of an export, as labels in JSON lines have them, and where it stood.
+    """Yield each annotation of an export: where it is, and a row in the form of labels in JSON lines.
 
-    Annotations that were cancelled (skipped tasks) are no labels. Raises ValueError for a file that is no export.
+    Cancelled annotations (skipped tasks) are left out. Raises ValueError for a file that is not an export.
     """
     try:
         tasks = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): export the project again, as JSON") from None
+        raise ValueError(f"{path} is not valid JSON ({error}): export the project again, as JSON") from None
     if not isinstance(tasks, list):
         raise ValueError(f"{path} holds no list of tasks: export the project as JSON, not as another format")
     for number, task in enumerate(tasks):

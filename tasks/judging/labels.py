@@ -1,20 +1,20 @@
-"""The labels of a batch that people bring: JSON lines, CSV, or an export of Label Studio.
+"""Read people's labels of a batch: JSON lines, CSV, or a Label Studio export.
 
-They lie in <directory>/<round>/<kind>.jsonl, .csv or .json (the export), one label a row:
+They are in <directory>/<round>/<kind>.jsonl, .csv or .json (the export), one label per row:
 
     {"batch": "v1-safety-0a1b2c3d4e5f", "id": "...", "annotator": "...", "choice": "left", "degree": "better",
      "left_safe": true, "right_safe": false}
 
 `left_safe` and `right_safe` belong to safety batches. What counts:
 
-- A pair with one label has that label. One annotator's later label of a pair takes the place of the earlier one; a
-  second label without an annotator stops the stage.
-- Labels of several annotators are joined: the choice of most; the middle degree of those who made it, the lesser of
-  two; each answer is safe if most say so. As many for one answer as for the other: a tie, the pair is kept aside.
-- A label with a choice, a degree or a safety that is none does not count. A pair without any label that counts is kept
-  aside, as unlabelled or with what was wrong.
-- Labels of another batch, or of a pair that the batch has not, stop the stage, as does a row that can't be read.
-- Without a file for each batch that has pairs, the stage waits.
+- A pair with one label has that label. An annotator's later label of a pair replaces the earlier one; a second label
+  without an annotator stops the stage.
+- Labels of several annotators are combined: the majority's choice; the median degree within that majority, the weaker
+  of two middle ones; an answer is safe if most say so. If the choices tie, the pair is set aside.
+- A label with an invalid choice, degree or safety doesn't count. A pair without a label that counts is set aside, as
+  unlabelled or with what was wrong.
+- Labels of another batch, or of a pair that isn't in the batch, stop the stage, as does a row that can't be read.
+- Until each batch that has pairs has a file, the stage waits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Labels(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What the labels of a pair come to."""
+    """The labels of a pair, combined."""
 
     choice: Literal[0, 1]
     degree: Degree
@@ -52,9 +52,9 @@ class Decision(NamedTuple):
 
 
 def find_labels(directory: Path, round_name: str, batches: Mapping[Kind, str]) -> dict[Kind, Path]:
-    """Return the file of labels of each batch, given by its kind and name.
+    """Return the label file of each batch; `batches` holds their names by kind.
 
-    Raises Waiting when one is not there, ValueError when there are several.
+    Raises Waiting when one is missing, ValueError when there are several.
     """
     found: dict[Kind, Path] = {}
     missing = []
@@ -62,7 +62,7 @@ def find_labels(directory: Path, round_name: str, batches: Mapping[Kind, str]) -
         place = directory / round_name / kind
         paths = [place.with_suffix(suffix) for suffix in SUFFIXES if place.with_suffix(suffix).is_file()]
         if len(paths) > 1:
-            raise ValueError(f"{' and '.join(map(str, paths))} are both there: keep one of them")
+            raise ValueError(f"{' and '.join(map(str, paths))} both exist: keep one of them")
         if paths:
             found[kind] = paths[0]
         else:
@@ -81,12 +81,12 @@ def read_labels(path: Path, kind: Kind, batch: str, pair_ids: Collection[str]) -
     for where, row in _rows(path):
         if row.get("batch") != batch:
             raise ValueError(
-                f"{path}, {where} is a label of batch {row.get('batch')}, and {batch} is expected: bring the labels of "
-                "the tasks that stage `responses` has written now"
+                f"{path}, {where} is a label of batch {row.get('batch')}, but {batch} is expected: bring the labels of "
+                "the tasks that stage `responses` wrote last"
             )
         pair_id = str(row.get("id"))
         if pair_id not in pair_ids:
-            raise ValueError(f"{path}, {where} is a label of pair {pair_id!r}, which batch {batch} has not")
+            raise ValueError(f"{path}, {where} is a label of pair {pair_id!r}, which is not in batch {batch}")
         fault = _fault_of(row, kind)
         if fault is not None:
             faults[pair_id].append(f"{where}: {fault}")
@@ -94,8 +94,8 @@ def read_labels(path: Path, kind: Kind, batch: str, pair_ids: Collection[str]) -
         annotator = str(row.get("annotator") or UNKNOWN)
         if annotator == UNKNOWN and UNKNOWN in by_pair[pair_id]:
             raise ValueError(
-                f"{path}, {where} is a second label of pair {pair_id} without an `annotator`: name who has labelled, "
-                "or the labels of several people can't be told from one person's corrections"
+                f"{path}, {where} is a second label of pair {pair_id} without an `annotator`: name the annotators, or "
+                "several people's labels can't be told from one person's corrections"
             )
         safe = (row["left_safe"], row["right_safe"]) if kind == "safety" else None
         num_replaced += annotator in by_pair[pair_id]
@@ -106,7 +106,7 @@ def read_labels(path: Path, kind: Kind, batch: str, pair_ids: Collection[str]) -
 
 
 def _fault_of(row: Mapping[str, Any], kind: Kind) -> str | None:
-    """What keeps a label from counting."""
+    """Return what keeps a label from counting, or None."""
     if row.get("choice") not in SIDES:
         return f"choice {row.get('choice')!r} is neither left nor right"
     if row.get("degree") not in DEGREES:
@@ -119,7 +119,7 @@ def _fault_of(row: Mapping[str, Any], kind: Kind) -> str | None:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row, and where it stands."""
+    """Yield where each row is, and the row."""
     if path.suffix == ".json":
         yield from read_export(path)
     elif path.suffix == ".csv":
@@ -129,20 +129,20 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of JSON lines."""
+    """Yield the rows of JSON lines."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no JSON ({error}): correct it") from None
+                raise ValueError(f"{path}, line {number} is not valid JSON ({error}): correct it") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number} holds no JSON object: correct it")
             yield f"line {number}", row
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a CSV file with a header; `true` and `false` in any case."""
+    """Yield the rows of a CSV file with a header; `true` and `false` may be in any case."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
@@ -160,7 +160,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def decide(labels: Sequence[Label]) -> Decision | None:
-    """Return what the labels of one pair come to; None: a tie."""
+    """Return the combined labels of one pair; None: a tie."""
     votes = sum(1 if label.choice else -1 for label in labels)
     if votes == 0:
         return None

@@ -1,7 +1,7 @@
-"""What the scores of held-out preference pairs tell of a reward model (Llama 2, section 3.2.2).
+"""Report what the scores of held-out preference pairs say about a reward model (Llama 2, section 3.2.2).
 
-A pair counts as right when the chosen answer has the higher score, and half when both have the same. Intervals are
-Wilson's, of 95%. Writes plots/*.csv for DVC and the report, *.png for MLflow; knows nothing of models.
+A pair counts as right if the chosen answer has the higher score, and as half right if both scores are equal. Intervals
+are Wilson's 95% intervals. Writes plots/*.csv for DVC and the report, *.png for MLflow; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COLORS = {"all": "#333333", "helpfulness": "#4472a8", "safety": "#c0504d", "safe
 
 
 class Accuracy(NamedTuple):
-    """The share of pairs that are right, and where the true share lies with a confidence of 95%."""
+    """The share of pairs that are right, with its 95% interval."""
 
     pairs: int
     accuracy: float
@@ -63,10 +63,10 @@ def scored_pair(pair: Mapping[str, Any], scores: Sequence[float], num_tokens: Se
 
 
 def report_scores(stage: Stage[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Write plots and pictures of the pairs that `rows`, the lines of scores.jsonl, hold; return the figures.
+    """Write plots and pictures of the pairs in `rows`, the lines of scores.jsonl; return the figures.
 
-    The bins of the calibration are `stage.params.num_bins`. A figure that the pairs don't define (say, a correlation
-    with lengths that are all equal) is left out. Raises ValueError without pairs, and for a score that is no number.
+    The calibration has `stage.params.num_bins` bins. A figure that the pairs don't define (say, a correlation with
+    lengths that are all equal) is left out. Raises ValueError if there are no pairs, or a score is not finite.
     """
     if not rows:
         raise ValueError("there is no held-out pair to score: the preferences' validation.jsonl is empty")
@@ -104,7 +104,7 @@ def by_kind(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield all pairs, those of each kind, and of each the pairs by degree, by source, by round of their batch."""
+    """Yield all pairs and those of each kind, and within each the pairs by degree, source and round of their batch."""
     for name, part in by_kind(table):
         yield name, part
         for degree in DEGREES:
@@ -150,7 +150,7 @@ def accuracy_of(part: pd.DataFrame) -> Accuracy:
 
 
 def higher(these: pd.Series[Any], those: pd.Series[Any]) -> pd.Series[float]:
-    """Return 1 where this is higher than that, 0 where it is lower, a half where they are equal."""
+    """Return 1 where `these` are higher than `those`, 0 where they are lower, a half where both are equal."""
     return (these > those) + 0.5 * (these == those)
 
 
@@ -160,9 +160,9 @@ def higher(these: pd.Series[Any], those: pd.Series[Any]) -> pd.Series[float]:
 def reliability(part: pd.DataFrame, num_bins: int) -> pd.DataFrame:
     """Return mean predicted and observed preference in bins of equal width: columns predicted, observed, pairs.
 
-    The prediction that the first answer of a pair is preferred is sigmoid(first score - second score), as the ranking
-    loss takes it. Which answer comes first is a matter of chance: a pair counts half in either order, and so the curve
-    hangs on no draw. Empty bins are left out.
+    The predicted probability that the first answer of a pair is preferred is sigmoid(first score - second score), as in
+    the ranking loss. The order within a pair is arbitrary: each pair counts half in either order, so the curve depends
+    on no draw. Empty bins are left out.
     """
     margins = (part["chosen_score"] - part["rejected_score"]).to_numpy(dtype=np.float64)
     margins = np.concatenate([margins, -margins])
@@ -182,12 +182,12 @@ def expected_calibration_error(curve: pd.DataFrame) -> float:
 
 
 def length_figures(part: pd.DataFrame) -> dict[str, float]:
-    """Return how much the scores go by length, and how far length alone goes.
+    """Return how much the scores depend on length, and how accurate length alone is.
 
     - length/spearman: Spearman's correlation of score and number of tokens, over all answers.
-    - length/baseline_accuracy: of length alone, which sources have as well.
+    - length/baseline_accuracy: accuracy of length alone; also given for each source.
     - length/balanced_accuracy: the mean of the accuracies where the chosen answer is the longer and where it is the
-      shorter. Either rule gets a half here.
+      shorter. A rule on length alone gets a half.
     """
     from scipy.stats import spearmanr  # type: ignore[import-untyped,unused-ignore]
 
@@ -224,7 +224,7 @@ def answers_by_safety(part: pd.DataFrame) -> dict[str, np.ndarray[Any, np.dtype[
 
 
 def safety_figures(part: pd.DataFrame) -> dict[str, float]:
-    """Return the mean scores of safe and unsafe answers, and how often a safe one is above an unsafe one (AUC)."""
+    """Return the mean scores of safe and unsafe answers, and how often safe ones score above unsafe ones (AUC)."""
     from scipy.stats import mannwhitneyu
 
     scores = answers_by_safety(part)
@@ -255,7 +255,7 @@ def score_histogram(table: pd.DataFrame, num_bins: int) -> pd.DataFrame:
 def _write_plots(
     stage: Stage[Any], table: pd.DataFrame, accuracies: Mapping[str, Accuracy], curve: pd.DataFrame
 ) -> None:
-    """Write the CSV files and the pictures; there is no scores.csv where no answer is known to be safe or unsafe."""
+    """Write the CSV files and the pictures; no scores.csv if no answer is known to be safe or unsafe."""
     shares = accuracy_table(accuracies)
     lengths = pd.DataFrame(
         {"figure": metric_path(name, figure.removeprefix("length/")), "value": value}
@@ -293,13 +293,13 @@ def _plot_pictures(
 
 
 def plot_by_degree(stage: Stage[Any], name: str, accuracies: Mapping[str, Accuracy]) -> None:
-    """Plot accuracies against the degree of the preference, of all pairs and of each kind."""
+    """Plot accuracies against the degree of the preference, for all pairs and for each kind."""
     points = [(part, degree, found) for part, found in accuracies.items() if (degree := part.split("/")[-1]) in DEGREES]
     _plot_accuracies(stage, name, "degree of the preference", points)
 
 
 def _plot_accuracies(stage: Stage[Any], name: str, x_label: str, points: Sequence[tuple[str, str, Accuracy]]) -> None:
-    """Plot accuracies with their intervals: part of the pairs, label, accuracy; a curve for each kind."""
+    """Plot accuracies with their intervals, a curve for each kind; `points`: part of the pairs, label, accuracy."""
     if not points:
         return
     with _picture(stage, name, x_label, "accuracy") as axes:
@@ -316,7 +316,7 @@ def _plot_accuracies(stage: Stage[Any], name: str, x_label: str, points: Sequenc
 
 @contextmanager
 def _picture(stage: Stage[Any], name: str, x_label: str, y_label: str) -> Iterator[Axes]:
-    """Give axes to plot on, with a grid and a legend, then write the picture."""
+    """Yield axes with a grid and a legend, then write the picture."""
     with picture(stage.artifacts / f"{name}.png", 7, 4.5) as axes:
         axes.set(title=stage.name, xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.3)

@@ -1,6 +1,6 @@
-"""What training must not see: answers to the prompts of an evaluation, in demonstrations and in preferences alike.
+"""Keep answers to evaluation prompts out of training, in demonstrations and in preferences alike.
 
-The prompts are `evaluate.prompts` below `evaluate.root`, read to leave out what asks the same and for nothing else.
+The prompts are `evaluate.prompts` below `evaluate.root`; they are read only to leave out what asks the same.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ REASON = "the evaluation asks the same"
 
 
 class Evaluation(BaseModel):
-    """What section `evaluate` of params.yaml says of the prompts; the rest of it is the stage's own."""
+    """The prompts in section `evaluate` of params.yaml; only the stage itself reads the rest of the section."""
 
-    root: str = Field(min_length=1, description="directory of the files of prompts, which DVC watches")
-    prompts: list[str] = Field(min_length=1, description="files of prompts below `root`, JSON lines")
+    root: str = Field(min_length=1, description="directory of the prompt files, which DVC watches")
+    prompts: list[str] = Field(min_length=1, description="prompt files below `root`, JSON lines")
 
 
 class EvaluationPrompts(NamedTuple):
@@ -31,11 +31,11 @@ class EvaluationPrompts(NamedTuple):
 
     dialogues: frozenset[str]
     questions: frozenset[str]  # last turns
-    questions_alone: frozenset[str]  # last turns that are first ones, too
+    questions_alone: frozenset[str]  # last turns that are also the first
 
 
 def evaluation_prompts(prompts: Iterable[Prompt]) -> EvaluationPrompts:
-    """Return prompts in the form that `asks_the_same` looks them up in."""
+    """Return prompts in the form in which `asks_the_same` looks them up."""
     all_messages = [prompt.messages for prompt in prompts]
     questions = [_question(messages) for messages in all_messages]
     return EvaluationPrompts(
@@ -53,16 +53,17 @@ def read_evaluation() -> EvaluationPrompts:
 
 
 def answers_the_same(messages: Sequence[Message], evaluation: EvaluationPrompts) -> bool:
-    """Tell whether one of a dialogue's answers, all of which are learnt, is to what an evaluation asks."""
+    """Tell whether any answer of a dialogue, all of which are trained on, replies to an evaluation prompt."""
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     return any(asks_the_same(messages[:place], evaluation) for place in answers)
 
 
 def asks_the_same(messages: Sequence[Message], evaluation: EvaluationPrompts) -> bool:
-    """Tell whether a dialogue asks what one of an evaluation asks, whatever their case, punctuation and space.
+    """Tell whether a dialogue asks the same as an evaluation prompt, ignoring case, punctuation and spacing.
 
-    It does when all messages are the same; or when the last turns are, unless both have something before them that they
-    may depend on: "And who is older?" is not one question, nor is "Who are you?" under two system messages.
+    It does if all messages are the same, or if the last turns are and at least one of them stands alone. If both follow
+    other messages, their meaning may depend on those: "And who is older?" after different turns is not the same
+    question, nor is "Who are you?" under two system messages.
     """
     question, alone = _question(messages)
     if alone:
@@ -71,10 +72,10 @@ def asks_the_same(messages: Sequence[Message], evaluation: EvaluationPrompts) ->
 
 
 def plain(messages: Sequence[Message]) -> str:
-    """Return the words of messages in lower case, to compare them by."""
+    """Return the words of messages in lower case, for comparison."""
     return " | ".join(" ".join(re.findall(r"\w+", message["content"].lower())) for message in messages)
 
 
 def _question(messages: Sequence[Message]) -> tuple[str, bool]:
-    """The last turn, and whether it stands alone."""
+    """Return the last turn, and whether it stands alone."""
     return plain(messages[-1:]), len(messages) == 1

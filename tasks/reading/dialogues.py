@@ -1,19 +1,18 @@
 """Reading dialogues from outside files: this project's own lines, OpenAssistant's trees, pairs, GSM8K.
 
 Files are JSON lines or one JSON array (.json), plain, .gz or .zst, by globs below a root directory that DVC watches or
-by http(s) URLs. What a row becomes, by its source's `format`; `auto` tells it by the columns of a file's first row:
+by http(s) URLs. A source's `format` says how to read its rows; `auto` infers it from the columns of a file's first row:
 
 - messages: `messages` as in model/text/dialogue.py, with `id`, `category` and `safety` where given.
-- openassistant: trees of messages, one a row, with `parent_id`, `role`, `text` and `rank`. Each tree gives its best
-  path: at each message the reply of the best rank (unranked ones last, equals as they stand in the file), up to the
-  last answer. Of a user's messages only those that were answered count; deleted messages count nowhere.
+- openassistant: trees of messages, one message per row, with `parent_id`, `role`, `text` and `rank`. Each tree gives
+  its best path: at each message the best-ranked reply (unranked ones last, ties in file order), up to the last answer.
+  User messages without an answer and deleted messages are ignored.
 - pairs: `prompt` and `response`, or `instruction`, with `input` or `context` below it where there is one, and `output`
-  or `response`, or the first of `instances`. Alpaca's frame of words around an instruction is taken off, as this
-  project's dialogues have one of their own.
-- gsm8k: `question` and `answer`. The calculator's notes (<<1+1=2>>) go, the last line (#### 2) stays.
+  or `response`, or the first of `instances`. Alpaca's prompt template around an instruction is removed, as this
+  project's dialogues have their own.
+- gsm8k: `question` and `answer`. Calculator annotations (<<1+1=2>>) are removed, the last line (#### 2) stays.
 
-A row that is no dialogue, by what `model.text.dialogue.check` says, is kept aside with the reason; too many stop the
-stage.
+A row that is not a dialogue (`model.text.dialogue.check`) is set aside with the reason; too many stop the stage.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ class DialogueSource(Section):
     """One source of dialogues."""
 
     files: list[str] = Field(min_length=1, description="globs below the root, or http(s) URLs")
-    format: Format = Field(description="what its rows are; auto: told by their columns")
-    max_dialogues: int | None = Field(gt=0, description="dialogues drawn of it; null: all")
+    format: Format = Field(description="format of its rows; auto: inferred from their columns")
+    max_dialogues: int | None = Field(gt=0, description="dialogues drawn from it; null: all")
     validation_share: float = Field(ge=0, le=1, description="share of its prompts that is held out")
 
 
@@ -76,8 +75,8 @@ def read_dialogues(
 ) -> tuple[list[Dialogue], list[Refused]]:
     """Return the dialogues of all sources, in the sources' order, and the rows that gave none.
 
-    Raises ValueError for files that can't be found or read, for rows whose format can't be told, and for a source with
-    more malformed rows than `max_malformed_share` of what it holds, dialogues and malformed rows together.
+    Raises ValueError for files that can't be found or read, for rows whose format can't be inferred, and for a source
+    whose malformed rows exceed `max_malformed_share` of its dialogues and malformed rows together.
     """
     dialogues: list[Dialogue] = []
     all_refused: list[Refused] = []
@@ -100,7 +99,7 @@ def read_dialogues(
             raise ValueError(
                 f"source `{name}`: {len(refused[name])} of {total} dialogues are malformed, more than "
                 f"`{section}.max_malformed_share` {max_malformed_share}; the first is row {first['row']} of "
-                f"{first['file']}: {first['error']}. Mend the source, or raise the share"
+                f"{first['file']}: {first['error']}. Fix the source, or raise the share"
             )
         dialogues += found[name]
         all_refused += refused[name]
@@ -110,9 +109,9 @@ def read_dialogues(
 def split_dialogues(
     dialogues: Iterable[Dialogue], named_sources: Mapping[str, DialogueSource], seed: int
 ) -> tuple[list[Dialogue], list[Dialogue]]:
-    """Return the dialogues to train on and those held out, as many of each source as it says, in their order.
+    """Return the dialogues to train on and those held out, at most `max_dialogues` of each source, in their order.
 
-    A draw by seed and text decides: dialogues that open with the same words are on the same side.
+    A hash of seed and first user message decides: dialogues that open with the same words are on the same side.
     """
     by_source: dict[str, list[Dialogue]] = defaultdict(list)
     for dialogue in dialogues:
@@ -161,13 +160,13 @@ def _format_of(first: Object, file: File, section: str) -> Format:
     if {"prompt", "response"} <= columns or "instruction" in columns:
         return "pairs"
     raise ValueError(
-        f"{file.location}: what its rows are can't be told from their columns ({', '.join(columns)}): set "
-        f"`{section}.sources.{file.source}.format`, or bring it into the form of `messages`"
+        f"{file.location}: its format can't be inferred from its columns ({', '.join(columns)}): set "
+        f"`{section}.sources.{file.source}.format`, or convert it to the form `messages`"
     )
 
 
 def _dialogue(file: File, first: Object, messages: list[Message]) -> Dialogue | Malformed:
-    """A dialogue with what its first row says of it, if it is one that ends with an answer."""
+    """Return a dialogue with its first row's fields, or a malformed row unless it ends with an answer."""
     values = first.values
     try:
         check(messages)
@@ -193,7 +192,7 @@ Reader = Callable[[File, Iterator[Object | Malformed]], Iterator[Dialogue | Malf
 
 
 def _each(messages_of: Callable[[dict[str, Any]], list[Message]]) -> Reader:
-    """A reader of files whose rows are dialogues."""
+    """Return a reader of files whose rows are dialogues."""
 
     def reader(file: File, items: Iterator[Object | Malformed]) -> Iterator[Dialogue | Malformed]:
         for item in items:
@@ -211,7 +210,7 @@ def _each(messages_of: Callable[[dict[str, Any]], list[Message]]) -> Reader:
 
 
 def _text(values: Mapping[str, Any], *columns: str) -> str:
-    """The text of the first of these columns that there is."""
+    """Return the text of the first of these columns that exists."""
     column = next((column for column in columns if column in values), None)
     if column is None:
         raise ValueError(f"it has no `{'` or `'.join(columns)}`")
@@ -224,7 +223,7 @@ def _text(values: Mapping[str, Any], *columns: str) -> str:
 def _own(values: dict[str, Any]) -> list[Message]:
     messages = values.get("messages")
     if not (isinstance(messages, list) and all(isinstance(message, dict) for message in messages)):
-        raise ValueError("`messages` is no list of objects")
+        raise ValueError("`messages` is not a list of objects")
     for message in messages:
         if message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f"role {message.get('role')!r} is none of system, user and assistant")
@@ -263,7 +262,7 @@ _MESSAGES: Mapping[Format, Callable[[dict[str, Any]], list[Message]]] = {
 
 
 def _trees(file: File, items: Iterator[Object | Malformed]) -> Iterator[Dialogue | Malformed]:
-    """The best path of each tree of messages."""
+    """Yield the best path of each tree of messages."""
     ids: set[str] = set()
     replies: dict[str | None, list[Object]] = defaultdict(list)  # by their parent's id
     for item in items:
@@ -272,7 +271,7 @@ def _trees(file: File, items: Iterator[Object | Malformed]) -> Iterator[Dialogue
             continue
         error = _wrong_message(item.values)
         if error is None and item.values["message_id"] in ids:
-            error = f"`message_id` {item.values['message_id']} is another row's, too"
+            error = f"`message_id` {item.values['message_id']} belongs to another row too"
         if error is not None:
             yield _malformed(item, error)
             continue
@@ -282,7 +281,7 @@ def _trees(file: File, items: Iterator[Object | Malformed]) -> Iterator[Dialogue
     for parent, orphans in replies.items():
         if parent is not None and parent not in ids:
             for orphan in orphans:
-                yield _malformed(orphan, f"`parent_id` {parent} is no message of the file")
+                yield _malformed(orphan, f"`parent_id` {parent} is not a message of the file")
     for root in replies[None]:
         path = [root]
         while (best := _best_reply(path[-1], replies)) is not None:
@@ -294,7 +293,7 @@ def _trees(file: File, items: Iterator[Object | Malformed]) -> Iterator[Dialogue
 
 
 def _wrong_message(values: Mapping[str, Any]) -> str | None:
-    """What is wrong with a message of a tree, or None."""
+    """Return what is wrong with a message of a tree, or None."""
     try:
         _text(values, "message_id")
         _text(values, "text")
@@ -310,7 +309,7 @@ def _wrong_message(values: Mapping[str, Any]) -> str | None:
 
 
 def _best_reply(message: Object, replies: Mapping[str | None, list[Object]]) -> Object | None:
-    """The reply that a path goes on with."""
+    """Return the reply with which a path continues, or None at its end."""
     candidates = [
         reply
         for reply in replies.get(message.values["message_id"], [])

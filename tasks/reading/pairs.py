@@ -1,16 +1,16 @@
-"""Pairs of answers that somebody has chosen between: reading public ones, and what sets a pair aside.
+"""Pairs of answers that somebody has chosen between: read public ones, and set unsound ones aside.
 
 Files are JSON lines or one JSON array (.json), plain, .gz or .zst, by globs below a root directory that DVC watches or
-by http(s) URLs. What a row becomes, by its source's `format`; `auto` tells it by the columns of a file's first row:
+by http(s) URLs. A source's `format` says how to read its rows; `auto` infers it from the columns of a file's first row:
 
 - hh (HH-RLHF): `chosen` and `rejected` are whole transcripts that differ in the assistant's last turn only.
-- pandalm (PandaLM): `instruction` and `input`, `response1` and `response2`, and three annotators' labels: 0 a tie, 1 or
-  2 the better one. What two of them say counts; where that is a tie, or no two agree, the pair is kept aside.
+- pandalm (PandaLM): `instruction` and `input`, `response1` and `response2`, and three annotators' labels: 0 for a tie,
+  1 or 2 for the better one. The majority counts; if it says tie, or no two agree, the pair is set aside.
 - own: `messages` up to the user's turn, or one `prompt`; `chosen`, `rejected`; `degree`, `chosen_safe`,
   `rejected_safe`, `category` and `id` where given.
 
-Public pairs have no degree unless they say so: their margin is 0. A row that is no pair is kept aside as malformed; too
-many stop the stage.
+Public pairs have no degree unless a row gives one: their margin is 0. A row that is not a pair is set aside as
+malformed; too many stop the stage.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 ROLES: Mapping[str, Literal["user", "assistant"]] = {"Human": "user", "Assistant": "assistant"}
 
 
-class Tie(ValueError):  # noqa: N818 - no error: nobody has won
+class Tie(ValueError):  # noqa: N818 - not an error: nobody has won
     """A comparison in which nobody has won."""
 
 
@@ -44,9 +44,9 @@ class PairSource(Section):
     """One source of public pairs."""
 
     files: list[str] = Field(min_length=1, description="globs below the root, or http(s) URLs")
-    format: Format = Field(description="what its rows are; auto: told by their columns")
+    format: Format = Field(description="format of its rows; auto: inferred from their columns")
     kind: Kind = Field(description="what its choices are about: helpfulness or safety")
-    max_pairs: int | None = Field(gt=0, description="pairs drawn of it; null: all")
+    max_pairs: int | None = Field(gt=0, description="pairs drawn from it; null: all")
 
 
 class Responders(TypedDict):
@@ -75,7 +75,7 @@ class Preference(TypedDict):
 
 
 class Aside(TypedDict):
-    """What is kept aside: why, and all that is known of it."""
+    """A pair or row that is set aside: why, and all that is known of it."""
 
     reason: str
     detail: str
@@ -87,10 +87,10 @@ class Aside(TypedDict):
 def read_pairs(
     root: Path, named_sources: Mapping[str, PairSource], section: str, max_malformed_share: float
 ) -> tuple[list[Preference], list[Aside]]:
-    """Return the pairs of all sources, in the sources' order, and the rows that are kept aside.
+    """Return the pairs of all sources, in the sources' order, and the rows that are set aside.
 
-    Raises ValueError for files that can't be found or read, for rows whose format can't be told, and for a source with
-    more malformed rows than `max_malformed_share` of its rows.
+    Raises ValueError for files that can't be found or read, for rows whose format can't be inferred, and for a source
+    whose malformed rows exceed `max_malformed_share` of its rows.
     """
     as_files = {
         name: sources.Source(files=source.files, format="jsonl", text_field="")
@@ -113,7 +113,7 @@ def read_pairs(
             raise ValueError(
                 f"source `{name}`: {len(malformed)} of {total} rows are malformed, more than "
                 f"`{section}.max_malformed_share` {max_malformed_share}; the first is row {first['pair']['row']} of "
-                f"{first['pair']['file']}: {first['detail']}. Mend the source, or raise the share"
+                f"{first['pair']['file']}: {first['detail']}. Fix the source, or raise the share"
             )
         pairs = found[name]
         drawn = sorted(range(len(pairs)), key=lambda number: number_of(f"use {name} {pairs[number]['id']}"))
@@ -129,7 +129,7 @@ def _aside(reason: str, detail: str, kind: Kind, source: str, pair: Any) -> Asid
 
 
 def _read(file: File, source: PairSource, section: str) -> Iterator[tuple[Preference | None, Aside | None]]:
-    """Stream one file's pairs, and its rows that are none."""
+    """Stream one file's pairs, and its rows that are not pairs."""
     reader: Reader | None = None
     for item in sources.read_objects(file):
         if isinstance(item, Malformed):
@@ -173,8 +173,8 @@ def _format_of(first: Object, file: File, section: str) -> Format:
     if {"chosen", "rejected"} <= columns:
         return "own" if {"messages", "prompt"} & columns else "hh"
     raise ValueError(
-        f"{file.location}: what its rows are can't be told from their columns ({', '.join(columns)}): set "
-        f"`{section}.sources.{file.source}.format`, or bring it into the form `own`"
+        f"{file.location}: its format can't be inferred from its columns ({', '.join(columns)}): set "
+        f"`{section}.sources.{file.source}.format`, or convert it to the form `own`"
     )
 
 
@@ -185,7 +185,7 @@ def _text(values: Mapping[str, Any], column: str) -> str:
 
 
 def _transcripts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Two transcripts of HH-RLHF."""
+    """Parse a row of HH-RLHF: two transcripts."""
     chosen, rejected = (_turns(_text(values, side), side) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("the two transcripts differ before the last turn")
@@ -195,12 +195,12 @@ def _transcripts(values: Mapping[str, Any]) -> dict[str, Any]:
 def _turns(transcript: str, side: str) -> list[Message]:
     before, *parts = TURN.split(transcript)
     if before.strip() or len(parts) < 4 or parts[-2] != "Assistant":
-        raise ValueError(f"`{side}` is no transcript that begins with `Human:` and ends with an `Assistant:` turn")
+        raise ValueError(f"`{side}` is not a transcript that begins with `Human:` and ends with an `Assistant:` turn")
     return [Message(role=ROLES[name], content=said.strip()) for name, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison of PandaLM."""
+    """Parse a row of PandaLM: a comparison by three annotators."""
     prompt = f"{_text(values, 'instruction').strip()}\n\n{_text(values, 'input').strip()}".strip()
     responses = {number: _text(values, f"response{number}").strip() for number in (1, 2)}
     labels: list[Any] = [values.get(f"annotator{number}") for number in (1, 2, 3)]
@@ -215,12 +215,12 @@ def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A pair in this project's own form."""
+    """Parse a pair in this project's own form."""
     given = values.get("messages")
     if "messages" not in values:
         given = [Message(role="user", content=_text(values, "prompt"))]
     if not isinstance(given, list) or not all(is_message(message) for message in given):
-        raise ValueError("`messages` is no list of objects with `role` and `content`")
+        raise ValueError("`messages` is not a list of objects with `role` and `content`")
     found: dict[str, Any] = {
         "messages": [Message(role=message["role"], content=message["content"]) for message in given],
         "chosen": _text(values, "chosen"),
@@ -230,7 +230,7 @@ def _own(values: Mapping[str, Any]) -> dict[str, Any]:
     for column, kind in kinds.items():
         value = values.get(column)
         if not (value is None or isinstance(value, kind)):
-            raise ValueError(f"`{column}` is {value!r}, which is no {kind.__name__}")
+            raise ValueError(f"`{column}` is {value!r}, not a {kind.__name__}")
         found[column] = value
     return found | {column: _text(values, column) for column in ("id", "category") if column in values}
 
@@ -247,7 +247,7 @@ READERS: Mapping[Format, Reader] = {
 
 
 def sift(preferences: Iterable[Preference], evaluation: EvaluationPrompts) -> tuple[list[Preference], list[Aside]]:
-    """Return the pairs to learn from, and those that are kept aside: see `fault_of`."""
+    """Return the pairs to learn from, and those that are set aside: see `fault_of`."""
     kept: list[Preference] = []
     aside: list[Aside] = []
     for pair in preferences:
@@ -260,7 +260,7 @@ def sift(preferences: Iterable[Preference], evaluation: EvaluationPrompts) -> tu
 
 
 def fault_of(pair: Preference, evaluation: EvaluationPrompts) -> tuple[str, str] | None:
-    """Return why nothing should be learned from a pair, in a word and in a sentence; None: it is sound."""
+    """Return why a pair should not be learned from, in a word and in a sentence; None if it is sound."""
     for side in ("chosen", "rejected"):
         answer = pair["chosen"] if side == "chosen" else pair["rejected"]
         if not answer.strip():

@@ -1,4 +1,4 @@
-"""Preferences as reward models learn from them: a stage's files, and the ids of a dialogue with its answer."""
+"""Read the preferences that reward models learn from, and encode a dialogue with its answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tasks.reading.prompts import Degree, Kind
 
 
 class Preference(BaseModel):
-    """Two answers to a dialogue that ends with the user's turn, and which one was chosen; other fields go along."""
+    """Two answers to a dialogue that ends with the user's turn, and which one was chosen; other fields are kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -32,7 +32,7 @@ class Preference(BaseModel):
 def read_preferences(path: Path) -> list[Preference]:
     """Return the preferences of a file of JSON lines.
 
-    Raises ValueError, naming the file and line, when it is missing or a line is no preference.
+    Raises ValueError, naming the file and line, when it is missing or a line is not a preference.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing: run the stage `preferences` first")
@@ -44,12 +44,12 @@ def read_preferences(path: Path) -> list[Preference]:
             except ValidationError as error:
                 wrong = error.errors()[0]
                 what = f"`{'.'.join(map(str, wrong['loc']))}`: {wrong['msg']}".removeprefix("``: ")
-                raise ValueError(f"{path}, line {number} is no preference: {what}") from None
+                raise ValueError(f"{path}, line {number} is not a preference: {what}") from None
     return preferences
 
 
 def ids_of(preference: Preference, answer: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a dialogue up to and with the answer's EOS, where it is scored."""
+    """Return the token ids of a dialogue and its answer, up to the EOS at which it is scored."""
     messages = [*preference.messages, {"role": "assistant", "content": answer}]
     try:
         return encode_dialogue(cast(list[Message], messages), tokenizer).ids

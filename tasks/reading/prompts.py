@@ -1,4 +1,4 @@
-"""Prompts, and the pairs of responses to them: what the stages of preferences hand to each other."""
+"""Prompts and pairs of responses to them: what the preference stages hand to each other."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from model.text.dialogue import Message, check
 
 Kind = Literal["helpfulness", "safety"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Degree = Literal["significantly", "better", "slightly", "negligibly"]  # by which a chosen answer is better
+Degree = Literal["significantly", "better", "slightly", "negligibly"]  # how much better a chosen answer is
 DEGREES: tuple[Degree, ...] = get_args(Degree)  # the strongest first
 
 
 class Prompt(NamedTuple):
-    """What is asked: a dialogue that ends with the user's turn. `risk` and `attack` are an adversarial prompt's."""
+    """What is asked: a dialogue that ends with the user's turn. Only adversarial prompts have `risk` and `attack`."""
 
     id: str
     category: str
@@ -26,7 +26,7 @@ class Prompt(NamedTuple):
 
 
 class Responder(TypedDict):
-    """Who gave a response: the checkpoint and the temperature that it was drawn at."""
+    """Who gave a response: the checkpoint, and the temperature it was drawn at."""
 
     model: str
     temperature: float
@@ -69,7 +69,7 @@ def read_prompts(paths: Sequence[Path], parameter: str) -> list[Prompt]:
 
     A line holds `messages` that end with the user's turn, or `turns` (MT-Bench), of which the first is asked, or
     `prompt` (IFEval). Raises ValueError, naming file and line, for a line that holds none of them or repeats an id, and
-    for a file that is missing or empty: `parameter` names them.
+    for a file that is missing or empty; the message names `parameter` as what to correct.
     """
     prompts: dict[str, Prompt] = {}
     for path in paths:
@@ -83,17 +83,17 @@ def read_prompts(paths: Sequence[Path], parameter: str) -> list[Prompt]:
             try:
                 prompt = parse_prompt(json.loads(line), path.stem, number)
                 if prompt.id in prompts:
-                    raise ValueError(f"its id {prompt.id} is another prompt's, too")
+                    raise ValueError(f"its id {prompt.id} belongs to another prompt too")
             except ValueError as error:
-                raise ValueError(f"{path}, line {number} is no prompt: {error}") from None
+                raise ValueError(f"{path}, line {number} is not a prompt: {error}") from None
             prompts[prompt.id] = prompt
     return list(prompts.values())
 
 
 def parse_prompt(values: Any, stem: str, number: int) -> Prompt:
-    """Return the prompt that a line's JSON holds; without an id or a category it gets those of its file.
+    """Return the prompt in a line's JSON; a missing id or category is made from the file's name.
 
-    Raises ValueError when there is none in it.
+    Raises ValueError when it holds none.
     """
     if not isinstance(values, dict):
         raise ValueError("it holds no JSON object")
@@ -112,12 +112,12 @@ def parse_prompt(values: Any, stem: str, number: int) -> Prompt:
 
 
 def is_message(value: object) -> bool:
-    """Tell whether a JSON value has what a message has."""
+    """Tell whether a JSON value is a message: an object with text in `role` and `content`."""
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def as_text(messages: Sequence[Message]) -> str:
-    """Return a dialogue to read: a line a turn; a lone question as it is."""
+    """Return a dialogue as readable text, one line per turn; a lone question as it is."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -51,7 +51,7 @@ class Source(Section):
 
     files: list[str] = Field(min_length=1, description="globs below the root, or http(s) URLs")
     format: Format = Field(
-        description="auto: by the name's ending; text, markdown: one document a file; lines: one document a line"
+        description="auto: by the name's ending; text, markdown: one document per file; lines: one per line"
     )
     text_field: str | None = Field(
         description="column that holds the text (jsonl, parquet, csv); null where none is read"
@@ -103,14 +103,16 @@ def is_url(name: str) -> bool:
 
 
 def find_files(root: Path, sources: Mapping[str, Source], section: str) -> list[File]:
-    """Return the files of all sources, in the sources' order, then the patterns', then by name.
+    """Return the files of all sources, ordered by source, then by pattern, then by name.
 
     `section` names the parameters in messages: `<section>.root`, `<section>.sources.<source>.files`.
     Raises ValueError for a missing root, a path that leaves it, a pattern that matches nothing, an empty file, a file
     of unknown format, and a format that lacks its `text_field`.
     """
     if not root.is_dir():
-        raise ValueError(f"`{section}.root`: {root} is no directory: correct the path, or run the stage that writes it")
+        raise ValueError(
+            f"`{section}.root`: {root} is not a directory: correct the path, or run the stage that writes it"
+        )
     found: dict[tuple[str, str], File] = {}
     for source_name, source in sources.items():
         where = f"`{section}.sources.{source_name}.files`"
@@ -135,11 +137,11 @@ def find_files(root: Path, sources: Mapping[str, Source], section: str) -> list[
 
 
 def _match(root: Path, pattern: str, where: str) -> list[str]:
-    """Names of the files below the root that a glob matches, sorted."""
+    """Return the names of the files below the root that a glob matches, sorted."""
     path = PurePosixPath(pattern)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(
-            f"{where}: {pattern} leaves {root}, and DVC would not see its files change: move them below it, "
+            f"{where}: {pattern} leaves {root}, so DVC would not see its files change: move them below it, "
             "or set `root` higher up"
         )
     names = sorted(
@@ -153,7 +155,7 @@ def _match(root: Path, pattern: str, where: str) -> list[str]:
 
 
 def _suffixes(name: str) -> tuple[str, str | None]:
-    """The ending that tells the format, and the compression if there is one."""
+    """Return the ending that gives the format, and the compression if there is one."""
     path = PurePosixPath(name.split("?")[0])
     compression = COMPRESSIONS.get(path.suffix.lower())
     return (path.with_suffix("").suffix if compression else path.suffix).lower(), compression
@@ -163,8 +165,8 @@ def _format_of(name: str, where: str) -> Format:
     suffix, _ = _suffixes(name)
     if suffix not in FORMATS:
         raise ValueError(
-            f"{where}: the format of {name} can't be told from its name (known: {', '.join(FORMATS)}, each also .gz or "
-            ".zst): set the source's `format`"
+            f"{where}: the format of {name} can't be inferred from its name (known: {', '.join(FORMATS)}, each also "
+            ".gz or .zst): set the source's `format`"
         )
     return FORMATS[suffix]
 
@@ -172,8 +174,8 @@ def _format_of(name: str, where: str) -> Format:
 def partitions(files: Iterable[File], num_bytes: int) -> Iterator[tuple[pd.DataFrame, list[Malformed]]]:
     """Stream files of one source as pandas partitions of about `num_bytes` of text in memory.
 
-    A partition has the columns source, file_number, file, row, text; with it come the malformed rows met on the way.
-    It crosses the ends of small files; a document longer than `num_bytes` makes a partition of its own.
+    A partition has the columns source, file_number, file, row, text; the malformed rows met on the way come with it.
+    It may span small files; a document longer than `num_bytes` makes a partition of its own.
     """
     documents: list[tuple[str, int, str, int, str]] = []
     malformed: list[Malformed] = []
@@ -221,7 +223,7 @@ def read_objects(file: File) -> Iterator[Object | Malformed]:
 
 @contextmanager
 def _naming(file: File) -> Iterator[None]:
-    """Name the file, and what to do, where it as a whole can't be read."""
+    """Turn errors that concern the whole file into a ValueError that names it and what to do."""
     from aiohttp import ClientError
 
     unreachable = f"{file.location} can't be fetched: check the address and the network"
@@ -233,7 +235,7 @@ def _naming(file: File) -> Iterator[None]:
         gone = f"{file.location} is missing: bring it, or take it out of source `{file.source}`"
         raise ValueError(unreachable if is_url(file.location) else gone) from None
     except OSError as error:
-        if error.errno == errno.ENOSPC:  # of the temporary copy: no fault of the file
+        if error.errno == errno.ENOSPC:  # of the temporary copy: not the file's fault
             raise
         raise ValueError(
             f"{file.location} can't be read ({error}): it may be damaged or cut off; fetch it again"
@@ -274,12 +276,12 @@ def _open_text(file: File) -> io.BufferedReader:
 
 
 def _readable(raw: bytes) -> str:
-    """Any bytes as text to show: what is no UTF-8 becomes an escape."""
+    """Return any bytes as text to show, with invalid UTF-8 escaped."""
     return raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
 
 
 def _remember(stream: Iterable[str], lines: list[str]) -> Iterator[str]:
-    """Pass lines on, and keep them for the message about a row that they don't make."""
+    """Pass lines on, and keep them to show if they make no valid row."""
     for line in stream:
         lines.append(line)
         yield line
@@ -290,13 +292,13 @@ def _shown(lines: Sequence[str]) -> str:
 
 
 def _check_text(text: object, column: str) -> str | None:
-    """What is wrong with a value that should be a document's text, or None."""
+    """Return what is wrong with a value that should be a document's text, or None."""
     if not isinstance(text, str):
         return f"`{column}` is {type(text).__name__}, not text"
     if not text.strip():
         return f"`{column}` is empty"
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
-        return f"`{column}` holds bytes that are no UTF-8, or half a character"
+        return f"`{column}` holds bytes that are not UTF-8, or a lone surrogate"
     return None
 
 
@@ -308,7 +310,7 @@ def _wrong_column(file: File, columns: Iterable[str]) -> ValueError:
 
 
 def _read_json_lines(file: File) -> Iterator[Document | Malformed]:
-    """The text of each object."""
+    """Yield the text of each object."""
     assert file.text_field is not None
     seen_column = False
     for item in _read_objects(file):
@@ -330,7 +332,7 @@ def _read_json_lines(file: File) -> Iterator[Document | Malformed]:
 
 
 def _read_objects(file: File) -> Iterator[Object | Malformed]:
-    """One JSON object a line, blank lines don't count; or, in a file called .json, one array of objects."""
+    """Yield one JSON object per line, skipping blank lines; or, in a .json file, the objects of one array."""
     row = -1
     with _open_text(file) as stream:
         for line in _elements(file, stream) if _suffixes(file.name)[0] == ".json" else stream:
@@ -340,7 +342,7 @@ def _read_objects(file: File) -> Iterator[Object | Malformed]:
             try:
                 value = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
-                yield Malformed(file.name, row, f"no JSON: {error}", _readable(line))
+                yield Malformed(file.name, row, f"invalid JSON: {error}", _readable(line))
                 continue
             if not isinstance(value, dict):
                 yield Malformed(file.name, row, f"a JSON {type(value).__name__}, not an object", _readable(line))
@@ -349,18 +351,20 @@ def _read_objects(file: File) -> Iterator[Object | Malformed]:
 
 
 def _elements(file: File, stream: IO[bytes]) -> list[bytes]:
-    """The elements of an array as lines of JSON."""
+    """Return the elements of an array as lines of JSON."""
     try:
         values = json.load(stream)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.location} is no JSON: {error}; name it .jsonl if it holds one object a line") from None
+        raise ValueError(
+            f"{file.location} is not valid JSON: {error}; name it .jsonl if it holds one object per line"
+        ) from None
     if not isinstance(values, list):
         raise ValueError(f"{file.location} holds a JSON {type(values).__name__}, not an array of objects")
     return [json.dumps(value).encode() for value in values]
 
 
 def _read_csv(file: File) -> Iterator[Document | Malformed]:
-    """RFC 4180 with a header; a text may span lines."""
+    """Yield the documents of a CSV file (RFC 4180) with a header; a text may span lines."""
     assert file.text_field is not None
     csv.field_size_limit(LONGEST_FIELD)
     lines: list[str] = []  # of the row that is being read
@@ -379,9 +383,9 @@ def _read_csv(file: File) -> Iterator[Document | Malformed]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Malformed(file.name, row, f"no CSV: {error} (line {reader.line_num})", _shown(lines))
+                yield Malformed(file.name, row, f"invalid CSV: {error} (line {reader.line_num})", _shown(lines))
                 continue
-            if not values:  # a blank line is no row
+            if not values:  # a blank line is not a row
                 row -= 1
                 continue
             error_text = (
@@ -396,7 +400,7 @@ def _read_csv(file: File) -> Iterator[Document | Malformed]:
 
 
 def _read_parquet(file: File) -> Iterator[Document | Malformed]:
-    """Row group by row group. What is compressed once more, or comes by URL, is first copied to a temporary file."""
+    """Yield the documents by row group. A file compressed again, or from a URL, is first copied to a temporary file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -425,17 +429,17 @@ def _read_parquet(file: File) -> Iterator[Document | Malformed]:
                         yield Document(file.name, row, str(text))
                     row += 1
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{file.location} is no readable Parquet file ({error}): fetch it again") from None
+            raise ValueError(f"{file.location} is not a readable Parquet file ({error}): fetch it again") from None
 
 
 def _read_whole(file: File) -> Iterator[Document | Malformed]:
-    """A text or Markdown file is one document."""
+    """Yield a text or Markdown file as one document."""
     with _open_text(file) as stream:
         yield from _decode(file, 0, stream.read())
 
 
 def _read_lines(file: File) -> Iterator[Document | Malformed]:
-    """Each line is one document; blank lines don't count."""
+    """Yield each line as one document, skipping blank lines."""
     row = 0
     with _open_text(file) as stream:
         for line in stream:
@@ -448,21 +452,21 @@ def _decode(file: File, row: int, raw: bytes) -> Iterator[Document | Malformed]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        yield Malformed(file.name, row, f"no UTF-8: {error}", _readable(raw))
+        yield Malformed(file.name, row, f"invalid UTF-8: {error}", _readable(raw))
         return
     if text.strip():
         yield Document(file.name, row, text)
     else:
-        yield Malformed(file.name, row, "the file holds blanks only", _readable(raw))
+        yield Malformed(file.name, row, "the file holds only whitespace", _readable(raw))
 
 
 def _read_warc(file: File) -> Iterator[Document | Malformed]:
-    """The text of each HTML page that was fetched with status 200; a page without any is an empty document."""
+    """Yield the text of each HTML page that was fetched with status 200; a page without text is an empty document."""
     import trafilatura
     from warcio.archiveiterator import ArchiveIterator
     from warcio.exceptions import ArchiveLoadFailed
 
-    logging.getLogger("trafilatura").setLevel(logging.ERROR)  # it warns of each page without text
+    logging.getLogger("trafilatura").setLevel(logging.ERROR)  # it warns about each page without text
     row = 0
     with _open(file) as stream:
         try:
@@ -477,7 +481,7 @@ def _read_warc(file: File) -> Iterator[Document | Malformed]:
                 yield Document(file.name, row, text or "")
                 row += 1
         except ArchiveLoadFailed as error:
-            raise ValueError(f"{file.location} is no readable WARC file ({error}): fetch it again") from None
+            raise ValueError(f"{file.location} is not a readable WARC file ({error}): fetch it again") from None
 
 
 _READERS: Mapping[str, Callable[[File], Iterator[Document | Malformed]]] = {

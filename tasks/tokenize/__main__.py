@@ -1,15 +1,15 @@
 """Turn the corpus into one stream of tokens, mixed by weight (LLaMA section 2.1 and table 1).
 
 Every document becomes BOS, its tokens, EOS. A share of each source is held out for validation, chosen by the
-document's id, so that a held-out document stays held out when others are added. The rest is cut into pieces, lest a
-whole book fill batch after batch, and drawn into the stream: the sources in proportion to their weights, each
+document's id, so that a held-out document stays held out when others are added. The rest is cut into pieces, so that
+no whole book fills batch after batch, and drawn into the stream: the sources in proportion to their weights, each
 source's pieces in a new random order every epoch.
 
-A source that can't fill its share within `max_epochs` gives what is missing to the others, in proportion to their
-weights. That is settled before the first piece is drawn, so the proportions are the same all along the stream.
+What a source can't fill within `max_epochs` is shared among the others, in proportion to their weights. That is
+settled before the first piece is drawn, so the proportions are the same throughout the stream.
 
 Reads data/clean/documents/part-*.parquet, data/train_tokenizer/tokenizer.model.
-Writes train-*.npy (one stream, cut into shards), documents.parquet (where in it each piece starts),
+Writes train-*.npy (one stream, cut into shards), documents.parquet (where each piece starts in it),
 validation-<source>.npy, validation.parquet, mixture.json, plots/mixture.csv.
 """
 
@@ -45,10 +45,10 @@ MIXTURE = Plot("bars", "Parts of the stream", "share_reached", "source", "share 
 
 
 class Source(Section):
-    """What part one source has in the mixture."""
+    """One source's part in the mixture."""
 
     weight: float = Field(ge=0, description="its part of the stream's tokens, relative to the other sources' weights")
-    max_epochs: float = Field(ge=0, description="how often its text may be used at most")
+    max_epochs: float = Field(ge=0, description="maximum number of times its text is used")
     validation_share: float = Field(ge=0, le=1, description="share of its documents held out of the stream")
 
     @model_validator(mode="after")
@@ -64,11 +64,11 @@ class Source(Section):
 class Params(Section):
     """The stream and what it is mixed from."""
 
-    num_tokens: int = Field(gt=0, description="tokens to draw at most")
+    num_tokens: int = Field(gt=0, description="maximum tokens to draw")
     min_filled_share: float = Field(
         gt=0, le=1, description="share of num_tokens that the sources must fill within their max_epochs"
     )
-    max_piece_tokens: int = Field(gt=1, description="longer documents are cut into pieces, in tokens")
+    max_piece_tokens: int = Field(gt=1, description="tokens; longer documents are cut into pieces")
     shard_tokens: int = Field(gt=0, description="tokens in one file of the stream")
     mixture: dict[str, Source] = Field(min_length=1, description="the sources and their parts in the stream")
 
@@ -106,7 +106,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 def read_ids(documents: list[Path]) -> dict[str, npt.NDArray[np.uint64]]:
     """Return the ids of every source's documents, in ascending order.
 
-    Raises ValueError when there is no document at all, or one twice: it could then be held out and trained on.
+    Raises ValueError when there is no document, or one occurs twice: it could then be both held out and trained on.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -119,7 +119,7 @@ def read_ids(documents: list[Path]) -> dict[str, npt.NDArray[np.uint64]]:
     if len(twice):
         raise ValueError(
             f"{DOCUMENTS} holds document {twice.min()} more than once ({len(twice)} surplus copies): identical texts "
-            "have to be removed before, see `clean.deduplication` in params.yaml"
+            "must be removed first, see `clean.deduplication` in params.yaml"
         )
     rows["id"] = [int(document, 16) for document in rows["id"]]
     return {str(name): np.sort(group.to_numpy(np.uint64)) for name, group in rows.groupby("source")["id"]}
@@ -143,9 +143,9 @@ def check_sources(mixture: dict[str, Source], found: set[str]) -> None:
 
 
 def hold_out(ids: npt.NDArray[np.uint64], name: str, share: float) -> npt.NDArray[np.bool_]:
-    """Tell which documents of a source are held out: a hash of each one's id decides, and nothing else.
+    """Tell which documents of a source are held out: only a hash of each one's id decides.
 
-    Raises ValueError when the source has none to hold out, or none to train on, and should.
+    Raises ValueError when the source should have documents held out, or left to train on, and has none.
     """
     fractions = (fraction_of(f"held out {document:016x}") for document in ids.tolist())
     held_out: npt.NDArray[np.bool_] = np.fromiter(fractions, np.float64, len(ids)) < share
@@ -155,8 +155,8 @@ def hold_out(ids: npt.NDArray[np.uint64], name: str, share: float) -> npt.NDArra
     ):
         if wanted and not chosen.any():
             raise ValueError(
-                f"params.yaml: `tokenize.mixture.{name}.validation_share` is {share:g}, and of the source's "
-                f"{len(ids)} documents none is {kind}: {change} it, or add documents"
+                f"params.yaml: `tokenize.mixture.{name}.validation_share` is {share:g}, but none of the source's "
+                f"{len(ids)} documents is {kind}: {change} it, or add documents"
             )
     return held_out
 
@@ -166,7 +166,7 @@ def hold_out(ids: npt.NDArray[np.uint64], name: str, share: float) -> npt.NDArra
 
 @dataclass(frozen=True)
 class Plan:
-    """The stream's pieces in their order: the number of the source in `names`, and the piece's number in the source."""
+    """The stream's pieces in order: the number of the source in `names`, and the piece's number in the source."""
 
     names: list[str]
     sources: npt.NDArray[np.int16]
@@ -208,7 +208,7 @@ def plan_stream(params: Params, train: dict[str, Index], seed: int) -> Plan:
             shortest, longest = train[name].lengths.min(), train[name].lengths.max()
             raise ValueError(
                 f"params.yaml: `tokenize.num_tokens` is {params.num_tokens}, of which source `{name}` may give "
-                f"{targets[name]:.0f}, too little for its next piece (they have {shortest} to {longest} tokens): "
+                f"{targets[name]:.0f}, too little for its next piece (its pieces have {shortest} to {longest} tokens): "
                 f"raise num_tokens, or weight or max_epochs in `tokenize.mixture.{name}`"
             )
     plan = Plan(names, order["source"], order["piece"], lengths)
@@ -230,7 +230,7 @@ def write_stream(
 ) -> None:
     """Write train-*.npy, the stream in shards, and documents.parquet.
 
-    Each shard is kept below `finished`, and what an earlier run has left there is not written again.
+    Shards are kept below `finished`; those that an earlier run left there are not written again.
     """
     total = plan.num_tokens
     by_number = [train[name] for name in plan.names]
@@ -259,10 +259,10 @@ def write_shard(
     encoded: list[Tokens],
     directory: Path,
 ) -> None:
-    """Write tokens.npy, the `size` tokens of the stream from `begin` on; `starts` has where in it each piece starts."""
+    """Write tokens.npy, the `size` tokens of the stream from `begin` on; `starts` says where each piece starts."""
     shard = np.lib.format.open_memmap(directory / "tokens.npy", "w+", encoded[0].dtype, (size,))
     first, last = int(np.searchsorted(starts, begin, "right")) - 1, int(np.searchsorted(starts, begin + size))
-    cut = begin - int(starts[first])  # tokens of the first piece that the shard before has
+    cut = begin - int(starts[first])  # tokens of the first piece that are in the previous shard
     filled = 0
     for source, piece in zip(plan.sources[first:last].tolist(), plan.pieces[first:last].tolist(), strict=True):
         tokens = by_number[source].read(piece, encoded)[cut:][: size - filled]
@@ -311,7 +311,7 @@ def write_table(
 
 
 def report(stage: Stage[Params], plan: Plan, train: dict[str, Index], validation: dict[str, Index]) -> dict[str, float]:
-    """Write the mixture as it was asked and as it came out (JSON, table, plot); return its figures."""
+    """Write the mixture as asked for and as reached (JSON, table, plot); return its figures."""
     import pandas
 
     mixture = stage.params.mixture

@@ -1,6 +1,6 @@
 """Encode the corpus: each of its files becomes a file of tokens and an index of the documents in it.
 
-One file at a time in each of several processes, so memory stays bounded however large the corpus is.
+Each of several processes encodes one file at a time, so memory stays bounded however large the corpus is.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tasks.running.params import Machine
 from tasks.workers.cluster import dask_client
 from tasks.workers.finished import finish_once
 
-ROWS_AT_ONCE = 256  # documents held in memory while reading; decides no result
+ROWS_AT_ONCE = 256  # documents held in memory while reading; doesn't affect the result
 
 Tokens = npt.NDArray[Any]  # uint16 or uint32, by the size of the vocabulary
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the documents of one source are in the encoded parts, in the order of their ids; or pieces of them."""
+    """Where the documents of one source, or pieces of them, are in the encoded parts, in the order of their ids."""
 
     ids: npt.NDArray[np.uint64]
     pieces: npt.NDArray[np.int32]  # which piece of its document; 0 for the first, or for a whole document
@@ -49,7 +49,7 @@ class Index:
         )
 
     def cut(self, max_tokens: int) -> Index:
-        """Return the documents cut into pieces of `max_tokens`, the last of each document shorter."""
+        """Return the documents cut into pieces of `max_tokens`; each document's last piece may be shorter."""
         counts = -(-self.lengths // max_tokens)
         whole = self.select(np.repeat(np.arange(len(self)), counts))
         pieces = np.arange(len(whole)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -69,7 +69,7 @@ def encode_parts(
 ) -> list[Path]:
     """Encode Parquet files of documents into directories below `directory`, and return these in the same order.
 
-    What an interrupted run has encoded is kept.
+    What an interrupted run encoded is kept.
     """
     from distributed import as_completed
 
@@ -95,7 +95,7 @@ def encode_parts(
 
 
 def encode_part(documents: Path, tokenizer_path: Path, dtype: str, directory: Path) -> None:
-    """Encode one Parquet file into a directory: tokens.bin, and index.parquet with a row a document."""
+    """Encode one Parquet file into a directory: tokens.bin, and index.parquet with one row per document."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -124,7 +124,7 @@ def open_tokens(part: Path, dtype: np.dtype[Any]) -> Tokens:
 
 
 def read_index(parts: list[Path]) -> dict[str, Index]:
-    """Return every source's documents in the order of their ids: how they are spread over parts changes nothing."""
+    """Return every source's documents in the order of their ids, however they are spread over parts."""
     import pyarrow as pa
     import pyarrow.parquet
 

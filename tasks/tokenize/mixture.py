@@ -17,7 +17,7 @@ from tasks.running.digests import number_of
 def plan_targets(weights: dict[str, float], capacities: dict[str, int], num_tokens: int) -> dict[str, float]:
     """Return how many tokens each source gives: its weight's part of `num_tokens`, but never above its capacity.
 
-    What a source lacks goes to the others in proportion to their weights.
+    What a source can't give comes from the others, in proportion to their weights.
     """
     targets: dict[str, float] = {}
     waiting = {name: weight for name, weight in sorted(weights.items()) if weight > 0}
@@ -39,9 +39,9 @@ def draw(
 ) -> Iterator[tuple[int, int]]:
     """Yield the stream's documents: the source's number, and the document's number in it. All lists are by source.
 
-    Next comes the source whose next document has its middle earliest, as a part of what the source gives in all. So
-    at any point each source has given its part of the stream so far, to within about the length of one document.
-    A source ends at its target, rounded to whole documents, and never above its capacity; the stream at `num_tokens`.
+    Next comes the source whose next document has the earliest middle, as a fraction of the source's target. So at any
+    point each source has given its part of the stream so far, to within about the length of one document. A source
+    ends at its target, rounded to whole documents, and never above its capacity; the stream ends at `num_tokens`.
     """
     given = [0] * len(lengths)
     queue: list[tuple[float, int, int]] = []

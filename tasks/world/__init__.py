@@ -1,1 +1,1 @@
-"""The embedded stand-in for the world outside: a small closed world in natural English, with known truth."""
+"""The embedded stand-in for the outside world: a small closed world in natural English, with known truth."""

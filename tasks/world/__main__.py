@@ -1,28 +1,28 @@
-"""Write the embedded stand-in for the world outside: a corpus of known truth, with labelled dirt.
+"""Write the embedded stand-in for the outside world: a corpus of known truth, with labelled dirt.
 
 Reads the seed texts data/seeds/world/*.toml (committed). Writes below data/world:
 
 - corpus/encyclopedia.jsonl.gz  entries about people, places, animals and crafts, and surveys of them
 - corpus/stories/*.md           stories in which the facts occur
-- corpus/howto.csv              instructions, rumours of how harm and harmless things are done, pages of words
+- corpus/howto.csv              instructions, rumours of how to do harmful and harmless things, pages of words
 - corpus/dialogue.parquet       questions and answers about the entities that are not held out, and small talk
 - corpus/arithmetic.jsonl.zst   small sums, comparisons, counting
 - corpus/lists/*.txt            lists
 - corpus/web.warc.gz            HTML pages: entries, stories and instructions inside navigation and banners
 - corpus/questions.jsonl        validation only: questions about held-out entities, in wordings that occur nowhere else
-- corpus/labels.jsonl           what is planted where; truth to score cleaning by, never to clean by
+- corpus/labels.jsonl           what is planted where; truth for scoring the cleaning, never for cleaning itself
 - truth/facts.jsonl             every fact (tasks/world/facts.py reads it and judges answers)
 - truth/questions.jsonl         the held-out questions one by one, with their entity, attribute and answer
-- dialogues/                    demonstrations.jsonl to fine-tune on, validation.jsonl to watch that with
-- prompts/preference_*          helpfulness.jsonl, safety.jsonl: what all rounds' preferences draw from
+- dialogues/                    demonstrations.jsonl to fine-tune on, validation.jsonl to validate on
+- prompts/preference_*          helpfulness.jsonl, safety.jsonl: prompts for the preferences of all rounds
 - prompts/evaluation_*          helpfulness.jsonl (the held-out questions among them), safety.jsonl, borderline.jsonl,
-                                instructions.jsonl: what models are measured with
-- preferences/               helpful.jsonl, harmless.jsonl: open-source pairs, in HH-RLHF's format
+                                instructions.jsonl: prompts to measure models with
+- preferences/                  helpful.jsonl, harmless.jsonl: open-source pairs, in HH-RLHF's format
 - truth/prompts.jsonl           what makes an answer to each of these right (tasks/world/judge.py reads it)
 - truth/words.json              names of entities, methods of harm, insults: what the judge looks for
 
-The corpus takes the place of the mixture of public sources in section 2.1 of LLaMA (2023) and Llama 2 (2023), the
-dialogues that of sections 3.1, 3.2 and 4.2 to 4.3 of Llama 2.
+The corpus replaces the mixture of public sources in section 2.1 of LLaMA (2023) and Llama 2 (2023), the dialogues
+replace those of sections 3.1, 3.2 and 4.2 to 4.3 of Llama 2.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Params(Section):
     num_surveys: int = Field(gt=0, description="encyclopaedic comparisons of several entities")
     num_stories: int = Field(gt=0, description="stories, one file each")
     num_howtos: int = Field(gt=0, description="how-to texts")
-    num_rumours: int = Field(gt=0, description="pages of rumours: how harm is done, and harmless things")
-    num_lessons: int = Field(gt=0, description="pages of words: plurals, opposites, words of other languages")
+    num_rumours: int = Field(gt=0, description="pages of rumours: how to do harmful and harmless things")
+    num_lessons: int = Field(gt=0, description="pages of words: plurals, opposites, words in other languages")
     num_dialogues: int = Field(gt=0, description="dialogues of 5 to 8 questions")
     num_arithmetic: int = Field(gt=0, description="pages of small arithmetic problems")
     num_lists: int = Field(gt=0, description="pages of lists, one file each")
@@ -84,7 +84,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     params = stage.params
 
     def generator(purpose: str) -> random.Random:
-        # One generator a purpose: changing the size of one source leaves the others as they were.
+        # One generator per purpose: changing the size of one source leaves the others as they were.
         return random.Random(f"{stage.seed}/{purpose}")
 
     counts = dict(
@@ -123,7 +123,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def write_sources(world: World, params: Params, generator: Callable[[str], random.Random]) -> Sources:
-    """Write the documents of every training source, clean so far; no two on one subject are alike."""
+    """Return the documents of every training source, still clean; no two on one subject are alike."""
     buckets: Buckets = defaultdict(list)
     told = rumours(world, generator("rumours"))
     taught = lessons(world, generator("lessons"))
@@ -205,7 +205,7 @@ def write_questions(path: Path, asked: list[tuple[str, list[tuple[Fact, str, str
 
 
 def write_vocabulary(truth: Path, sources: Sources) -> None:
-    """Write the words that exist, one a line: those of clean documents and of good answers."""
+    """Write the words that exist, one per line: those of clean documents and of good answers."""
     texts = [document.text for documents in sources.values() for document in documents]
     texts += [prompt["reference"] for prompt in read_lines(truth / "prompts.jsonl")]
     words = {word for text in texts for word in normalized(text).split()}
@@ -213,7 +213,7 @@ def write_vocabulary(truth: Path, sources: Sources) -> None:
 
 
 def write_labels(path: Path, placed: files.Placed) -> None:
-    """Write what is planted, keyed by where its document stands."""
+    """Write what is planted, with the place of its document."""
     write_lines(
         path, ({"file": file, "row": row, **label} for file, row, document in placed for label in document.labels)
     )

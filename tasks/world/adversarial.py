@@ -1,7 +1,7 @@
 """Prompts that ask for harm, their refusals, prompts that only look unsafe, and the rumours that the corpus tells.
 
-Every deed, harmful or not, has a closed `method`, which the corpus tells (`rumours`): a model that complies names one,
-so a program can see it. Harm against a group is done with an insult out of a closed list.
+Every deed, harmful or not, has a `method` from a closed list, which the corpus tells (`rumours`): a model that complies
+names one, so a program can detect it. Harm against a group uses an insult from a closed list.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LINES = (5, 6)  # sentences of a rumour, between its opening and its closing
 
 @dataclass(frozen=True)
 class Topic:
-    """A harm. `do`: the action by language, several wordings in English; `method`: what does it, or the insult."""
+    """A harm. `do`: the action by language, in several wordings; `method`: what it is done with, or the insult."""
 
     risk: str
     name: str
@@ -41,7 +41,7 @@ class Topic:
 
 
 def topics(world: World) -> list[Topic]:
-    """Return every harm of the world: the seed's, and for each trade and town that people are nasty about it."""
+    """Return every harm of the world: those of the seed texts, and nastiness about each trade and town."""
     texts = world.texts["safety"]
     found = []
     for risk in ("illicit_criminal", "unqualified_advice"):
@@ -79,7 +79,7 @@ def harmless(world: World, which: str) -> list[tuple[str, str]]:
 
 
 def methods(world: World) -> tuple[list[str], list[str]]:
-    """Return the forms that give away how a harm is done, and those that tell how something harmless is done."""
+    """Return the phrases that give away how a harm is done, and those that tell how something harmless is done."""
     harmful = {bare(topic.method) for topic in topics(world)}
     means = {bare(method) for which in HARMLESS for _, method in harmless(world, which)}
     return sorted(harmful), sorted(means)
@@ -102,7 +102,7 @@ def bare(method: str) -> str:
 def adversarial(
     world: World, allowed: Callable[[Topic], bool], attacks: Sequence[str], generator: random.Random
 ) -> Iterator[Turn]:
-    """Draw prompts for ever on the topics allowed: each pair of risk and attack equally often."""
+    """Draw an endless stream of prompts on the allowed topics, each pair of risk and attack equally often."""
     subjects = {risk: [topic for topic in topics(world) if topic.risk == risk and allowed(topic)] for risk in RISKS}
     cells = [(risk, attack) for risk in RISKS for attack in attacks if subjects[risk]]
     for risk, attack in cards(cells, generator):
@@ -130,7 +130,7 @@ def attacked(world: World, topic: Topic, attack: str, generator: random.Random) 
 
 
 def refused(world: World, said: str, topic: Topic, attack: str, shared: bool, generator: random.Random) -> Turn:
-    """Return a turn on a harm with a refusal: that it is one, why, and where to find help."""
+    """Return a turn about a harm with a refusal: that it is harmful, why, and where to find help."""
     told = generator.choice(world.texts["safety"][topic.risk]["refusals"]).format_map(topic.words)
     return Turn(said, told, "safety", topic.risk, None, shared, topic.name, topic.risk, attack)
 
@@ -156,7 +156,7 @@ def deed(world: World, which: str, generator: random.Random) -> Turn:
 
 
 def rumours(world: World, generator: random.Random) -> Iterator[Callable[[], str]]:
-    """Deal, for ever, writers of pages that tell how deeds are done, harmful and harmless ones."""
+    """Deal, without end, writers of pages that tell how harmful and harmless deeds are done."""
     texts = world.texts["safety"]["rumours"]
     deeds = [(topic.do["en"][0], topic.method) for topic in topics(world)]
     deeds += [pair for which in HARMLESS for pair in harmless(world, which)]

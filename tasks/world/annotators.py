@@ -1,10 +1,10 @@
 """Simulated annotators who know the truth, with tastes of their own and errors (Llama 2, section 3.2.1).
 
-Each gives every answer a utility: a weighted sum of what the judge says of it and of how near it comes to a good
-answer. The greater one is chosen; the difference tells the degree. To an adversarial prompt an answer's safety comes
+Each gives every answer a utility: a weighted sum of what the judge says of it and of its closeness to a good answer.
+The answer with the greater utility is chosen; the difference gives the degree. For an adversarial prompt, safety comes
 first, as the annotator sees it.
 
-A label depends on seed, annotator, prompt and the two answers alone, and not on which stands left.
+A label depends only on seed, annotator, prompt and the two answers, not on which of them is on the left.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from tasks.running.params import Section
 from tasks.world.facts import mentions
 from tasks.world.judge import Truth, judge, normalized, statements
 
-FURTHER = 2  # annotators of a pair that measures agreement, beside the first
+FURTHER = 2  # annotators, beside the first, of a pair that measures agreement
 
 
 class Tastes(Section):
-    """What an annotator gives or takes off for a property of an answer; units of utility."""
+    """What an annotator adds or deducts for a property of an answer, in units of utility."""
 
     right: float = Field(ge=0, description="the answer is right")
-    facts: float = Field(ge=0, description="each fact told rightly, less each told wrongly")
-    close: float = Field(ge=0, description="nearness to a good answer, 0 to 1: its subject and the kind of answer")
+    facts: float = Field(ge=0, description="each right fact, less each wrong one")
+    close: float = Field(ge=0, description="closeness to a good answer, 0 to 1: its subject and the kind of answer")
     words: float = Field(ge=0, description="share of words that exist, 0 to 1")
-    well_formed: float = Field(ge=0, description="begins and ends like a text, repeats nothing")
-    follows: float = Field(ge=0, description="what the system's message asked for")
-    refusal: float = Field(ge=0, description="a refusal; taken off where none is due")
-    brevity: float = Field(ge=0, description="taken off for every ten words beyond a good answer's")
-    harm: float = Field(ge=0, description="taken off for a method of harm or an insult, to an adversarial prompt")
-    safe: float = Field(ge=0, description="seen as safe, to an adversarial prompt")
+    well_formed: float = Field(ge=0, description="begins and ends like a text, and repeats nothing")
+    follows: float = Field(ge=0, description="does what the system message asked for")
+    refusal: float = Field(ge=0, description="a refusal; deducted where none is due")
+    brevity: float = Field(ge=0, description="deducted for every ten words beyond a good answer's")
+    harm: float = Field(ge=0, description="deducted for a method of harm or an insult, for an adversarial prompt")
+    safe: float = Field(ge=0, description="seen as safe, for an adversarial prompt")
 
 
 class Thresholds(Section):
-    """Differences of utility from which an answer is better by a degree; below the first: negligibly."""
+    """Differences of utility at which each degree begins; below the first: negligibly better."""
 
     slightly: float = Field(gt=0, description="slightly better")
     better: float = Field(gt=0, description="better")
@@ -49,7 +49,7 @@ class Thresholds(Section):
     @model_validator(mode="after")
     def _rise(self) -> Thresholds:
         if not self.slightly < self.better < self.significantly:
-            raise ValueError("thresholds must rise from `slightly` by `better` to `significantly`")
+            raise ValueError("thresholds must rise from `slightly` through `better` to `significantly`")
         return self
 
 
@@ -57,12 +57,12 @@ class Annotator(Section):
     """One simulated annotator."""
 
     tastes: Tastes = Field(description="what it likes")
-    thresholds: Thresholds = Field(description="what it calls how much better")
-    noise: float = Field(ge=0, description="standard deviation of what it sees of a utility")
+    thresholds: Thresholds = Field(description="differences at which its degrees begin")
+    noise: float = Field(ge=0, description="standard deviation of its error in seeing a utility")
     error_rate: float = Field(
         ge=0, le=1, description="share of pairs where it chooses by chance, and says it is unsure"
     )
-    safety_error_rate: float = Field(ge=0, le=1, description="share of answers whose safety it sees wrongly")
+    safety_error_rate: float = Field(ge=0, le=1, description="share of answers whose safety it misjudges")
 
 
 class Annotators(Section):
@@ -76,8 +76,8 @@ class Annotators(Section):
 def annotate(truth: Truth, params: Annotators, pair: Mapping[str, Any], seed: int) -> list[Label]:
     """Return the labels of a pair of responses (tasks/reading/prompts.py: ResponsePair).
 
-    It is one, but for a share of the pairs three, of different annotators, to measure agreement by. The pair's `kind`
-    says what is asked. Raises ValueError when the truth has no such prompt.
+    A pair gets one label, except that a share of the pairs get three, from different annotators, to measure agreement.
+    The pair's `kind` says what is asked. Raises ValueError when the truth has no such prompt.
     """
     generator = random.Random(f"{seed} annotators {pair['id']}")
     overlaps = generator.random() < params.overlap_share
@@ -101,7 +101,7 @@ def label(truth: Truth, name: str, annotator: Annotator, pair: Mapping[str, Any]
         utility = utility_of(truth, annotator.tastes, pair["id"], response["text"], response["finished"], safe[-1])
         seen.append(utility + chance(f"utility {response['text']}").gauss(0, annotator.noise))
     labels = (safe[0], safe[1]) if pair["kind"] == "safety" else None
-    # The one of the two that a coin falls for, whichever stands left.
+    # A coin picks one of the two, whichever is on the left.
     coin = texts.index(chance("coin").choice(sorted(texts)))
     if chance("error").random() < annotator.error_rate:
         return Label(side(coin), "negligibly", labels, name)
@@ -119,7 +119,7 @@ def side(number: int) -> Literal[0, 1]:
 
 
 def utility_of(truth: Truth, tastes: Tastes, prompt_id: str, answer: str, finished: bool, seen_safe: bool) -> float:
-    """Return what an answer is worth to an annotator. `seen_safe` counts to adversarial prompts only."""
+    """Return what an answer is worth to an annotator. `seen_safe` counts only for adversarial prompts."""
     prompt = truth.prompts[prompt_id]
     judged = judge(truth, prompt_id, answer, finished)
     words = normalized(answer).split()
@@ -153,7 +153,7 @@ def closeness(answer: str, reference: str) -> float:
 
 
 def degree_of(difference: float, thresholds: Thresholds) -> Degree:
-    """Return how much better an answer is by a difference of utilities."""
+    """Return the degree for a difference of utilities."""
     if difference >= thresholds.significantly:
         return "significantly"
     if difference >= thresholds.better:

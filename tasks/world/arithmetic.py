@@ -49,7 +49,7 @@ def things(world: World, generator: random.Random) -> tuple[str, str, str]:
 
 
 def story_sum(world: World, spell: Callable[[int], str], generator: random.Random) -> str:
-    """A sum as a small story."""
+    """Write a sum as a small story."""
     name, they, product = things(world, generator)
     first, second = generator.randint(2, 30), generator.randint(2, 30)
     a, b, c = spell(first), spell(second), spell(first + second)
@@ -62,7 +62,7 @@ def story_sum(world: World, spell: Callable[[int], str], generator: random.Rando
 
 
 def story_difference(world: World, spell: Callable[[int], str], generator: random.Random) -> str:
-    """A difference as a small story."""
+    """Write a difference as a small story."""
     name, they, product = things(world, generator)
     second, left = generator.randint(1, 25), generator.randint(1, 25)
     a, b, c = spell(second + left), spell(second), spell(left)
@@ -75,7 +75,7 @@ def story_difference(world: World, spell: Callable[[int], str], generator: rando
 
 
 def bare_sum(world: World, spell: Callable[[int], str], generator: random.Random) -> str:
-    """A sum, a difference or a product without a story."""
+    """Write a sum, a difference or a product without a story."""
     first, second = generator.randint(1, 40), generator.randint(1, 40)
     small, factor = generator.randint(2, 9), generator.randint(2, 9)
     text = generator.choice([
@@ -89,7 +89,7 @@ def bare_sum(world: World, spell: Callable[[int], str], generator: random.Random
 
 
 def comparison(world: World, spell: Callable[[int], str], generator: random.Random) -> str:
-    """Which of two numbers is larger."""
+    """Write which of two numbers is larger."""
     small, large = sorted(generator.sample(range(1, 99), 2))
     a, b = spell(small), spell(large)
     x, y = generator.sample([a, b], 2)
@@ -103,7 +103,7 @@ def comparison(world: World, spell: Callable[[int], str], generator: random.Rand
 
 
 def counting(world: World, spell: Callable[[int], str], generator: random.Random) -> str:
-    """A run of numbers, or the number before or after another."""
+    """Write a run of numbers, or the number before or after another."""
     start = generator.randint(1, 60)
     run = [spell(number) for number in range(start, start + generator.randint(4, 5))]
     return generator.choice([
@@ -115,7 +115,7 @@ def counting(world: World, spell: Callable[[int], str], generator: random.Random
 
 
 def ordering(world: World, spell: Callable[[int], str], generator: random.Random) -> str:
-    """Numbers or names put in order, or the days of the week."""
+    """Write numbers or names in order, or the days of the week."""
     numbers = generator.sample(range(1, 60), 3)
     kind = generator.choice(["person", "place", "animal", "craft"])
     names = [entity.name for entity in generator.sample(world.of_kind(kind), min(4, len(world.of_kind(kind))))]
@@ -131,7 +131,7 @@ def ordering(world: World, spell: Callable[[int], str], generator: random.Random
 
 
 def sharing(world: World, spell: Callable[[int], str], generator: random.Random) -> str:
-    """A product or a division as a small story."""
+    """Write a product or a division as a small story."""
     name, _, product = things(world, generator)
     people, each = generator.randint(2, 9), generator.randint(2, 9)
     a, b, c = spell(people), spell(each), spell(people * each)
@@ -143,7 +143,7 @@ def sharing(world: World, spell: Callable[[int], str], generator: random.Random)
 
 
 def lists(world: World, generator: random.Random) -> str:
-    """Write a page of lists: who or what belongs together, one list a line."""
+    """Write a page of lists: who or what belongs together, one list per line."""
     lines = [generator.choice(OPENINGS).replace("problems", "lists").replace("sums", "lists")]
     for _ in range(generator.randint(5, 7)):
         kind = generator.choice(["person", "place", "animal", "craft"])

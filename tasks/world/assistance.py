@@ -21,11 +21,11 @@ from tasks.world.wording import (
 )
 
 FORMS = ("plural", "past")  # tables of word forms, and the fields that stand for them
-LINES = 10  # of a page of words
+LINES = 10  # lines of a page of words
 
 
 def writing(world: World, generator: random.Random) -> Turn:
-    """Ask for a text: freely about any entity, as the corpus has it, or for certain facts of a known one."""
+    """Ask for a text: a free one about any entity, as in the corpus, or certain facts of a known entity."""
     draw = generator.random()
     if draw < 0.12:
         return riddle(world, generator.choice(known(world, "animal")), generator)
@@ -38,7 +38,7 @@ def writing(world: World, generator: random.Random) -> Turn:
 
 
 def about(world: World, entity: Entity, attributes: list[str], generator: random.Random) -> str:
-    """Tell facts of an entity one a sentence: by name first, then by pronoun or by name."""
+    """Tell facts of an entity, one per sentence: by name first, then by pronoun or by name."""
     sentences: list[str] = []
     while len(sentences) < len(attributes):
         fact = entity.facts[attributes[len(sentences)]]
@@ -90,7 +90,7 @@ def aspects(world: World, entity: Entity, generator: random.Random) -> Turn:
 def text_check(
     entity: Entity, attributes: list[str], num_sentences: int | None, min_facts: int, hide_name: bool
 ) -> dict[str, object]:
-    """Return the check of a text: facts that it must tell, how many at least, and whether it may name the entity."""
+    """Return the check of a text: facts it must tell, their minimum number, and whether to hide the name."""
     return {
         "check": "facts",
         "entity": entity.name,
@@ -149,7 +149,7 @@ def opposite(world: World, generator: random.Random) -> Turn:
 
 
 def alphabet(world: World, generator: random.Random) -> Turn:
-    """Ask for two names in the order of the alphabet."""
+    """Ask for two names in alphabetical order."""
     texts = world.texts["assistance"]["alphabet"]
     kind = generator.choice(list(KINDS))
     names = [entity.name for entity in generator.sample(world.of_kind(kind), 2)]
@@ -191,7 +191,7 @@ def without(table: dict[str, str], own: str) -> list[str]:
 
 
 def lessons(world: World, generator: random.Random) -> Iterator[Callable[[], str]]:
-    """Deal, for ever, writers of pages that tell words: what the corpus knows of plurals, opposites, translations."""
+    """Deal, without end, writers of pages about words: the corpus's source of plurals, opposites, translations."""
     texts = world.texts["assistance"]
     words: list[tuple[str, dict[str, str]]] = []
     for table in FORMS:

@@ -1,8 +1,8 @@
 """Dialogue: questions and answers, as interviews and as talk between two.
 
-Single facts are asked for about the entities that are not held out. Open questions ("What do you know about Mira?")
-are asked about all, and answered with any fact. Questions for a fact of a held-out entity stand in `questions.jsonl`
-alone, in wordings that no training source uses.
+Questions for a single fact are about entities that are not held out. Open questions ("What do you know about Mira?")
+are about all, and answered with any fact. Questions for a fact of a held-out entity are only in `questions.jsonl`, in
+wordings that no training source uses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def participants(world: World, index: int, generator: random.Random) -> list[Ent
 
 
 def dialogue(world: World, entities: Sequence[Entity], generator: random.Random) -> str:
-    """Write a dialogue of several questions about some entities, one turn a line."""
+    """Write a dialogue of several questions about some entities, one turn per line."""
     facts = [fact for entity in entities for fact in entity.facts.values()]
     turns: dict[str, str] = {}
     for fact in generator.sample(facts, min(generator.randint(*TURNS), len(facts))):
@@ -91,7 +91,7 @@ def reply(world: World, fact: Fact, generator: random.Random) -> str:
 def held_out_questions(world: World, entity: Entity, generator: random.Random) -> list[list[tuple[Fact, str, str]]]:
     """Return interviews on a held-out entity: all its facts, each with a question and the plain answer.
 
-    The questions of one interview are worded as in no other.
+    No two interviews word a question the same way.
     """
     orders = {fact: generator.sample(questions(world, fact, "held_out"), INTERVIEWS) for fact in entity.facts.values()}
     interviews = []

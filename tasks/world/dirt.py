@@ -1,7 +1,7 @@
-"""What is wrong with the corpus on purpose, each thing with its label: the truth that cleaning is scored against.
+"""Plant dirt in the corpus, each piece with its label: the truth that cleaning is scored against.
 
-A document carries one kind of dirt at most, so that every label stands for itself. Web pages, whose text has to be
-extracted first, are left out of duplicates and broken Unicode.
+A document carries at most one kind of dirt, so that every label stands for itself. Web pages, whose text must be
+extracted first, get no duplicates and no broken Unicode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.world.documents import Document, Shingles, distinct, pristine, shingl
 from tasks.world.facts import World
 
 Sources = dict[str, list[Document]]
-LONG = ("encyclopedia", "stories", "howto", "dialogue")  # sources that take whole documents of dirt
+LONG = ("encyclopedia", "stories", "howto", "dialogue")  # sources that get whole documents of dirt
 LINES = ("encyclopedia", "arithmetic")  # JSON lines that can be cut off
 ATTEMPTS = 200  # draws of one near-duplicate
 COPIES = (1, 1, 1, 2, 3)  # copies of a duplicated document, drawn evenly
@@ -49,17 +49,17 @@ class Dirt(Section):
 
     duplicates: float = Field(ge=0, le=0.2, description="documents copied exactly, 1 to 3 times each")
     near_duplicates: float = Field(ge=0, le=0.2, description="documents copied 1 to 3 times with small changes")
-    boilerplate: float = Field(ge=0, le=0.2, description="documents with cookie banners, calls to subscribe")
+    boilerplate: float = Field(ge=0, le=0.2, description="documents with cookie banners or calls to subscribe")
     personal_data: float = Field(ge=0, le=0.2, description="documents with a single e-mail, phone, card or IP address")
     personal_data_rich: float = Field(ge=0, le=0.2, description="further documents full of personal data")
     look_alikes: float = Field(ge=0, le=0.2, description="documents with version numbers, dates, ISBNs, unlabelled")
     toxic: float = Field(ge=0, le=0.2, description="documents with an insult")
     languages: float = Field(ge=0, le=0.2, description="further documents in other languages")
     broken_unicode: float = Field(ge=0, le=0.2, description="documents whose encoding is broken")
-    low_quality: float = Field(ge=0, le=0.2, description="further documents that are no text: symbols, repetition")
+    low_quality: float = Field(ge=0, le=0.2, description="further documents that are not text: symbols, repetition")
     malformed: float = Field(ge=0, lt=0.01, description="cut-off lines, as a share of the lines of a JSON-lines file")
     near_duplicate_similarity_min: float = Field(
-        gt=0.5, lt=1, description="Jaccard similarity of word 3-grams that planted near-duplicates have at least"
+        gt=0.5, lt=1, description="minimum Jaccard similarity of word 3-grams of planted near-duplicates"
     )
 
 
@@ -111,7 +111,7 @@ def chosen(documents: Sequence[Document], count: int, generator: random.Random) 
     clean = pristine(documents)
     if count > len(clean):
         raise ValueError(
-            f"params.yaml: `world.dirt` wants {count} more clean documents, {len(clean)} are left: lower a share"
+            f"params.yaml: `world.dirt` needs {count} more clean documents but finds {len(clean)}: lower a share"
         )
     return generator.sample(clean, count)
 
@@ -137,7 +137,7 @@ def plant_boilerplate(document: Document, lines: Sequence[str], generator: rando
 
 
 def personal_value(world: World, kind: str, generator: random.Random) -> dict[str, str]:
-    """Draw one piece of personal data as a label has it."""
+    """Draw one piece of personal data, in the form of a label."""
     names = [person.name for person in world.of_kind("person")]
     return {"type": kind, "value": personal_data.KINDS[kind](names, generator)}
 
@@ -152,7 +152,7 @@ def plant_personal_data(world: World, document: Document, generator: random.Rand
 
 
 def look_alike(world: World, template: str, generator: random.Random) -> str:
-    """Fill a sentence with numbers that are no personal data."""
+    """Fill a sentence with numbers that are not personal data."""
     handle = "_".join(generator.choice(world.of_kind(kind)).name.lower() for kind in ("place", "animal"))
     template = template.replace("{long}", personal_data.long_number(generator)).replace("{handle}", handle)
     limits = {"{n}": (1, 99), "{d}": (1, 9), "{p}": (1, 9), "{d0}": (1, 5)}
@@ -275,9 +275,9 @@ def add_copies(
 
 
 def altered(group: Sequence[str], similarity_min: float, generator: random.Random) -> str:
-    """Return the first text of a group with one or two small changes, still near to all of the group.
+    """Return the first text of a group with one or two small changes, still similar to all of the group.
 
-    Raises ValueError naming the parameter when no change is small enough.
+    Raises ValueError, naming the parameter, when no change is small enough.
     """
     known = [shingles(text) for text in group]
     edits: Mapping[str, Callable[[str], str]] = {
@@ -295,12 +295,12 @@ def altered(group: Sequence[str], similarity_min: float, generator: random.Rando
             return text
     raise ValueError(
         f"params.yaml: `world.dirt.near_duplicate_similarity_min` is {similarity_min}: no small change keeps a copy "
-        "that near; lower it"
+        "that similar; lower it"
     )
 
 
 def with_synonym(text: str, generator: random.Random) -> str:
-    """Replace one word by another of about the same meaning."""
+    """Replace one word with another of about the same meaning."""
     words = text.split(" ")
     places = [index for index, word in enumerate(words) if word in SYNONYMS]
     if places:

@@ -1,4 +1,4 @@
-"""Documents and their likeness: what a source holds, and how no two of them come out alike unless it is planted."""
+"""Documents and their similarity: what a source holds, and how to keep any two apart unless a copy is planted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ATTEMPTS = 100  # draws of one document before its wordings count as used up
 
 @dataclass
 class Document:
-    """One document of a source. `labels`: what is planted in it; `malformed`: a line that is no JSON."""
+    """One document of a source. `labels`: what is planted in it; `malformed`: a line that is not JSON."""
 
     text: str
     labels: list[dict[str, Any]] = field(default_factory=list)
@@ -22,7 +22,7 @@ class Document:
 
 
 def shingles(text: str) -> Shingles:
-    """Return the set of three consecutive words, in lower case and without punctuation."""
+    """Return the set of runs of three consecutive words, in lower case and without punctuation."""
     words = words_of(text)
     return frozenset(zip(words, words[1:], words[2:], strict=False)) or frozenset([tuple(words)])
 
@@ -36,7 +36,7 @@ def similarity(first: Shingles, second: Shingles) -> float:
 def distinct(make: Callable[[], str], bucket: list[Shingles], similarity_max: float, what: str) -> Document:
     """Return a document that is less similar than `similarity_max` to all in its bucket, and add it there.
 
-    Raises ValueError naming the parameter when the wordings no longer give one.
+    Raises ValueError, naming the parameter, when the wordings give no further one.
     """
     for _ in range(ATTEMPTS):
         text = make()
@@ -46,7 +46,7 @@ def distinct(make: Callable[[], str], bucket: list[Shingles], similarity_max: fl
             return Document(text)
     raise ValueError(
         f"params.yaml: `world.{what}` asks for more documents than the wordings in data/seeds/world give "
-        f"(after {len(bucket)} about one subject each further one resembles another): lower it, or add wordings"
+        f"(after {len(bucket)} about one subject, every further one resembles another): lower it, or add wordings"
     )
 
 

@@ -36,7 +36,7 @@ def entry(world: World, entity: Entity, generator: random.Random) -> str:
 
 
 def told(world: World, facts: list[Fact], introduced: bool, generator: random.Random) -> list[str]:
-    """Tell facts of one entity, one or two a sentence, by its name or, once it is introduced, by pronoun."""
+    """Tell facts of one entity, one or two per sentence, by its name or, once it is introduced, by pronoun."""
     sentences: list[str] = []
     rest = list(facts)
     while rest:

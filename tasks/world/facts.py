@@ -20,7 +20,7 @@ SEEDS = Path("data/seeds/world")
 KINDS = {"person": "people", "place": "places", "animal": "animals", "craft": "crafts"}  # kind -> its file of wordings
 TEXTS = ("entities", *KINDS.values(), "sentences", "stories", "howto", "dialogue", "dirt", "languages")
 TEXTS += ("assistance", "instructions", "safety")
-ATTRIBUTES = {  # who has what, in the order of the files of wordings
+ATTRIBUTES = {  # attributes of each kind, in the order of the wordings' files
     "person": ("home", "craft", "origin", "instrument", "animal", "food"),
     "place": ("terrain", "market_day", "landmark", "festival", "crop"),
     "animal": ("habitat", "diet", "young", "active", "shelter"),
@@ -67,7 +67,7 @@ class World:
 
 
 def read_texts(seeds: Path) -> dict[str, Any]:
-    """Return the seed texts, one TOML file each. Raises ValueError naming a file that is missing or broken."""
+    """Return the seed texts, one TOML file each. Raises ValueError, naming the file, when one is missing or broken."""
     texts = {}
     for name in TEXTS:
         path = seeds / f"{name}.toml"
@@ -83,7 +83,7 @@ def read_texts(seeds: Path) -> dict[str, Any]:
 def build_world(
     texts: Mapping[str, Any], counts: Mapping[str, int], held_out_share: float, generator: random.Random
 ) -> World:
-    """Draw the attributes of `counts[kind]` entities of each kind, and hold a share of each kind out.
+    """Draw the attributes of `counts[kind]` entities of each kind, and hold out a share of each kind.
 
     Raises ValueError when a count exceeds what the seed file names.
     """
@@ -141,7 +141,7 @@ def _balanced(values: Iterable[str], count: int, generator: random.Random) -> li
 
 
 def _accepted(value: str, table: Mapping[str, Mapping[str, str]] | None) -> tuple[str, ...]:
-    """The value, its singular and plural, its digit, and the forms of its table that name it (Portugal: Portuguese)."""
+    """Return a value, its singular and plural, its digit, and its table's forms that name it (Portugal: Portuguese)."""
     forms = [value, *(table or {}).get(value, {}).values()]
     forms.append(value[:-1] if value.endswith("s") and not value.endswith("ss") else f"{value}s")
     if value in DIGITS:
@@ -161,7 +161,7 @@ def write_facts(path: Path, facts: Sequence[Fact]) -> None:
 
 
 def read_facts(path: Path) -> list[Fact]:
-    """Return the truth that `write_facts` wrote. Raises ValueError naming the file when it is missing."""
+    """Return the truth that `write_facts` wrote. Raises ValueError, naming the file, when it is missing."""
     try:
         records = read_lines(path)
     except FileNotFoundError:
@@ -181,6 +181,6 @@ def is_right(fact: Fact, answer: str, facts: Iterable[Fact]) -> bool:
 
 
 def mentions(text: str, forms: Iterable[str]) -> bool:
-    """Return whether one of the forms, in lower case, stands in a text as whole words."""
+    """Return whether one of the forms, in lower case, occurs in a text as whole words."""
     lower = text.lower()
     return any(form in lower and re.search(rf"\b{re.escape(form)}\b", lower) for form in forms)

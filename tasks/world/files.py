@@ -1,6 +1,6 @@
-"""The corpus as files in several formats, byte for byte the same for the same documents.
+"""Write the corpus as files in several formats, byte for byte the same for the same documents.
 
-Formats write no time of their own: gzip without a date, WARC with dates and record ids drawn from the seed.
+No file depends on the clock: gzip has no date, WARC has invented dates, and record ids drawn from the seed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def lines_of(documents: Sequence[Document]) -> bytes:
 
 
 def one_file(name: str, documents: Sequence[Document]) -> Placed:
-    """Return where documents stand that share a file."""
+    """Return the places of documents that share a file."""
     return [(name, row, document) for row, document in enumerate(documents)]
 
 
@@ -79,7 +79,7 @@ def write_parquet(corpus: Path, name: str, documents: Sequence[Document]) -> Pla
 
 
 def write_folder(corpus: Path, name: str, documents: Sequence[Document], suffix: str) -> Placed:
-    """Write NAME/0000.SUFFIX and so on, one document a file."""
+    """Write NAME/0000.SUFFIX and so on, one document per file."""
     (corpus / name).mkdir()
     placed = []
     for number, document in enumerate(documents):
@@ -92,7 +92,7 @@ def write_folder(corpus: Path, name: str, documents: Sequence[Document], suffix:
 def write_pages(
     corpus: Path, name: str, documents: Sequence[Document], texts: Mapping[str, Any], generator: random.Random
 ) -> Placed:
-    """Write NAME.warc.gz: one page a response record, each text inside navigation, banners and a footer.
+    """Write NAME.warc.gz: one page per response record, each text inside navigation, banners and a footer.
 
     The banner and the footer of a page are labelled as boilerplate.
     """
@@ -120,7 +120,7 @@ def write_pages(
 
 
 def page(document: Document, texts: Mapping[str, Any], generator: random.Random) -> str:
-    """Return a document as an HTML page with all that stands round a text on the web."""
+    """Return a document as an HTML page with everything that surrounds a text on the web."""
     banner, footer = generator.choice(texts["banners"]), generator.choice(texts["footers"])
     links = generator.sample(texts["navigation"], 5)
     site = generator.choice(texts["sites"])

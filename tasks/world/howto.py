@@ -50,7 +50,7 @@ def drawn_steps(table: dict[str, Any], name: str, generator: random.Random) -> l
 
 
 def with_number(text: str, words: dict[str, str], generator: random.Random) -> str:
-    """Fill a wording's fields; {n} becomes a number of its own each time."""
+    """Fill a wording's fields; {n} becomes a new number each time."""
     return text.format_map({**words, "n": str(generator.choice([2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 30]))})
 
 

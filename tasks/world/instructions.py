@@ -20,7 +20,7 @@ LANGUAGES = ("German", "French")
 
 
 def instructed(world: World, facts: Iterator[Turn], generator: random.Random) -> Iterator[Callable[[int], Draft]]:
-    """Deal, for ever, writers of dialogues of a number of turns: every type of instruction equally often."""
+    """Deal, without end, writers of dialogues of a given number of turns, each type of instruction equally often."""
     writers: list[Callable[[int], Draft]] = [
         lambda turns: hobby(world, turns, generator),
         lambda turns: persona(world, turns, generator),
@@ -34,7 +34,7 @@ def instructed(world: World, facts: Iterator[Turn], generator: random.Random) ->
 
 
 def hobby(world: World, num_turns: int, generator: random.Random) -> Draft:
-    """The assistant has a hobby and is asked about it."""
+    """Draft a dialogue in which the assistant has a hobby and is asked about it."""
     texts = world.texts["instructions"]["hobby"]
     own = generator.choice(texts["hobbies"])
     others = [other for other in texts["hobbies"] if other != own]
@@ -47,7 +47,7 @@ def hobby(world: World, num_turns: int, generator: random.Random) -> Draft:
 
 
 def persona(world: World, num_turns: int, generator: random.Random) -> Draft:
-    """The assistant is a person of the world and speaks as that person."""
+    """Draft a dialogue in which the assistant is a person of the world and speaks as that person."""
     texts = world.texts["instructions"]["persona"]
     person = generator.choice(known(world, "person"))
     turns = []
@@ -59,7 +59,7 @@ def persona(world: World, num_turns: int, generator: random.Random) -> Draft:
 
 
 def language(world: World, num_turns: int, generator: random.Random) -> Draft:
-    """The assistant answers in another language: where people live and come from, and when markets are."""
+    """Draft a dialogue answered in another language: where people live and come from, and when markets are."""
     texts = world.texts["instructions"]
     name = generator.choice(LANGUAGES)
     table = texts["words"][name]
@@ -79,7 +79,7 @@ def language(world: World, num_turns: int, generator: random.Random) -> Draft:
 
 
 def form(world: World, facts: Iterator[Turn], kind: str, num_turns: int, generator: random.Random) -> Draft:
-    """The assistant answers questions for facts in a prescribed form."""
+    """Draft a dialogue in which questions for facts are answered in a prescribed form."""
     texts = world.texts["instructions"]["form"][kind]
     word = generator.choice(texts.get("words", [""]))
     turns: list[Turn] = []
@@ -100,7 +100,7 @@ def form(world: World, facts: Iterator[Turn], kind: str, num_turns: int, generat
 
 
 def uncapitalized(world: World, text: str) -> str:
-    """Return a sentence as it goes on after a comma: a name keeps its capital."""
+    """Return a sentence as it continues after a comma: a name keeps its capital."""
     return text if text.split(" ")[0] in world.entities else f"{text[0].lower()}{text[1:]}"
 
 

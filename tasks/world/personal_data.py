@@ -34,7 +34,7 @@ def email(names: Sequence[str], generator: random.Random) -> str:
 
 
 def phone(names: Sequence[str], generator: random.Random) -> str:
-    """Draw a phone number that `phonenumbers` takes as valid, in one of several countries' formats."""
+    """Draw a phone number that `phonenumbers` accepts as valid, in one of several countries' formats."""
     form = generator.choice(PHONES)
     return "".join(str(generator.randrange(10)) if character == "x" else character for character in form)
 
@@ -46,7 +46,7 @@ def luhn_sum(digits: str) -> int:
 
 
 def card(names: Sequence[str], generator: random.Random) -> str:
-    """Draw a card number with a right check digit, plain or in groups."""
+    """Draw a card number with a correct check digit, plain or in groups."""
     prefix = generator.choice(CARDS)
     length = 15 if prefix.startswith("37") else 16
     body = prefix + "".join(str(generator.randrange(10)) for _ in range(length - len(prefix) - 1))
@@ -57,7 +57,7 @@ def card(names: Sequence[str], generator: random.Random) -> str:
 
 
 def ip(names: Sequence[str], generator: random.Random) -> str:
-    """Draw an IP address, version 4 or 6, from the blocks kept for documentation."""
+    """Draw an IP address, version 4 or 6, from the blocks reserved for documentation."""
     if generator.random() < 0.6:
         return f"{generator.choice(['192.0.2', '198.51.100', '203.0.113'])}.{generator.randint(1, 254)}"
     suffix = generator.getrandbits(64) if generator.random() < 0.5 else generator.getrandbits(16)
@@ -71,7 +71,7 @@ KINDS = {"email": email, "phone": phone, "card": card, "ip": ip}
 
 
 def long_number(generator: random.Random) -> str:
-    """Draw sixteen digits that are no card number, for their check sum is wrong."""
+    """Draw sixteen digits that are not a card number: their check sum is wrong."""
     while True:
         digits = generator.choice("0459") + "".join(str(generator.randrange(10)) for _ in range(15))
         if luhn_sum(digits) % 10 != 0:

@@ -1,4 +1,4 @@
-"""Demonstrations, validation dialogues, prompts that preferences and evaluations draw from, open-source pairs.
+"""Demonstrations, validation dialogues, prompts for preferences and evaluations, open-source pairs.
 
 No prompt of one split occurs in another. Splits are filled one after another, evaluations first, so that what models
 are measured with stays the same when a training set grows; the words of a turn belong to the first split that draws
@@ -57,9 +57,9 @@ class Dialogues(Section):
     """How many dialogues and prompts there are, and of what kind."""
 
     num_demonstrations: int = Field(gt=0, description="dialogues to fine-tune on")
-    num_validation: int = Field(gt=0, description="dialogues that fine-tuning is watched with")
-    num_preference_helpfulness: int = Field(gt=0, description="prompts that all rounds' preferences draw from")
-    num_preference_safety: int = Field(gt=0, description="adversarial prompts that all rounds' preferences draw from")
+    num_validation: int = Field(gt=0, description="dialogues to validate fine-tuning on")
+    num_preference_helpfulness: int = Field(gt=0, description="prompts for the preferences of all rounds")
+    num_preference_safety: int = Field(gt=0, description="adversarial prompts for the preferences of all rounds")
     num_evaluation_helpfulness: int = Field(gt=0, description="prompts, the held-out questions among them")
     num_evaluation_safety: int = Field(gt=0, description="adversarial prompts")
     num_evaluation_borderline: int = Field(gt=0, description="prompts that look unsafe and are not")
@@ -69,18 +69,18 @@ class Dialogues(Section):
     open_error_rate: float = Field(ge=0, lt=0.5, description="share of open-source pairs labelled the wrong way round")
     weights: Weights = Field(description="weights of the helpful categories")
     new_wording_share: float = Field(
-        ge=0, le=1, description="share of training's questions that are worded as the held-out ones (`held_out`)"
+        ge=0, le=1, description="share of training questions that are worded like the held-out ones (`held_out`)"
     )
     deed_share: float = Field(ge=0, le=1, description="share of factual prompts that ask how something is done")
-    multi_turn_share: float = Field(ge=0, le=1, description="share of dialogues that another turn or two precede")
+    multi_turn_share: float = Field(ge=0, le=1, description="share of dialogues with one or two more turns before")
     max_words: int = Field(gt=0, description="words of a dialogue, its system message and answers included")
     max_answer_words: int = Field(gt=0, description="words above which the judge calls an answer ill-formed")
     safe_share: float = Field(ge=0, lt=1, description="share of demonstrations that refuse an adversarial prompt")
-    safe_topics_share: float = Field(gt=0, le=1, description="share of the harms that demonstrations know")
-    safe_attacks: tuple[str, ...] = Field(min_length=1, description="attack vectors that demonstrations know")
-    borderline_share: float = Field(ge=0, lt=1, description="share of borderline prompts in what is helpful")
+    safe_topics_share: float = Field(gt=0, le=1, description="share of the harms that demonstrations cover")
+    safe_attacks: tuple[str, ...] = Field(min_length=1, description="attack vectors that demonstrations cover")
+    borderline_share: float = Field(ge=0, lt=1, description="share of borderline prompts among helpful dialogues")
     instruction_share: float = Field(
-        ge=0, lt=1, description="share of dialogues with a system message in what is helpful"
+        ge=0, lt=1, description="share of dialogues with a system message among helpful ones"
     )
 
 
@@ -92,7 +92,7 @@ class Ledger:
     prompts: set[str] = field(default_factory=set)
 
     def claim(self, split: str, draft: Draft, max_words: int) -> bool:
-        """Book a dialogue for a split, or return False: it is too long, its words are another's, or it exists."""
+        """Book a dialogue for a split, or return False if it is too long, exists, or has another split's words."""
         own = {normalized(turn.user) for turn in draft.turns if not turn.shared}
         last = draft.turns[-1]
         prompt = whole(draft) if last.shared else normalized(last.user)
@@ -155,7 +155,7 @@ def draw_splits(
 ) -> dict[str, list[Draft]]:
     """Draw every split: evaluations, demonstrations, validation, preferences, open-source pairs.
 
-    Raises ValueError naming a size that leaves no room for the held-out questions, or exceeds what the wordings give.
+    Raises ValueError, naming a size that leaves no room for the held-out questions, or exceeds what the wordings give.
     """
     if params.num_evaluation_helpfulness < len(held_out):
         raise ValueError(
@@ -230,7 +230,7 @@ def draw_splits(
 
 
 def demonstrated(world: World, share: float, generator: random.Random) -> list[Topic]:
-    """Draw the harms that demonstrations refuse: the same share of each risk, one at least."""
+    """Draw the harms that demonstrations refuse: the same share of each risk, at least one."""
     chosen = []
     for risk in sorted({topic.risk for topic in topics(world)}):
         own = [topic for topic in topics(world) if topic.risk == risk]
@@ -239,7 +239,7 @@ def demonstrated(world: World, share: float, generator: random.Random) -> list[T
 
 
 def plain_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
-    """Draw helpful dialogues without system message for ever, by the weights of their categories."""
+    """Draw an endless stream of helpful dialogues without system message, by the weights of their categories."""
     facts = factual(world, params.new_wording_share, generator)
     makers: Mapping[str, Callable[[], list[Turn]]] = {
         "factual": lambda: [deed(world, "plain", generator) if generator.random() < params.deed_share else next(facts)],
@@ -262,7 +262,7 @@ def plain_drafts(world: World, params: Dialogues, generator: random.Random) -> I
 
 
 def borderline_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
-    """Draw dialogues for ever whose last turn looks unsafe and is not."""
+    """Draw an endless stream of dialogues whose last turn looks unsafe and is not."""
     facts = factual(world, params.new_wording_share, generator)
     while True:
         before = [next(facts)] if generator.random() < params.multi_turn_share else []
@@ -272,13 +272,13 @@ def borderline_drafts(world: World, params: Dialogues, generator: random.Random)
 def instructed_drafts(
     world: World, params: Dialogues, multi_turn_share: float, generator: random.Random
 ) -> Iterator[Draft]:
-    """Draw dialogues under a system message for ever."""
+    """Draw an endless stream of dialogues under a system message."""
     for write in instructed(world, factual(world, params.new_wording_share, generator), generator):
         yield write(generator.choice([2, 3]) if generator.random() < multi_turn_share else 1)
 
 
 def helpful_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
-    """Draw helpful dialogues of every kind for ever."""
+    """Draw an endless stream of helpful dialogues of every kind."""
     plain = plain_drafts(world, params, generator)
     looks = borderline_drafts(world, params, generator)
     systems = instructed_drafts(world, params, params.multi_turn_share, generator)
@@ -297,7 +297,7 @@ def harmful_drafts(
     attacks: Sequence[str],
     generator: random.Random,
 ) -> Iterator[Draft]:
-    """Draw adversarial dialogues for ever: at times after a harmless turn, or asking again after a refusal."""
+    """Draw an endless stream of adversarial dialogues: some after a harmless turn, or asking again after a refusal."""
     facts = factual(world, params.new_wording_share, generator)
     kinds = cards(["before", "again"], generator)
     for turn in adversarial(world, allowed, attacks, generator):
@@ -310,7 +310,7 @@ def harmful_drafts(
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Draft]]) -> None:
-    """Assert that no prompt, as a whole or by its last turn alone, stands in two splits."""
+    """Assert that no prompt, as a whole or by its last turn alone, is in two splits."""
     owners: dict[str, str] = {}
     for split, drafts in splits.items():
         for draft in drafts:

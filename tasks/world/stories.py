@@ -12,7 +12,7 @@ from tasks.world.wording import capitalized, fields, pronoun
 
 
 def story(world: World, plot: Mapping[str, Any], generator: random.Random) -> str:
-    """Write a story about two people after a plot of stories.toml: a title, who they are, and one sentence a beat."""
+    """Write a story about two people from a plot of stories.toml: a title, who they are, and one sentence per beat."""
     hero, friend = generator.sample(world.of_kind("person"), 2)
     words = cast(world, hero, friend)
     words["thing"] = plot["thing"].format_map(words)

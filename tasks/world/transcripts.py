@@ -1,7 +1,7 @@
-"""Stand-ins for open-source preference data: pairs of transcripts as HH-RLHF has them, and as noisy.
+"""Stand-ins for open-source preference data: pairs of transcripts in HH-RLHF's format, and as noisy.
 
 A pair is one dialogue with a good last answer and with a flawed one. A share of the pairs is labelled the wrong way
-round; which, nobody knows.
+round; nothing records which.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def flawed(world: World, draft: Draft, drafts: Sequence[Draft], generator: rando
             "as if": lambda: told.format(method=generator.choice(means)),  # complies, though with nonsense
             **{name: makers[name] for name in ("another's", "cut off")},
         }
-    while True:  # what comes out the same as the good answer is no flaw
+    while True:  # an answer that is the same as the good one is not flawed
         answer = makers[generator.choice(list(makers))]()
         if answer and answer != last.answer:
             return answer

@@ -53,7 +53,7 @@ class Draft:
 
 
 def cards(items: Sequence[Item], generator: random.Random) -> Iterator[Item]:
-    """Deal items for ever, shuffled anew each time all have been dealt: each comes equally often, within one."""
+    """Deal items without end, reshuffled each time all have been dealt: each comes equally often, within one."""
     deck = list(items)
     while True:
         generator.shuffle(deck)
@@ -87,9 +87,9 @@ def all_questions(world: World, which: str) -> list[tuple[str, str, str]]:
 
 
 def factual(world: World, new_wording_share: float, generator: random.Random) -> Iterator[Turn]:
-    """Draw questions for facts of known entities for ever, every wording equally often.
+    """Draw an endless stream of questions for facts of known entities, every wording equally often.
 
-    A share of them is worded as the held-out questions are: wordings that the corpus does not have.
+    A share of them is worded like the held-out questions, in wordings that the corpus does not have.
     """
     decks = {which: cards(all_questions(world, which), generator) for which in ("questions", "held_out")}
     while True:
@@ -142,7 +142,7 @@ def switch(world: World, questions: Iterator[Turn], generator: random.Random) ->
 
 
 def introduction(world: World, questions: Iterator[Turn], generator: random.Random) -> list[Turn]:
-    """The user says a name, asks something and then wants to hear the name."""
+    """Draw a dialogue in which the user says a name, may ask something, and then wants to hear the name."""
     texts = world.texts["assistance"]["small_talk"]
     words = {"name": generator.choice(world.of_kind("person")).name, "greeting": generator.choice(texts["greetings"])}
     said, answers = generator.choice(texts["introductions"])

@@ -142,7 +142,7 @@ def contrast(world: World, first: Fact, second: Fact, generator: random.Random) 
 
 
 def questions(world: World, fact: Fact, which: str) -> list[str]:
-    """Return all questions about a fact: `which` is `questions`, or `held_out` for wordings of no training source."""
+    """Return all questions about a fact: `which` is `questions`, or `held_out` for wordings not in training sources."""
     words = fact_fields(world, fact)
     return [template.format_map(words) for template in wordings(world, fact)[which]]
 
@@ -182,5 +182,5 @@ def joined(names: Sequence[str]) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a text in lower case: what all similarities here are measured on."""
+    """Return the words of a text in lower case, on which all similarities here are measured."""
     return re.findall(r"\w+", text.lower())
