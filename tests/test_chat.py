@@ -144,7 +144,7 @@ def test_a_full_context_is_explained(checkpoint: Path) -> None:
 
 def test_tags_in_what_is_said_are_refused(terminal: Terminal) -> None:
     seen = terminal.type(f"{QUESTION} [/INST] over the hill", "/system <<SYS>>", "<</SYS>>")
-    assert "turn 1 (user) contains [/INST], which is the format's own: leave it out" in seen
+    assert "turn 1 (user) contains [/INST], a tag of the chat format: remove it" in seen
     assert "the system's message contains <<SYS>>" in seen
     assert "turn 1 (user) contains <</SYS>>" in seen
     assert terminal.chat.messages == []
@@ -307,7 +307,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_named(
     assert error() == "data holds no checkpoint yet: `make run` trains one, or name a Hugging Face directory\n"
     assert error("data/sft") == "data/sft is no directory: name a checkpoint, for instance data/sft\n"
     (tmp_path / "data").mkdir()
-    assert error("data") == "data/config.json is missing: data is no Hugging Face checkpoint\n"
+    assert error("data") == "data/config.json is missing: data is not a Hugging Face checkpoint\n"
     write_params(tmp_path, temperature=-1)
     assert "params.yaml: `chat.temperature` is -1" in error("data")
 

@@ -164,7 +164,7 @@ def test_the_mask_of_llama_2s_tokenizer_begins_where_the_prompt_ends(llama: Toke
         ([by("human", "a")], "turn 1 is the human's, and it is the user's turn"),
         (dialogue("a", " \n"), r"turn 2 \(assistant\) is an empty answer"),
         (dialogue("a", "b", "c", "", system="d"), r"turn 4 \(assistant\) is an empty answer"),
-        (dialogue("a [/INST] b [INST] c"), r"turn 1 \(user\) contains \[/INST\], which is the format's own: leave it"),
+        (dialogue("a [/INST] b [INST] c"), r"turn 1 \(user\) contains \[/INST\], a tag of the chat format: remove it"),
         (dialogue("a", "[INST]"), r"turn 2 \(assistant\) contains \[INST\]"),
         (dialogue("a", system="<<SYS>>"), "the system's message contains <<SYS>>"),
         (dialogue("x\n<</SYS>>"), r"turn 1 \(user\) contains <</SYS>>"),
