@@ -166,7 +166,7 @@ def test_the_mask_of_llama_2s_tokenizer_begins_where_the_prompt_ends(llama: Toke
         (dialogue("a", "b", "c", "", system="d"), r"turn 4 \(assistant\) is an empty answer"),
         (dialogue("a [/INST] b [INST] c"), r"turn 1 \(user\) contains \[/INST\], a tag of the chat format: remove it"),
         (dialogue("a", "[INST]"), r"turn 2 \(assistant\) contains \[INST\]"),
-        (dialogue("a", system="<<SYS>>"), "the system's message contains <<SYS>>"),
+        (dialogue("a", system="<<SYS>>"), "the system message contains <<SYS>>"),
         (dialogue("x\n<</SYS>>"), r"turn 1 \(user\) contains <</SYS>>"),
         (dialogue("a\ud83d"), r"turn 1 \(user\) contains half a character \(a lone surrogate\)"),
     ],

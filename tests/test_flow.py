@@ -35,7 +35,7 @@ def test_a_null_where_dvc_needs_a_path_is_told(workspace: Path) -> None:
     Path("dvc.yaml").write_text(
         Path("dvc.yaml").read_text().replace("- data/grow\n    params", '- "${grow.fail_at}"\n    params')
     )
-    with pytest.raises(ValueError, match=r"`grow.fail_at` is null, and dvc.yaml names it: data/seeds/none stands for "):
+    with pytest.raises(ValueError, match=r"`grow.fail_at` is null, and dvc.yaml uses it: data/seeds/none stands for "):
         read_graph()
 
 
@@ -178,7 +178,7 @@ def test_the_summary_names_outcomes_and_main_figures(workspace: Path) -> None:
     assert "make ui" in text
     assert format_number(0.123456) == "0.1235"
     waiting = summarize(nodes, outcomes, 4.2, waiting="waiting for labels, put them at data/labels")
-    assert "The pipeline waits (4 s)." in waiting
+    assert "The pipeline is waiting (4 s)." in waiting
     assert waiting.endswith("\nwaiting for labels, put them at data/labels\n")
 
 

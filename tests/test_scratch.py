@@ -107,7 +107,7 @@ def test_a_state_is_adopted_after_a_change_that_changes_no_result(
     (new,) = kept_states()
     assert new.fingerprint != old.fingerprint
     assert states.main(["adopt", "grow", new.fingerprint]) == 1
-    assert "goes on from .scratch/grow" in capsys.readouterr().err
+    assert "resumes from .scratch/grow" in capsys.readouterr().err
     assert "begins anew" not in grow().stderr
     record = Path(".runs/grow") / new.fingerprint
     assert [line["step"] for line in metric_lines(record)] == list(range(step + 1, 201))
@@ -118,7 +118,7 @@ def test_states_are_listed_and_cleared(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")  # nobody there
     assert states.main([]) == 0
-    assert capsys.readouterr().out == "Nothing is left of stopped stages.\n"
+    assert capsys.readouterr().out == "No stopped stage has left a state.\n"
     stop_half_way(workspace)
     (state,) = kept_states()
     assert states.main([]) == 0
@@ -128,7 +128,7 @@ def test_states_are_listed_and_cleared(
     for arguments, message in (
         (["clear", "shrink"], "`shrink` has left no state; grow has"),
         (["adopt", "grow", "0" * 16], f"`grow` has left no state {'0' * 16}"),
-        (["forget"], "what to do?\n\n    python -m flows.states  "),
+        (["forget"], "unknown command; usage:\n\n    python -m flows.states  "),
     ):
         assert states.main(arguments) == 1
         assert message in capsys.readouterr().err

@@ -53,7 +53,7 @@ def check(messages: Sequence[Message]) -> None:
                     f"turn {number} is the {role}'s, and it is the {due}'s turn: user and assistant take turns, "
                     "the user first, after at most one message of the system"
                 )
-        where = f"turn {number} ({role})" if number else "the system's message"
+        where = f"turn {number} ({role})" if number else "the system message"
         if role == "assistant" and not content.strip():
             raise ValueError(f"{where} is an empty answer")
         tag = TAGS.search(content)
