@@ -302,7 +302,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_named(
         assert main(arguments) == 1
         return capsys.readouterr().err
 
-    assert error() == "params.yaml is missing: run from the project's root, where it lies\n"
+    assert error() == "params.yaml is missing: run from the project's root, where it is\n"
     write_params(tmp_path)
     assert error() == "data holds no checkpoint yet: `make run` trains one, or name a Hugging Face directory\n"
     assert error("data/sft") == "data/sft is not a directory: name a checkpoint, for instance data/sft\n"

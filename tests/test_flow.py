@@ -328,7 +328,7 @@ def test_an_interrupted_flow_leaves_no_process_and_no_half_output(workspace: Pat
     set_value("num_steps: 3", "num_steps: 600")
     flow = subprocess.Popen([sys.executable, "-m", "flows.recipe"], start_new_session=True)
     wait_for(lambda: any(len(list(metric_lines(path))) >= 2 for path in Path(".runs/grow").glob("*")), 120)
-    assert "another pipeline runs in this workspace (flow run" in recipe().stderr
+    assert "another pipeline is running in this workspace (flow run" in recipe().stderr
     assert "is busy, it is being blocked by" in repro("grow").stderr
     os.killpg(flow.pid, how) if how == signal.SIGINT else flow.send_signal(how)
     flow.wait(timeout=60)

@@ -87,13 +87,13 @@ def test_a_stage_that_begins_anew_tells_of_its_other_states(workspace: Path) -> 
     assert old.stage == "grow"
     set_value("num_steps: 200", "num_steps: 4")
     result = grow()
-    told = "grow: begins anew: its code, data or parameters have changed since it was stopped and left\n"
+    told = "grow: starts over: its code, data or parameters have changed since it was stopped and left\n"
     assert f"{told}  grow {old.fingerprint}  " in result.stderr
     assert f"python -m flows.states adopt grow {old.fingerprint}\n" in result.stderr
     set_value("num_steps: 4", "num_steps: 200")
     set_value("seconds: 0.05", "seconds: 0.0")
     result = grow()
-    assert "begins anew" in result.stderr  # another time of a step is another parameter, for DVC
+    assert "starts over" in result.stderr  # another time of a step is another parameter, for DVC
 
 
 def test_a_state_is_adopted_after_a_change_that_changes_no_result(
@@ -108,7 +108,7 @@ def test_a_state_is_adopted_after_a_change_that_changes_no_result(
     assert new.fingerprint != old.fingerprint
     assert states.main(["adopt", "grow", new.fingerprint]) == 1
     assert "resumes from .scratch/grow" in capsys.readouterr().err
-    assert "begins anew" not in grow().stderr
+    assert "starts over" not in grow().stderr
     record = Path(".runs/grow") / new.fingerprint
     assert [line["step"] for line in metric_lines(record)] == list(range(step + 1, 201))
 
@@ -222,7 +222,7 @@ def test_a_record_that_a_power_cut_has_emptied_is_named(workspace: Path) -> None
     result = repro("grow")
     assert result.returncode != 0
     assert f"grow: {record}/run.json is damaged (" in result.stderr
-    assert f"as a power cut may leave a file: delete `{record}` and run again" in result.stderr
+    assert f"perhaps by a power cut: delete `{record}` and run again" in result.stderr
     shutil.rmtree(record)
     set_value("fail_at: 2", "fail_at: null")
     assert repro("grow").returncode == 0
