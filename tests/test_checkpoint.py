@@ -212,7 +212,7 @@ def test_damaged_or_pickled_weights_are_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         load_weights(model_of(), checkpoint)
     path.rename(checkpoint / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model\.bin\), which can run any code"):
+    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model\.bin\), which can run arbitrary code"):
         load_weights(model_of(), checkpoint)
     (checkpoint / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match=r"holds no model\.safetensors: it is not a Hugging Face checkpoint"):
@@ -264,7 +264,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint: Path) -> None:
     ):
         read_tokenizer(checkpoint, other)
     (checkpoint / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match=r"base has a tokenizer\.json and no tokenizer\.model: a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"base has a tokenizer\.json but no tokenizer\.model: a SentencePiece model"):
         read_tokenizer(checkpoint, config)
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.model is missing"):
