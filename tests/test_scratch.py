@@ -136,7 +136,7 @@ def test_states_are_listed_and_cleared(
         assert kept_states() == []
         for arguments in (["clear", "grow"], ["adopt", "grow", state.fingerprint]):
             assert states.main(arguments) == 1
-            assert "`grow` runs" in capsys.readouterr().err
+            assert "`grow` is running" in capsys.readouterr().err
     assert states.main(["clear", "grow"]) == 0
     assert kept_states() == []
 
