@@ -286,7 +286,7 @@ def compare_speed() -> None:
 
 def compare_time_to_loss() -> None:
     """Print seconds to the same validation loss: the number of steps times a steady step's seconds, not compilation."""
-    print("| parameters | run | a step, ms | final validation loss | seconds to the loss all reach | ratio |")
+    print("| parameters | run | ms per step | final validation loss | seconds to the loss all reach | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     kinds = (
         "here, bf16",

@@ -202,7 +202,7 @@ def compare_losses() -> None:
 
 def compare_speed() -> None:
     """Print pairs per second over the same pairs; the ratio is how much faster we are."""
-    print("| parameters | run | a step, ms | pairs/s | ratio |\n| --- | --- | --- | --- | --- |")
+    print("| parameters | run | ms per step | pairs/s | ratio |\n| --- | --- | --- | --- | --- |")
     num_steps = NUM_WARM_UP + 10
     for size, dtype in itertools.product(("1M", "5M", "15M"), ("fp32", "bf16")):
         run = partial(Run, size, num_steps=num_steps)

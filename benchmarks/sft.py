@@ -200,7 +200,7 @@ def compare_losses() -> None:
 
 def compare_speed() -> None:
     """Print supervised tokens per second; the ratio is how much faster we are."""
-    print("| parameters | run | a step, ms | supervised tokens/s | ratio |\n| --- | --- | --- | --- | --- |")
+    print("| parameters | run | ms per step | supervised tokens/s | ratio |\n| --- | --- | --- | --- | --- |")
     num_steps = 12
     targets = {side: targets_a_step(strategy, num_steps) for side, strategy in STRATEGIES.items()}
     for size, dtype in itertools.product(("1M", "5M", "15M"), ("fp32", "bf16")):

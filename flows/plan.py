@@ -304,9 +304,9 @@ def _time_block(training: Training, assumed: PlanParams, num_tokens: float) -> l
     hours = device_hours(flops, assumed.peak_tflops, assumed.mfu)
     block = [
         "Time",
-        _row("tokens", f"{num_tokens:,.0f}", f"{num_tokens / num_parameters(training):.1f} a parameter"),
+        _row("tokens", f"{num_tokens:,.0f}", f"{num_tokens / num_parameters(training):.1f} per parameter"),
         _row("steps", f"{num_tokens / training.batch_tokens:,.0f}", f"of {training.batch_tokens:,} tokens"),
-        _row("FLOPs a token", f"{a_token:.4g}", "6N + 12 L d T, not counting recomputation"),
+        _row("FLOPs per token", f"{a_token:.4g}", "6N + 12 L d T, not counting recomputation"),
         _row("FLOPs", f"{flops:.4g}"),
         _row("peak of one device", f"{assumed.peak_tflops:g} TFLOP/s", assumed.device),
         _row("MFU", f"{assumed.mfu:.1%}", "assumed, of the FLOPs above"),
@@ -319,7 +319,7 @@ def _time_block(training: Training, assumed: PlanParams, num_tokens: float) -> l
         days = reported / assumed.num_devices / 24
         block += [
             _row("reported device hours", f"{reported:,.0f}", f"{days:,.3g} days of as many devices"),
-            _row("MFU that implies", f"{reached:.1%}", f"this plan says {hours / reported:.2f} x the reported hours"),
+            _row("implied MFU", f"{reached:.1%}", f"this plan says {hours / reported:.2f} x the reported hours"),
         ]
     return block
 
