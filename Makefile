@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# A test process for each processor, four at most, in which torch computes in one thread; tests/conftest.py orders files.
+# One test process per processor, at most four, each with one torch thread; tests/conftest.py orders the files.
 PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .SILENT:
@@ -35,7 +35,7 @@ deploy worker: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(PREFECT_SERVER_
 deploy: SECONDS_TO_ANSWER ?= 120
 deploy: setup
 	end=$$(($$(date +%s) + $(SECONDS_TO_ANSWER))); until prefect work-pool ls > /dev/null 2>&1; do \
-		test $$(date +%s) -lt $$end || { echo "No Prefect server answers at $$PREFECT_API_URL: start one by make ui"; exit 1; }; \
+		test $$(date +%s) -lt $$end || { echo "No Prefect server answers at $$PREFECT_API_URL: start one with make ui"; exit 1; }; \
 		sleep 1; \
 	done
 	prefect work-pool inspect arriero > /dev/null 2>&1 || prefect work-pool create arriero --type process
@@ -46,7 +46,7 @@ worker: setup
 
 setup: $(READY)
 
-# Two at once, as in `make ui & make deploy`, set up one after the other: the second finds everything done.
+# Two makes at once, as in `make ui & make deploy`, set up one after the other: the second finds everything done.
 ifndef ALONE
 $(READY): pyproject.toml constraints.txt
 	python3 -c "$$LOCKED" $(MAKE) --no-print-directory --silent ALONE=1 $(READY)
@@ -71,5 +71,5 @@ export LOCKED
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
-	test ! -d .scratch || echo "left: .scratch ($$(du -sh .scratch | cut -f1)), states that stopped trainings go on from: python -m flows.states lists and clears them"
+	test ! -d .scratch || echo "left: .scratch ($$(du -sh .scratch | cut -f1)), states that stopped stages resume from: python -m flows.states lists and clears them"
 	test ! -d .runs || echo "left: .runs ($$(du -sh .runs | cut -f1)), records that MLflow may not have yet: dvc repro -f -s publish sends them"

@@ -1,18 +1,18 @@
-"""Throughput of stage `clean` against datatrove 0.10, on the same documents, by the same rules, on as many processes.
+"""Compare the throughput of stage `clean` with datatrove 0.10: same documents, same rules, same number of processes.
 
-Run from the project's root, where ../shared/datasets lies beside it::
+Run from the project's root, with ../shared/datasets beside it::
 
     pip install 'datatrove>=0.10,<0.11' spacy 'xxhash<4' orjson fasteners tldextract regex nltk
     python -m benchmarks.clean
 
 Both read the same gzipped JSON lines (English text of the profile `real`) and write what they keep. Both repair Unicode
-by ftfy, tell languages by py3langid (datatrove's own model has to be downloaded, so it is handed ours), apply the rules
-of C4 and Gopher at the same limits, find near-duplicates by MinHash with the same bands, and mask personal data; ours
-also looks for phone and card numbers and removes exact duplicates. Times are those of whole runs, start of processes
-included, in turns; the table shows each tool's best.
+with ftfy, identify languages with py3langid (datatrove's own model would have to be downloaded, so it gets ours), apply
+the rules of C4 and Gopher with the same limits, find near-duplicates by MinHash with the same bands, and mask personal
+data; ours also looks for phone and card numbers and removes exact duplicates. Times are those of whole runs, including
+the start of processes, in turns; the table shows each tool's best.
 
-datatrove keeps fewer documents: it cuts words with spaCy, for which a punctuation mark is a word without a letter, so
-that Gopher's rule on such words rejects a tenth of the documents. Ours counts what blanks separate, as Gopher does.
+datatrove keeps fewer documents: it splits words with spaCy, for which a punctuation mark is a word without a letter, so
+Gopher's rule on such words rejects a tenth of the documents. Ours splits words at whitespace, as Gopher does.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def write_documents(folder: Path, params: Params) -> tuple[int, int]:
-    """Write the sources' documents in turn to a few files; return how many documents and characters."""
+    """Distribute the sources' documents over a few files; return the number of documents and of characters."""
     folder.mkdir()
     texts = [
         item.text

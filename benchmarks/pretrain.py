@@ -1,18 +1,18 @@
-"""Pretraining against Hugging Face's Trainer, and what DeepSpeed adds to a step.
+"""Compare pretraining with Hugging Face's Trainer, and measure what DeepSpeed adds to a step.
 
     pip install 'accelerate>=1.10' 'transformers>=5.0'
     OMP_WAIT_POLICY=passive python -m benchmarks.pretrain [parity] [speed] [loss] [overhead]
 
-All on the CPU, on as many threads as there are processors. Each part runs alone in a few minutes, prints a table, and
-times its candidates in turns, step by step where it can, so that what else the machine does meets them alike.
+Everything runs on the CPU, with as many threads as processors. Each part runs alone in a few minutes, prints a table,
+and times its candidates in turns, step by step where possible, so that other load on the machine affects all alike.
 
-- parity: greatest difference of the logits from transformers' LlamaForCausalLM, same weights and ids.
-- speed: tokens a second against the Trainer in the same precision: same weights, ids, batch, optimiser, threads.
-- loss: seconds to the same validation loss, each at the settings that reach it soonest: bf16 weights with float32
+- parity: maximum difference of the logits from transformers' LlamaForCausalLM, same weights and ids.
+- speed: tokens per second against the Trainer in the same precision: same weights, ids, batch, optimiser, threads.
+- loss: seconds to the same validation loss, each with the settings that reach it soonest: bf16 weights with float32
   masters here; for the Trainer the best of float32, bf16 autocast and bf16 weights.
 - overhead: DeepSpeed's step against a plain loop that does the same.
 
-The text is drawn from a bigram model, and each document fills a row: both sides then learn the same from each step.
+The text is drawn from a bigram model, and each document fills a row, so both sides learn the same from each step.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def config_of(size: str) -> ModelConfig:
 
 
 def draw_stream(num_rows: int, seed: int) -> tuple[Shards, Starts]:
-    """Return rows of text, a document each: each token is followed by one of eight, the first of them most often."""
+    """Return rows of text, one document each: every token is followed by one of eight, most often the first."""
     successors = np.random.default_rng(0).integers(0, VOCABULARY, size=(VOCABULARY, 8))
     shares = 1 / np.arange(1, 9)
     rng = np.random.default_rng(seed)
@@ -85,13 +85,13 @@ def batch_of(stream: tuple[Shards, Starts], first_row: int, num_rows: int) -> Ba
 
 
 def rows_of(stream: tuple[Shards, Starts]) -> torch.Tensor:
-    """Return a stream in rows, the Trainer's examples."""
+    """Return a stream as rows, the Trainer's examples."""
     tokens = stream[0].read(0, len(stream[0]) - 1)
     return torch.from_numpy(tokens.reshape(-1, CONTEXT))
 
 
 def engine_params(precision: str, zero_stage: int) -> EngineParams:
-    """Return how the models here are trained: Llama 2's optimiser."""
+    """Return the parameters of our training: Llama 2's optimiser."""
     return EngineParams.model_validate(
         {
             "zero_stage": zero_stage, "precision": precision, "offload": "none", "activation_checkpointing": "off",
@@ -103,7 +103,7 @@ def engine_params(precision: str, zero_stage: int) -> EngineParams:
 
 
 def fresh_engine(size: str, precision: str, zero_stage: int, num_steps: int) -> Any:
-    """Return a DeepSpeed engine; its first weights are the same every time."""
+    """Return a DeepSpeed engine; its initial weights are the same every time."""
     params = engine_params(precision, zero_stage)
     model = build_model(Llama, config_of(size), params)
     draw_weights(model, seed=1)
@@ -111,7 +111,7 @@ def fresh_engine(size: str, precision: str, zero_stage: int, num_steps: int) -> 
 
 
 def their_model(size: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Return transformers' model with our first weights."""
+    """Return transformers' model with our initial weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config, generator = config_of(size), torch.Generator().manual_seed(1)
@@ -124,10 +124,10 @@ def their_model(size: str, dtype: torch.dtype = torch.float32) -> Any:
     return theirs.to(dtype)
 
 
-# --- training runs: each in a process of its own, for the Trainer takes any ranks it sees for its own ---
+# --- training runs: each in its own process, because the Trainer uses any ranks that it finds ---
 
 
-Curves = tuple[list[float], list[float]]  # seconds of each step, validation losses every so many of them
+Curves = tuple[list[float], list[float]]  # seconds of each step, validation losses every few steps
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ class Run:
 
 
 def train(run: Run, clock: Clock) -> Curves:
-    """Train, in a process of its own, by the code of its kind."""
+    """Train a run, in its own process, with the code of its kind."""
     losses = (train_ours if run.kind.startswith("here") else train_theirs)(run, clock)
     return clock.seconds, losses
 
 
 def join_alone() -> None:
-    """Make this process the only rank of a training."""
+    """Make this process the only rank of a training run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -175,7 +175,7 @@ def train_ours(run: Run, clock: Clock) -> list[float]:
 
 
 def train_theirs(run: Run, clock: Clock) -> list[float]:
-    """Train by Hugging Face's Trainer, with the same optimiser and learning rates."""
+    """Train with Hugging Face's Trainer, with the same optimiser and learning rates."""
     from torch.nn.functional import cross_entropy
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -224,7 +224,7 @@ def held_out_rows() -> tuple[Shards, Starts]:
 
 
 def learning_rate_ratio(step: int, num_steps: int) -> float:
-    """Return the share of the peak that our engine trains the step with, steps counted from 1."""
+    """Return our engine's learning rate at a step, counted from 1, as a share of the peak."""
     if step < WARMUP:
         return step / WARMUP
     progress = min(1.0, (step - WARMUP + 1) / (num_steps + 1 - WARMUP))
@@ -232,7 +232,7 @@ def learning_rate_ratio(step: int, num_steps: int) -> float:
 
 
 def steady(seconds: list[float]) -> float:
-    """Return the time of a step, once the first ones, which allocate and compile, are over."""
+    """Return the median time of a step, without the first ones, which allocate and compile."""
     return statistics.median(seconds[3:])
 
 
@@ -240,7 +240,7 @@ def steady(seconds: list[float]) -> float:
 
 
 def compare_logits() -> None:
-    """Print how far our logits are from transformers'."""
+    """Print how much our logits differ from transformers'."""
     join_alone()
     print("| parameters | key/value heads | deviation of logits | greatest difference |\n| --- | --- | --- | --- |")
     for size, groups in itertools.product(SIZES, (1, 2)):
@@ -251,7 +251,7 @@ def compare_logits() -> None:
 
 
 def logits_of_both(config: ModelConfig) -> tuple[float, float]:
-    """Return the logits' deviation and greatest difference on four rows, with weights ten times the first ones."""
+    """Return the logits' standard deviation and maximum difference on four rows, with ten times the initial weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     ours = Llama(config, "off")
@@ -270,7 +270,7 @@ def logits_of_both(config: ModelConfig) -> tuple[float, float]:
 
 
 def compare_speed() -> None:
-    """Print tokens a second against the Trainer; our bf16 has float32 masters, as autocast has."""
+    """Print tokens per second against the Trainer; our bf16 has float32 masters, as autocast does."""
     print("| parameters | here | Trainer | here, tokens/s | Trainer, tokens/s | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     pairs = (("fp32", "fp32"), ("bf16", "bf16 autocast"), ("bf16", "bf16 weights"))
@@ -285,8 +285,8 @@ def compare_speed() -> None:
 
 
 def compare_time_to_loss() -> None:
-    """Print seconds to the same validation loss: steps taken times a steady step's seconds, compiling left out."""
-    print("| parameters | run | a step, ms | final validation loss | seconds to the loss all reach | ratio |")
+    """Print seconds to the same validation loss: the number of steps times a steady step's seconds, not compilation."""
+    print("| parameters | run | ms per step | final validation loss | seconds to the loss all reach | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     kinds = (
         "here, bf16",
@@ -309,7 +309,7 @@ def compare_time_to_loss() -> None:
 
 
 def steps_to(loss: float, losses: list[float], every: int) -> float:
-    """Return the step at which a curve first reaches a loss, between its points by a straight line."""
+    """Return the step at which a curve first reaches a loss, interpolated linearly between its points."""
     for number, value in enumerate(losses):
         if value <= loss:
             before = losses[number - 1] if number else value
@@ -319,7 +319,7 @@ def steps_to(loss: float, losses: list[float], every: int) -> float:
 
 
 def measure_overhead() -> None:
-    """Print DeepSpeed's share of a step: what it takes longer than a plain loop that does the same."""
+    """Print DeepSpeed's share of a step: the extra time against a plain loop that does the same."""
     join_alone()
     print("| parameters | precision | ZeRO stage | plain, ms | DeepSpeed, ms | its share |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -344,7 +344,7 @@ def measure_overhead() -> None:
 
 
 def plain_loop(size: str, precision: str) -> Callable[[Batch], float]:
-    """Return a training step without DeepSpeed: float32 masters where weights are bf16, clipping, AdamW."""
+    """Return a training step without DeepSpeed: float32 masters if weights are bf16, clipping, AdamW."""
     model = Llama(config_of(size), "off")
     draw_weights(model, seed=1)
     masters = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]

@@ -1,17 +1,17 @@
-"""Training a reward model against TRL's RewardTrainer.
+"""Compare reward model training with TRL's RewardTrainer.
 
     pip install 'accelerate>=1.10' 'transformers>=5.0' 'trl>=1.16' datasets
     OMP_WAIT_POLICY=passive python -m benchmarks.reward [loss] [speed]
 
-All on the CPU, on as many threads as there are processors. Both sides start from the same weights and take the same
+Everything runs on the CPU, with as many threads as processors. Both sides start from the same weights and take the same
 steps, with the same optimiser and learning rates, on the same pairs with the same margins. Runs take their steps in
-turns, so that what else the machine does meets them alike.
+turns, so that other load on the machine affects them alike.
 
 - loss: held-out ranking loss after the same steps in float32, both models measured by the same code.
-- speed: pairs a second over the same pairs, in each precision.
+- speed: pairs per second over the same pairs, in each precision.
 
-Here answers are packed. TRL pads them to the longest of the micro batch, so that it gains by pairs of like length: with
-`grouped` its pairs come in order of length, which no drawn grouping can beat.
+We pack answers. TRL pads them to the longest of the micro batch, so it gains from pairs of similar length: with
+`grouped` its pairs are sorted by length, which no random grouping can beat.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BOS, EOS, PAD = 1, 2, 0
 
 
 def draw_pairs(count: int, seed: int) -> list[Pair]:
-    """Return pairs of answers of 10 to 80 tokens to prompts of 15 to 60, of all degrees."""
+    """Return pairs of answers of 10 to 80 tokens to prompts of 15 to 60, with all degrees of preference."""
     rng = np.random.default_rng(seed)
     text = draw_stream(2 * count, seed)[0]
     margins = list(MARGINS["small"].values())
@@ -57,7 +57,7 @@ def draw_pairs(count: int, seed: int) -> list[Pair]:
     for number in range(count):
         places = (0, rng.integers(15, 61)), (CONTEXT, rng.integers(10, 81)), (CONTEXT + 100, rng.integers(10, 81))
         starts = [(2 * number * CONTEXT + begin, int(length)) for begin, length in places]
-        # words only: transformers doesn't train what it takes for padding
+        # ordinary tokens only: transformers doesn't train on what it takes for padding
         prompt, *answers = (np.maximum(text.read(start, start + length), 3).tolist() for start, length in starts)
         chosen, rejected = ([BOS, *prompt, *answer, EOS] for answer in answers)
         pairs.append(Pair(chosen, rejected, margins[number % len(margins)], None, None))
@@ -65,7 +65,7 @@ def draw_pairs(count: int, seed: int) -> list[Pair]:
 
 
 def pairs_of(num_steps: int, grouped: bool) -> list[Pair]:
-    """Return the pairs of a run's steps; those that are timed in order of length, if they are grouped."""
+    """Return the pairs of a run's steps; if grouped, the timed ones are sorted by length."""
     pairs = draw_pairs(num_steps * PAIRS, seed=1)
     warm_up, timed = pairs[: NUM_WARM_UP * PAIRS], pairs[NUM_WARM_UP * PAIRS :]
     return warm_up + (sorted(timed, key=lambda pair: max(len(pair.chosen), len(pair.rejected))) if grouped else timed)
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What a table calls it."""
+        """The run's name in a table."""
         return f"{self.side if self.side == 'here' else f'TRL {self.side}'}, {self.dtype}, {self.pairs_at_once} at once"
 
 
@@ -91,7 +91,7 @@ Outcome = tuple[list[float], float]  # seconds of each step, held-out loss at th
 
 
 def train(run: Run, clock: Clock) -> Outcome:
-    """Train, in a process of its own, by the code of its side."""
+    """Train a run, in its own process, with the code of its side."""
     weights = (train_ours if run.side == "here" else train_theirs)(run, clock)
     return clock.seconds, held_out_loss(run.size, weights)
 
@@ -128,7 +128,7 @@ def train_ours(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
 
 
 def their_model(size: str, dtype: torch.dtype) -> Any:
-    """Return transformers' model with our first weights."""
+    """Return transformers' model with our initial weights."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     config, generator = config_of(size), torch.Generator().manual_seed(1)
@@ -144,7 +144,7 @@ def their_model(size: str, dtype: torch.dtype) -> Any:
 
 
 def train_theirs(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
-    """Train by TRL's RewardTrainer; return the weights."""
+    """Train with TRL's RewardTrainer; return the weights."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -157,7 +157,7 @@ def train_theirs(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), eps=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_ratio(step + 1, run.num_steps))
-    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}  # never used, but the trainer wants a tokenizer
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}  # unused, but the trainer needs a tokenizer
     ends = {"eos_token": f"w{EOS}", "pad_token": f"w{PAD}"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0")), **ends)
     pairs = pairs_of(run.num_steps, run.side == "grouped")
@@ -190,7 +190,7 @@ def train_theirs(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
 
 
 def compare_losses() -> None:
-    """Print the held-out loss of both after the same steps in float32."""
+    """Print both sides' held-out loss after the same steps in float32."""
     print("| parameters | steps | here | TRL | difference |\n| --- | --- | --- | --- | --- |")
     num_steps = 20
     for size in ("1M", "5M"):
@@ -201,8 +201,8 @@ def compare_losses() -> None:
 
 
 def compare_speed() -> None:
-    """Print pairs a second over the same pairs; the ratio is how much quicker we are."""
-    print("| parameters | run | a step, ms | pairs/s | ratio |\n| --- | --- | --- | --- | --- |")
+    """Print pairs per second over the same pairs; the ratio is how much faster we are."""
+    print("| parameters | run | ms per step | pairs/s | ratio |\n| --- | --- | --- | --- | --- |")
     num_steps = NUM_WARM_UP + 10
     for size, dtype in itertools.product(("1M", "5M", "15M"), ("fp32", "bf16")):
         run = partial(Run, size, num_steps=num_steps)

@@ -1,16 +1,17 @@
-"""Sampling against transformers' `generate`.
+"""Compare sampling with transformers' `generate`.
 
     pip install 'transformers>=5.0'
     OMP_WAIT_POLICY=passive python -m benchmarks.sampling [batch] [ends] [large] [prefix]
 
-All on the CPU, on as many threads as there are processors; same weights, prompts, lengths, threads on both sides, which
-take turns, and the ratio is the median over the turns. No response ends before its length on either side; prompts are
-padded on the left for `generate`, whose attention is torch's sdpa. Each part prints a table in a few minutes.
+Everything runs on the CPU, with as many threads as processors. Both sides use the same weights, prompts, lengths and
+threads, and take turns; the ratio is the median over the turns. No response ends before its length on either side;
+prompts are padded on the left for `generate`, whose attention is torch's sdpa. Each part prints a table in a few
+minutes.
 
 - batch: the default model of params.yaml, 32 rows, same dtype; responses of one length.
 - ends: the same with 128 prompts, of 64 to 224 tokens in a random order, each answered up to the end of a context of
-  256, as responses end in practice: `generate` waits for the longest of 32, here the next prompt takes the row.
-- large: 50M parameters, 32 rows, each side in the dtype that it is fastest in.
+  256, as responses end in practice: `generate` waits for the longest of 32; here the next prompt takes the row.
+- large: 50M parameters, 32 rows, each side in its fastest dtype.
 - prefix: 8 samples of one prompt of 256 tokens in a context of 512, both models, same dtype.
 """
 
@@ -73,7 +74,7 @@ def prompts_of(config: ModelConfig, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def run_ours(model: Llama, prompts: list[list[int]], count: int, num_new: int, setting: str, rows: int) -> list[int]:
-    """Return the lengths of the responses, `count` a prompt, up to `num_new` tokens or the context's end."""
+    """Return the lengths of the responses, `count` per prompt, each up to `num_new` tokens or the context's end."""
     sampling = Sampling.model_validate({**SETTINGS[setting], "max_new_tokens": num_new})
     responses = sample(
         model, prompts, sampling, num_samples=count, eos_id=-1, seeds=range(len(prompts)), max_rows=rows,
@@ -83,7 +84,7 @@ def run_ours(model: Llama, prompts: list[list[int]], count: int, num_new: int, s
 
 
 def run_theirs(model: Any, prompts: list[list[int]], count: int, num_new: int, setting: str, rows: int) -> list[int]:
-    """Return the same by `generate`, batch after batch; it stops when the longest response is written."""
+    """Return the same for `generate`, batch by batch; it stops when the longest response is complete."""
     context, lengths = model.config.max_position_embeddings, []
     drawn = {"do_sample": True, **SETTINGS[setting]} if SETTINGS[setting]["temperature"] else {"do_sample": False}
     for first in range(0, len(prompts), rows // count):
@@ -104,7 +105,7 @@ def run_theirs(model: Any, prompts: list[list[int]], count: int, num_new: int, s
 def compare(
     size: str, ours: str, theirs: str, lengths: Sequence[int], count: int, num_new: int, setting: str, **changes: int
 ) -> str:
-    """Return a row of a table: tokens a second of both, and the median ratio of their turns."""
+    """Return a row of a table: both sides' tokens per second, and the median ratio of their turns."""
     rows = min(32, len(lengths) * count)
     model, _ = both_models(size, DTYPES[ours], **changes)
     _, their_model = both_models(size, DTYPES[theirs], **changes)
@@ -119,7 +120,7 @@ def compare(
         for side, times in zip(sides, seconds, strict=True):
             started = time.perf_counter()
             found = side()
-            if turn:  # the first one warms up
+            if turn:  # the first is a warm-up
                 times.append(time.perf_counter() - started)
             assert found == expected
     written = sum(expected)
@@ -132,7 +133,7 @@ def compare(
 
 
 def print_head() -> None:
-    """Print the head of a table."""
+    """Print the header of a table."""
     print(
         "| parameters | here | generate | setting | tokens of a prompt | prompts x samples "
         "| new tokens | here, tokens/s | generate, tokens/s | ratio |\n" + "| --- " * 10 + "|"
@@ -140,14 +141,14 @@ def print_head() -> None:
 
 
 def compare_batch() -> None:
-    """Print 32 rows of the default model."""
+    """Compare the default model on 32 rows."""
     print_head()
     for dtype, setting in itertools.product(DTYPES, SETTINGS):
         print(compare("default", dtype, dtype, [64] * 32, 1, 128, setting), flush=True)
 
 
 def compare_ends() -> None:
-    """Print 32 rows of the default model, responses of unequal lengths."""
+    """Compare the default model on 32 rows, with responses of different lengths."""
     print_head()
     lengths = torch.randint(64, 225, (128,), generator=torch.Generator().manual_seed(3)).tolist()
     for dtype, setting in itertools.product(DTYPES, SETTINGS):
@@ -155,14 +156,14 @@ def compare_ends() -> None:
 
 
 def compare_large() -> None:
-    """Print 32 rows of 50M parameters, in both dtypes: which is the best is seen then."""
+    """Compare 50M parameters on 32 rows, in both dtypes: the table shows which is best."""
     print_head()
     for dtype in DTYPES:
         print(compare("50M", dtype, dtype, [64] * 32, 1, 64, "temperature 0.6, top-p 0.9"), flush=True)
 
 
 def compare_prefix() -> None:
-    """Print 8 samples of one prompt, short ones and up to the context's end, of both models."""
+    """Compare both models on 8 samples of one prompt, some short, some up to the context's end."""
     print_head()
     for dtype, num_new in itertools.product(DTYPES, (64, 256)):
         for setting in ("temperature 1", "temperature 0.6, top-p 0.9"):

@@ -1,19 +1,19 @@
-"""Fine-tuning on demonstrations against TRL's SFTTrainer, with packing on.
+"""Compare fine-tuning on demonstrations with TRL's SFTTrainer, with packing on.
 
     pip install 'accelerate>=1.10' 'transformers>=5.0' 'trl>=1.16' datasets
     OMP_WAIT_POLICY=passive python -m benchmarks.sft [loss] [speed]
 
-All on the CPU, on as many threads as there are processors. Both sides start from the same weights and take the same
+Everything runs on the CPU, with as many threads as processors. Both sides start from the same weights and take the same
 steps, with the same optimiser and learning rates, on the same rows: those that TRL packs. Runs take their steps in
-turns, so that what else the machine does meets them alike.
+turns, so that other load on the machine affects them alike.
 
 - loss: held-out loss after the same steps in float32, both models measured by the same code.
-- speed: supervised tokens (those that the loss is on) a second, in each precision.
+- speed: supervised tokens (those that the loss is on) per second, in each precision.
 
-TRL packs by best fit, dialogues after one another in one row of the whole micro batch (`bfd`). Without a GPU its
-attention is torch's own with a mask that keeps dialogues apart, over the whole micro batch at once, which is small or
-large: one row and eight accumulated, or eight rows. `wrapped` is its packing that cuts dialogues and lets them see each
-other: quicker, and not what is asked for; it is shown as it is the quickest that TRL has.
+TRL packs by best fit, with all dialogues of the micro batch after one another in a single row (`bfd`). Without a GPU it
+uses torch's own attention, with a mask that keeps dialogues apart, over the whole micro batch at once. This is small or
+large: one row, accumulated eight times, or eight rows. `wrapped` is its packing that cuts dialogues and lets them see
+each other. That is not what we want; it is shown because it is TRL's fastest.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NUM_DIALOGUES, NUM_HELD_OUT = 600, 60
 
 
 def draw_dialogues(count: int, seed: int) -> list[Example]:
-    """Return prompts of 15 to 60 tokens, with answers of 10 to 80, which alone are learnt."""
+    """Return dialogues: prompts of 15 to 60 tokens, and answers of 10 to 80, of which only the answers are learnt."""
     rng = np.random.default_rng(seed)
     text = draw_stream(count, seed)[0]
     dialogues = []
@@ -63,7 +63,7 @@ def draw_dialogues(count: int, seed: int) -> list[Example]:
 
 
 def their_dataset(dialogues: Sequence[Example]) -> Any:
-    """Return dialogues as TRL takes them, already in tokens."""
+    """Return dialogues as a dataset for TRL, already tokenized."""
     from datasets import Dataset
 
     return Dataset.from_dict(
@@ -75,7 +75,7 @@ def their_dataset(dialogues: Sequence[Example]) -> Any:
 
 
 def packed_rows(strategy: str) -> list[list[Example]]:
-    """Return the rows that TRL packs; those of `wrapped` hold one piece each, as it sees them."""
+    """Return the rows that TRL packs; those of `wrapped` hold one piece each, as TRL treats them."""
     from trl import pack_dataset
 
     rows = []
@@ -87,7 +87,7 @@ def packed_rows(strategy: str) -> list[list[Example]]:
 
 
 def targets_a_step(strategy: str, num_steps: int) -> float:
-    """Return the tokens that a step's loss is on, on average."""
+    """Return the average number of tokens that a step's loss is on."""
     rows = packed_rows(strategy)[: num_steps * ROWS]
     return sum(example.num_targets for row in rows for example in row) / num_steps
 
@@ -104,7 +104,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What a table calls it."""
+        """The run's name in a table."""
         side = self.side if self.side == "here" else f"TRL {self.side}"
         return f"{side}, {self.dtype}, {self.micro_batch_rows} row{'s' * (self.micro_batch_rows > 1)} at once"
 
@@ -113,7 +113,7 @@ Outcome = tuple[list[float], float]  # seconds of each step, held-out loss at th
 
 
 def train(run: Run, clock: Clock) -> Outcome:
-    """Train, in a process of its own, by the code of its side."""
+    """Train a run, in its own process, with the code of its side."""
     weights = (train_ours if run.side == "here" else train_theirs)(run, clock)
     return clock.seconds, held_out_loss(run.size, weights)
 
@@ -143,7 +143,7 @@ def train_ours(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
 
 
 def train_theirs(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
-    """Train by TRL's SFTTrainer; return the weights."""
+    """Train with TRL's SFTTrainer; return the weights."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -155,7 +155,7 @@ def train_theirs(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), eps=1e-5, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_ratio(step + 1, run.num_steps))
-    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}  # never used, but the trainer wants a tokenizer
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}  # unused, but the trainer needs a tokenizer
     ends = {"eos_token": "w2", "pad_token": "w1"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "w0")), **ends)
 
@@ -186,7 +186,7 @@ def train_theirs(run: Run, clock: Clock) -> dict[str, torch.Tensor]:
 
 
 def compare_losses() -> None:
-    """Print the held-out loss of both after the same steps in float32."""
+    """Print both sides' held-out loss after the same steps in float32."""
     print("| parameters | steps | here | TRL bfd | difference |\n| --- | --- | --- | --- | --- |")
     num_steps = 20
     for size in ("1M", "5M"):
@@ -199,8 +199,8 @@ def compare_losses() -> None:
 
 
 def compare_speed() -> None:
-    """Print supervised tokens a second; the ratio is how much quicker we are."""
-    print("| parameters | run | a step, ms | supervised tokens/s | ratio |\n| --- | --- | --- | --- | --- |")
+    """Print supervised tokens per second; the ratio is how much faster we are."""
+    print("| parameters | run | ms per step | supervised tokens/s | ratio |\n| --- | --- | --- | --- | --- |")
     num_steps = 12
     targets = {side: targets_a_step(strategy, num_steps) for side, strategy in STRATEGIES.items()}
     for size, dtype in itertools.product(("1M", "5M", "15M"), ("fp32", "bf16")):
@@ -216,7 +216,7 @@ def compare_speed() -> None:
             print(f"| {parameters:,} | {this.name} | {1000 * second:.0f} | {speed:,.0f} | {ratio} |", flush=True)
 
 
-STRATEGIES = {"here": "bfd", "bfd": "bfd", "wrapped": "wrapped"}  # whose rows each side trains on
+STRATEGIES = {"here": "bfd", "bfd": "bfd", "wrapped": "wrapped"}  # the packing that each side trains on
 PARTS: dict[str, Callable[[], None]] = {"loss": compare_losses, "speed": compare_speed}
 
 

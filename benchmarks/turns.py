@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs that take their steps in turns, each in a process of its own, and parts by name."""
+"""Shared code of the benchmarks: runs that take their steps in turns, each in its own process, and parts by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Outcome = TypeVar("Outcome")
 
 
 class Turns:
-    """Lets processes take their steps one after another, so that all meet the same noise of the machine."""
+    """Lets processes take their steps one after another, so that all meet the same noise on the machine."""
 
     def __init__(self, count: int) -> None:
         fresh = get_context("spawn")
@@ -29,14 +29,14 @@ class Turns:
             assert self.changed.wait_for(lambda: self.whose.value == number, timeout=600), "another run has stopped"
 
     def give(self, number: int) -> None:
-        """Let the next one go on."""
+        """Let the next process continue."""
         with self.changed:
             self.whose.value = (number + 1) % self.count
             self.changed.notify_all()
 
 
 class Clock:
-    """Times the steps of one run: all that happens from one step's beginning to the next, but for the others' turns."""
+    """Times the steps of one run: everything from the start of one step to the next, except the others' turns."""
 
     def __init__(self, turns: Turns, number: int) -> None:
         self.turns, self.number = turns, number
@@ -44,7 +44,7 @@ class Clock:
         self.started = 0.0
 
     def begin(self) -> None:
-        """Begin a step; the one before it, with the reading of this one's batch, ends here."""
+        """Begin a step; the previous one, which includes reading this one's batch, ends here."""
         if self.started:
             self.end()
         self.turns.take(self.number)
@@ -57,14 +57,14 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Do something that doesn't count."""
+        """Stop the clock for as long as the block lasts."""
         stopped = time.perf_counter()
         yield
         self.started += time.perf_counter() - stopped
 
 
 def train_in_turns(train: Callable[[Run, Clock], Outcome], runs: Sequence[Run]) -> list[Outcome]:
-    """Train all side by side, step by step, each in a process of its own; return what `train` does for each."""
+    """Train all runs side by side, step by step, each in its own process; return what `train` returns for each."""
     fresh, turns = get_context("spawn"), Turns(len(runs))
     results = fresh.SimpleQueue()
     workers = [
@@ -84,7 +84,7 @@ def _train(train: Callable[[Run, Clock], Outcome], run: Run, clock: Clock, resul
 
 
 def run_parts(parts: Mapping[str, Callable[[], None]], *packages: str) -> None:
-    """Run the parts named on the command line, or all, under the versions that they are measured with."""
+    """Run the parts named on the command line, or all of them, after printing the versions that are measured."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
     print(f"{torch.get_num_threads()} threads, {versions}")
     for name in sys.argv[1:] or parts:

@@ -1,1 +1,1 @@
-"""The flows: Prefect's view of the pipeline, derived from dvc.yaml."""
+"""The flows: the pipeline as Prefect sees it, derived from dvc.yaml."""

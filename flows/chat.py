@@ -1,7 +1,7 @@
 """Talk to a checkpoint in the terminal: `python -m flows.chat [CHECKPOINT]`.
 
-CHECKPOINT is a Hugging Face Llama directory, for instance data/sft; without it the newest one in data/ answers. Values
-are those of params.yaml's section `chat`. What is typed may come from a pipe: then each line is printed as it is read.
+CHECKPOINT is a Hugging Face Llama directory, for instance data/sft; by default the newest one in data/. The settings
+are those of section `chat` in params.yaml. Input may come from a pipe: then each line is printed as it is read.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from model.text.tokenizer import Tokenizer
 
 COMMANDS = """\
-/system TEXT      set the system's message, which holds for the whole dialogue; without a text: none
-/temperature X    draw more freely; 0: always the likeliest token
-/reset            begin a new dialogue; the system's message stays
-/save FILE        add the dialogue to a file, as a JSON line that the stage sft can read
-/help             this list
-/quit             the end; so is Ctrl-D. Ctrl-C stops an answer"""
-REPLACEMENT = "\ufffd"  # stands for bytes that are no UTF-8, or no UTF-8 yet
-# A model may say what a terminal would take for a command.
+/system TEXT      set the system message, which applies to the whole dialogue; without TEXT, remove it
+/temperature X    set the temperature; higher draws more freely, 0 always takes the likeliest token
+/reset            start a new dialogue; the system message stays
+/save FILE        append the dialogue to a file, as a JSON line that the stage sft can read
+/help             show this list
+/quit             leave, as does Ctrl-D; Ctrl-C stops an answer"""
+REPLACEMENT = "\ufffd"  # stands for bytes that are not valid UTF-8, or not yet
+# A model may write what a terminal would interpret as a control sequence.
 HARMLESS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], REPLACEMENT)
 
 
@@ -42,15 +42,15 @@ class Params(Section):
     """How a chat answers."""
 
     temperature: float = Field(ge=0, description="divides the logits; 0: always the likeliest token")
-    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens that hold this probability; 1: all")
-    top_k: int = Field(ge=0, description="draw among so many of the likeliest tokens; 0: all")
-    max_new_tokens: int = Field(gt=0, description="tokens of an answer at most, EOS included")
+    top_p: float = Field(gt=0, le=1, description="draw from the likeliest tokens with this total probability; 1: all")
+    top_k: int = Field(ge=0, description="draw from this many of the likeliest tokens; 0: all")
+    max_new_tokens: int = Field(gt=0, description="maximum tokens of an answer, EOS included")
     precision: Literal["fp32", "bf16"] = Field(description="weights and products")
 
 
 @dataclass
 class Chat:
-    """One chat: who answers, and what was said."""
+    """One chat: the model that answers, and the dialogue so far."""
 
     model: Llama
     tokenizer: Tokenizer
@@ -58,8 +58,8 @@ class Chat:
     seed: int
     write: Callable[[str], object]  # shows text at once
     system: str = ""
-    turns: list[Message] = field(default_factory=list)  # the user's and the answers, in turn
-    num_answers: int = 0  # of all dialogues: asked the same again, the model draws anew
+    turns: list[Message] = field(default_factory=list)  # of user and assistant, alternating
+    num_answers: int = 0  # over all dialogues, so that the same question again gets a new draw
 
     @property
     def messages(self) -> list[Message]:
@@ -68,24 +68,24 @@ class Chat:
 
     @property
     def context(self) -> int:
-        """Tokens that the model can see."""
+        """Number of tokens that the model can see."""
         return self.model.config.max_position_embeddings
 
     @property
     def used(self) -> int:
-        """Tokens that the dialogue takes of the context."""
+        """Number of tokens of the context that the dialogue takes."""
         from model.text.dialogue import encode_dialogue
 
         return len(encode_dialogue(self.messages, self.tokenizer).ids) if self.turns else 0
 
 
-# --- what is said ---
+# --- messages ---
 
 
 def say(chat: Chat, text: str) -> None:
-    """Ask the model, show its answer token by token, and keep both.
+    """Send the text to the model, show its answer token by token, and keep both.
 
-    Raises ValueError when the text can't be asked: it contains a tag of the format, or the context has no room.
+    Raises ValueError when the text contains a tag of the chat format, or the context has no room for an answer.
     """
     from model.sampling.sampler import Sampling, sample
     from model.text.dialogue import check, decode_answer, encode_prompt
@@ -95,7 +95,7 @@ def say(chat: Chat, text: str) -> None:
     if len(ids) >= chat.context:
         raise ValueError(
             f"the context is full: the dialogue and this message take {len(ids)} of {chat.context} tokens, and leave "
-            "no room for an answer; /reset begins a new dialogue"
+            "no room for an answer; /reset starts a new dialogue"
         )
     values = chat.params.model_dump(exclude={"precision"})
     drawn: list[int] = []
@@ -123,7 +123,7 @@ def say(chat: Chat, text: str) -> None:
         )
         if not response.finished:
             full = len(ids) + len(drawn) >= chat.context
-            limit = "the context is full, /reset begins a new dialogue" if full else "chat.max_new_tokens is reached"
+            limit = "the context is full, /reset starts a new dialogue" if full else "chat.max_new_tokens is reached"
             note = f"[cut off: {limit}]"
     except KeyboardInterrupt:
         note = "[stopped]"
@@ -136,28 +136,28 @@ def say(chat: Chat, text: str) -> None:
     try:
         check(turns)
     except ValueError as error:
-        chat.write(f"[the answer is not kept, nor what you said: {error}]\n")
+        chat.write(f"[the answer and your message are not kept: {error}]\n")
     else:
         chat.turns = turns
 
 
 def visible(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return as much of an answer as later tokens can't change.
+    """Return the part of an answer that later tokens can't change.
 
-    Characters of several bytes may come as several tokens, and what a text ends with is not known before it ends.
+    A character of several bytes may arrive as several tokens, and trailing spaces are stripped only if nothing follows.
     """
     from model.text.dialogue import decode_answer
 
     return decode_answer(ids, tokenizer).rstrip(REPLACEMENT).rstrip()
 
 
-# --- what is commanded ---
+# --- commands ---
 
 
 def obey(chat: Chat, line: str) -> None:
     """Carry out a command.
 
-    Raises ValueError, saying what would do, for an unknown command and for an argument that it can't use.
+    Raises ValueError, saying what would work, for an unknown command and for an argument that it can't use.
     """
     name, _, argument = line.partition(" ")
     argument = argument.strip()
@@ -174,17 +174,17 @@ def obey(chat: Chat, line: str) -> None:
         case "/help":
             chat.write(f"{COMMANDS}\n")
         case _:
-            raise ValueError(f"{name} is no command; /help lists them")
+            raise ValueError(f"{name} is not a command; /help lists them")
 
 
 def set_system(chat: Chat, text: str) -> None:
-    """Set the system's message; the dialogue goes on as if it had begun with it."""
+    """Set the system message; the dialogue continues as if it had begun with it."""
     from model.text.dialogue import check
 
     if text:
         check([{"role": "system", "content": text}, {"role": "user", "content": ""}])
     chat.system = text
-    chat.write("The system's message is set.\n" if text else "There is no system's message now.\n")
+    chat.write("The system message is set.\n" if text else "The system message is removed.\n")
 
 
 def set_temperature(chat: Chat, text: str) -> None:
@@ -192,12 +192,12 @@ def set_temperature(chat: Chat, text: str) -> None:
     try:
         chat.params = Params.model_validate({**chat.params.model_dump(), "temperature": text})
     except ValidationError:
-        raise ValueError(f"temperature {text!r}: give a number from 0 up, for instance /temperature 0.7") from None
+        raise ValueError(f"temperature {text!r}: give a number >= 0, for instance /temperature 0.7") from None
     chat.write(f"The temperature is {chat.params.temperature:g}.\n")
 
 
 def save(chat: Chat, name: str) -> None:
-    """Add the dialogue to a file of dialogues, in one step: DVC may hold a link to the file, which must not change."""
+    """Append the dialogue to a file, by replacing it in one step: DVC may hold a link to the old file's content."""
     if not name:
         raise ValueError("name the file: /save FILE")
     if not chat.turns:
@@ -246,13 +246,13 @@ def talk(chat: Chat, read: Callable[[str], str]) -> None:
 
 
 def room(chat: Chat) -> str:
-    """Return how much of the context the dialogue takes."""
+    """Return how much of the context the dialogue takes, as text."""
     used = chat.used
     return f"{used}/{chat.context}" if used < chat.context else f"{chat.context}/{chat.context}, full: /reset"
 
 
 def read_line(prompt: str) -> str:
-    """Read a line from the terminal, with history and editing; print it where it comes from elsewhere."""
+    """Read a line from the terminal, with history and editing; if it comes from elsewhere, print it."""
     line = input(prompt)
     if not sys.stdin.isatty():
         show(f"{line}\n")
@@ -260,13 +260,13 @@ def read_line(prompt: str) -> str:
 
 
 def show(text: str) -> None:
-    """Print at once."""
+    """Print text at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def newest_checkpoint() -> Path:
-    """Return the checkpoint in data/ that was written last: of a model that answers, and no part of another one.
+    """Return the newest checkpoint in data/ of a model that answers; one inside another checkpoint doesn't count.
 
     Raises ValueError when there is none.
     """
@@ -278,7 +278,7 @@ def newest_checkpoint() -> Path:
 
 
 def answers(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint's model answers; a reward model only scores."""
+    """Return whether a checkpoint's model answers; a reward model only scores."""
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     return "LlamaForCausalLM" in config["architectures"]
 
@@ -286,7 +286,7 @@ def answers(checkpoint: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Chat; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.chat", description="Talk to a checkpoint.")
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="its directory; none: the newest in data/")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a directory; default: the newest in data/")
     name = parser.parse_args(arguments).checkpoint
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -295,25 +295,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         params, machine = parse_section(Params, values, "chat"), parse_section(Machine, values, "machine")
         directory = Path(name) if name else newest_checkpoint()
         if not directory.is_dir():
-            raise ValueError(f"{directory} is no directory: name a checkpoint, for instance data/sft")
-        show(f"{directory} is being opened. /help lists the commands.\n")
+            raise ValueError(f"{directory} is not a directory: name a checkpoint, for instance data/sft")
+        show(f"Opening {directory}. /help lists the commands.\n")
         talk(open_chat(directory, params, machine.threads, values["seed"]), read_line)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    except KeyboardInterrupt:  # before there was a chat
+    except KeyboardInterrupt:  # before the chat began
         return 130
     return 0
 
 
 def open_chat(directory: Path, params: Params, threads: int, seed: int) -> Chat:
-    """Open a checkpoint; what takes seconds to import is imported here, after the greeting."""
+    """Open a checkpoint; slow imports happen here, after the greeting."""
     import torch
 
     from model.network.checkpoint import open_checkpoint
 
     if sys.stdin.isatty():
-        import readline  # noqa: F401 - `input` then has history and editing
+        import readline  # noqa: F401 - gives `input` history and editing
 
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

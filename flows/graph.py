@@ -1,8 +1,8 @@
-"""The pipeline as dvc.yaml states it: its stages in order, what each waits for, and which are out of date.
+"""The pipeline as dvc.yaml defines it: its stages in order, what each waits for, and which are out of date.
 
-Studies, stages off the main path, stand in a dvc.yaml of their own below the root, where a plain `dvc repro` does not
-look: they are run by name only, with all that they need.
-Nothing else in flows/ knows a stage by name, and nothing else there touches DVC's Python API.
+Studies, stages off the main path, have a dvc.yaml of their own below the root, where a plain `dvc repro` does not
+look: they run only by name, with all that they need.
+Nothing else in flows/ knows a stage by name or uses DVC's Python API.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Node:
-    """One stage: its name, what DVC calls it, the stages whose outputs it reads, and dvc.yaml's `meta`."""
+    """One stage: its name, DVC's address of it, the stages whose outputs it reads, and dvc.yaml's `meta`."""
 
     name: str
-    address: str  # the name; of a study `studies/dvc.yaml:name`
+    address: str  # the name; for a study `studies/dvc.yaml:name`
     after: tuple[str, ...]
     meta: dict[str, Any]
 
@@ -33,9 +33,9 @@ class Node:
 def read_graph(targets: Sequence[str] = ()) -> list[Node]:
     """Return the stages that `targets` need (without targets, all but the studies), each after those it waits for.
 
-    A target is a stage's name, or that of a group (`ppo` stands for `ppo@v1`, `ppo@v2` ...).
-    Raises ValueError for a target that dvc.yaml does not have, naming the near match, and for a dvc.yaml or
-    params.yaml that DVC can't read, a null in a path among them.
+    A target is the name of a stage or of a group (`ppo` stands for `ppo@v1`, `ppo@v2` ...).
+    Raises ValueError for a target that dvc.yaml does not have, naming the closest match, and for a dvc.yaml or
+    params.yaml that DVC can't read, for instance because a path is null.
     """
     import networkx
     from dvc.exceptions import DvcException
@@ -47,8 +47,8 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
     except DvcException as error:
         raise ValueError(f"dvc.yaml can't be read: {error}") from None
     if not graph:
-        raise ValueError("dvc.yaml has no stages, or is missing: run from the project's root, where it lies")
-    graph = graph.subgraph([stage for stage in graph if not stage.is_data_source])  # `dvc add` makes no stage to run
+        raise ValueError("dvc.yaml has no stages, or is missing: run from the project's root, where it is")
+    graph = graph.subgraph([stage for stage in graph if not stage.is_data_source])  # leave out what `dvc add` tracks
     waits_for = networkx.DiGraph()
     for stage in graph.nodes:
         name = stage.addressing.rpartition(":")[2]
@@ -70,20 +70,20 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
 
 
 def _check_paths() -> None:
-    """Raise ValueError where a dvc.yaml names a value of params.yaml that is null: DVC calls it an unexpected error."""
+    """Raise ValueError when a dvc.yaml uses a null value of params.yaml: DVC only reports an unexpected error."""
     for file in [*Path().glob("dvc.yaml"), *Path().glob("*/dvc.yaml")]:
         known = flatten(read_params())
         for name in re.findall(r"\$\{([\w.]+)\}", file.read_text(encoding="utf-8")):
             if name in known and known[name] is None:
-                raise ValueError(f"params.yaml: `{name}` is null, and {file} names it: {NOTHING} stands for nothing")
+                raise ValueError(f"params.yaml: `{name}` is null, and {file} uses it: {NOTHING} stands for nothing")
 
 
 def _match(target: str, names: list[str]) -> list[str]:
-    """The stages that a target means."""
+    """Return the stages that a target stands for."""
     found = [name for name in names if name == target or name.startswith(f"{target}@")]
     if not found:
         near = get_close_matches(target, names, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(names)}"
+        hint = f"did you mean `{near[0]}`?" if near else f"it has: {', '.join(names)}"
         raise ValueError(f"dvc.yaml has no stage `{target}`; {hint}")
     return found
 
@@ -91,8 +91,8 @@ def _match(target: str, names: list[str]) -> list[str]:
 def find_stale(nodes: Sequence[Node]) -> list[str]:
     """Return the stages to run, in order: those out of date, and those that read what these will write.
 
-    A stage of the second sort may turn out unchanged when its turn comes; DVC decides then.
-    Raises ValueError when DVC can't look, for instance while another DVC process writes here.
+    A stage of the second kind may turn out to be up to date when its turn comes; DVC decides then.
+    Raises ValueError when DVC can't tell, for instance while another DVC process writes here.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

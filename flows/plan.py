@@ -1,8 +1,8 @@
 """What a run would take, without running it: parameters, memory, KV cache, tokens, FLOPs, days.
 
-`plan(params)` is the text of `python -m flows.recipe --profile 7b --plan`. All above it are pure functions of plain
-numbers. Neither torch nor DeepSpeed is imported: the numbers come from params.yaml, and the stage `pretrain`, which
-reads the same keys, is the one that checks their ranges.
+`plan(params)` is the text of `python -m flows.recipe --profile 7b --plan`. All functions above it are pure functions of
+plain numbers. Neither torch nor DeepSpeed is imported: the numbers come from params.yaml, and the stage `pretrain`,
+which reads the same keys, checks their ranges.
 
 Sources: Llama 2 section 2.2 and table 2 (GPU hours); "ZeRO" (Rajbhandari et al. 2020) section 3 (memory of the states);
 "Reducing Activation Recomputation" (Korthikanti et al. 2022) section 4 (way of counting activations); "PaLM" (Chowdhery
@@ -21,7 +21,7 @@ from tasks.running.params import Machine, Section, parse_section
 MIB = 2**20
 GIB = 2**30
 ZERO_STAGES = (0, 1, 2, 3)
-ZERO_3_LIVE_PARAMETERS = 1_000_000_000  # gathered at once at most: DeepSpeed's `stage3_max_live_parameters`
+ZERO_3_LIVE_PARAMETERS = 1_000_000_000  # most that are gathered at once: DeepSpeed's `stage3_max_live_parameters`
 
 Precision = Literal["fp32", "bf16"]
 Checkpointing = Literal["off", "selective", "full"]
@@ -31,16 +31,16 @@ class PlanParams(Section):
     """What `--plan` assumes about the hardware; nothing here changes a run."""
 
     device: str = Field(min_length=1, description="name of one training device: a GPU, or this machine's CPU")
-    num_devices: int = Field(gt=0, description="training devices, all hosts together")
-    peak_tflops: float = Field(gt=0, description="one device's peak in matrix products of the precision, TFLOP/s")
+    num_devices: int = Field(gt=0, description="training devices on all hosts together")
+    peak_tflops: float = Field(gt=0, description="one device's peak for matrix products in this precision, TFLOP/s")
     memory_gib: float = Field(gt=0, description="memory of one device that torch can use, GiB")
-    overhead_gib: float = Field(ge=0, description="what context, communication buckets, fragmentation take of it, GiB")
+    overhead_gib: float = Field(ge=0, description="its share for context, communication buckets, fragmentation, GiB")
     mfu: float = Field(gt=0, le=1, description="assumed model FLOPs utilisation")
     reported_device_hours: float | None = Field(gt=0, description="device hours others report for it; null: none")
 
 
 class Sizes(BaseModel):
-    """The sizes that count, under their names in params.yaml and in a Hugging Face config.json."""
+    """The sizes that matter here, named as in params.yaml and in a Hugging Face config.json."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -75,10 +75,10 @@ def num_parameters(sizes: Sizes) -> int:
 
 
 def bytes_a_parameter(precision: Precision, zero_stage: int) -> dict[str, int]:
-    """Return what Adam takes for each parameter: ZeRO's 2 + 2 + 12 bytes in mixed precision, 4 + 4 + 8 in fp32.
+    """Return the bytes that Adam takes per parameter: ZeRO's 2 + 2 + 12 in mixed precision, 4 + 4 + 8 in fp32.
 
     The 12 are fp32 master weights and two moments; fp32 needs no masters. With bf16 weights, gradients take 2 bytes at
-    stage 0 and 4 above: there model/training/engine.py has them added up in fp32.
+    stage 0 and 4 above, where model/training/engine.py accumulates them in fp32.
     """
     if precision == "fp32":
         return {"weights": 4, "gradients": 4, "optimizer": 8}
@@ -90,8 +90,8 @@ def state_bytes(
 ) -> dict[str, float]:
     """Return the bytes on one device of weights, gradients and optimiser states, and of what ZeRO 3 gathers.
 
-    ZeRO, section 3 and figure 1: stage 1 divides the optimiser's states among the devices, stage 2 the gradients too,
-    stage 3 the weights, and then gathers those of the layers in use for a moment. Offloaded states take none.
+    ZeRO, section 3 and figure 1: stage 1 shards the optimiser states over the devices, stage 2 also the gradients,
+    stage 3 also the weights, and briefly gathers those of the layers in use. Offloaded states take no device memory.
     """
 
     def share(from_stage: int) -> float:
@@ -109,16 +109,16 @@ def state_bytes(
 def activation_bytes(sizes: Sizes, checkpointing: Checkpointing, num_tokens: int, bf16: bool) -> int:
     """Return the bytes that the layers keep of one micro batch from the forward pass for the backward pass.
 
-    Counted as Korthikanti et al., section 4.1, but for this architecture: no dropout, SwiGLU, grouped queries,
-    attention weights never stored. In values a token and layer, h the width, k the keys' width, f that of SwiGLU:
+    Counted as in Korthikanti et al., section 4.1, but for this architecture: no dropout, SwiGLU, grouped queries,
+    attention weights never stored. In values per token and layer; h is the width, k the keys' width, f SwiGLU's:
 
     - off: each norm's input and output (4h), queries, keys, values (h + 2k), attention (h), gate, its SiLU, up, their
       product (4f). That is with a GPU's fused kernels; on a CPU norms and attention keep up to 1.6 times the sum.
     - selective: the layer's input (h) and the matrix products: queries, keys, values (h + 2k), attention's projection
-      (h), gate, up (2f), down (h); the rest is computed again (LLaMA, section 2.4).
+      (h), gate, up (2f), down (h); the rest is recomputed (LLaMA, section 2.4).
     - full: the layer's input (h).
 
-    Where something is computed again, one layer at a time holds what `off` holds.
+    During recomputation, one layer at a time holds what `off` holds.
     """
     h, k, f = sizes.hidden_size, sizes.key_value_size, sizes.intermediate_size
     off = 6 * h + 2 * k + 4 * f
@@ -142,8 +142,8 @@ def token_flops(sizes: Sizes) -> int:
     """Return the FLOPs to train on one token: 6N + 12 L d T (PaLM, appendix B).
 
     6N for the matrices, forward and backward; the rest for attention over a full context of T tokens, not halved for
-    being causal. What activation checkpointing computes again doesn't count: MFU looks at useful work. Published MFUs
-    are of this count, and so is the one that training logs (`flops_per_token` in model/network/transformer.py).
+    causality. What activation checkpointing recomputes doesn't count: MFU measures useful work. Published MFUs use this
+    count, and so does the one that training logs (`flops_per_token` in model/network/transformer.py).
     """
     attention = 12 * sizes.num_hidden_layers * sizes.hidden_size * sizes.max_position_embeddings
     return 6 * num_parameters(sizes) + attention
@@ -155,12 +155,12 @@ def device_hours(flops: float, peak_tflops: float, mfu: float) -> float:
 
 
 def implied_mfu(flops: float, peak_tflops: float, hours: float) -> float:
-    """Return the share of their peak that devices reached which did the FLOPs in so many device hours."""
+    """Return the share of their peak that devices reached if they did the FLOPs in this many device hours."""
     return flops / (peak_tflops * 1e12 * hours * 3600)
 
 
 class Training(Sizes):
-    """The keys of `pretrain` that decide memory and time, beside the sizes."""
+    """The keys of `pretrain` that decide memory and time, besides the sizes."""
 
     batch_rows: int = Field(gt=0)
     micro_batch_rows: int = Field(gt=0)
@@ -176,7 +176,7 @@ class Training(Sizes):
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of one optimiser step, all devices together."""
+        """Tokens of one optimiser step, over all devices."""
         return self.batch_rows * self.max_position_embeddings
 
 
@@ -197,7 +197,7 @@ class Stream(BaseModel):
 
 
 def plan(params: Mapping[str, Any]) -> str:
-    """Return the plan of `pretrain` with these parameters, to be read in a terminal.
+    """Return the plan of `pretrain` with these parameters, as text for a terminal.
 
     Raises ValueError, naming the parameter, when `plan` or a key of `pretrain` that it needs is missing or wrong.
     """
@@ -304,9 +304,9 @@ def _time_block(training: Training, assumed: PlanParams, num_tokens: float) -> l
     hours = device_hours(flops, assumed.peak_tflops, assumed.mfu)
     block = [
         "Time",
-        _row("tokens", f"{num_tokens:,.0f}", f"{num_tokens / num_parameters(training):.1f} a parameter"),
+        _row("tokens", f"{num_tokens:,.0f}", f"{num_tokens / num_parameters(training):.1f} per parameter"),
         _row("steps", f"{num_tokens / training.batch_tokens:,.0f}", f"of {training.batch_tokens:,} tokens"),
-        _row("FLOPs a token", f"{a_token:.4g}", "6N + 12 L d T, not counting what is computed again"),
+        _row("FLOPs per token", f"{a_token:.4g}", "6N + 12 L d T, not counting recomputation"),
         _row("FLOPs", f"{flops:.4g}"),
         _row("peak of one device", f"{assumed.peak_tflops:g} TFLOP/s", assumed.device),
         _row("MFU", f"{assumed.mfu:.1%}", "assumed, of the FLOPs above"),
@@ -319,7 +319,7 @@ def _time_block(training: Training, assumed: PlanParams, num_tokens: float) -> l
         days = reported / assumed.num_devices / 24
         block += [
             _row("reported device hours", f"{reported:,.0f}", f"{days:,.3g} days of as many devices"),
-            _row("MFU that implies", f"{reached:.1%}", f"this plan says {hours / reported:.2f} x the reported hours"),
+            _row("implied MFU", f"{reached:.1%}", f"this plan says {hours / reported:.2f} x the reported hours"),
         ]
     return block
 
@@ -343,5 +343,5 @@ def _accumulation(num_micro_batches: int, num_devices: int) -> tuple[str, str]:
 
 
 def largest_divisor(number: int, at_most: int) -> int:
-    """Return a number's largest divisor up to a limit: how many devices can share so many micro batches."""
+    """Return a number's largest divisor up to a limit: how many devices can share this many micro batches."""
     return next(candidate for candidate in range(at_most, 0, -1) if number % candidate == 0)

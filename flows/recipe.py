@@ -1,8 +1,8 @@
 """The recipe as a Prefect flow: `python -m flows.recipe [targets] [--profile NAME] [--set NAME=VALUE] [--plan]`.
 
-dvc.yaml states the graph; the flow makes one Prefect task of each stage that is out of date, runs those side by side
-that do not wait for each other, and leaves every other question to DVC. The same flow runs by hand, with a Prefect
-server started for it alone, and as a deployment (prefect.yaml), with a server and a worker.
+dvc.yaml defines the graph; the flow turns each stage that is out of date into one Prefect task, runs independent ones
+in parallel, and leaves everything else to DVC. The same flow runs by hand, with a Prefect server started just for it,
+and as a deployment (prefect.yaml), with a server and a worker.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from prefect.futures import PrefectFuture
 
 
-# What Prefect puts before the words of an exception.
+# What Prefect puts before an exception's message.
 TASK_FAILED = "Task run encountered an exception RuntimeError: "
 FLOW_FAILED = ("Flow run encountered an exception: RuntimeError: ", "Flow run encountered an exception: ValueError: ")
 
-# Threads only wait for child processes: as many as stages may ever be ready at once.
+# Threads only wait for child processes: enough for all stages that may be ready at once.
 TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
 
 
@@ -45,13 +45,13 @@ def recipe(
 ) -> dict[str, str] | State[Any]:
     """Bring the pipeline up to date; return each stage's outcome: ran, restored, or up to date.
 
-    Where a stage waits for people, those that need it are not started and all others run: the flow is then Completed
-    under the name `Waiting`, and its message says what is waited for. The next run goes on from there.
+    If a stage waits for people, those that need it are not started and all others run: the flow is then Completed
+    under the name `Waiting`, and its message says what it waits for. The next run continues from there.
 
     Args:
-        targets: stages to bring up to date, with all that they need; none means dvc.yaml's, and no study.
+        targets: stages to bring up to date, with all that they need; none means all of dvc.yaml, but no study.
         profiles: names of files in profiles/ whose values are written into params.yaml first.
-        overrides: dotted names of params.yaml and their values, written in last.
+        overrides: dotted names of params.yaml and their values, written last.
 
     Raises RuntimeError when a stage failed, ValueError for a wrong name and when another pipeline runs here.
     """
@@ -62,11 +62,11 @@ def recipe(
         os.environ[PIPELINE_VARIABLE] = str(flow_run.id)
         try:
             if values.write(values.compose(profiles or [], overrides or {})):
-                logger.info("params.yaml holds new values; `git diff params.yaml` shows them")
+                logger.info("params.yaml has new values; `git diff params.yaml` shows them")
             allow_stages(parse_section(Machine, read_params(), "machine").num_seats)
             nodes = graph.read_graph(targets or [])
             stale = graph.find_stale(nodes)
-            logger.info(f"{len(nodes) - len(stale)} stages are up to date, to bring up to date: {', '.join(stale)}")
+            logger.info(f"{len(nodes) - len(stale)} stages are up to date; out of date: {', '.join(stale)}")
             check_parameters(stale)
             return _run_stages(nodes, stale)
         except BaseException:
@@ -97,7 +97,7 @@ def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, 
         elif state.name == WAITING:
             outcomes[name] = "waiting"
             waiting.append(str(state.message))
-        elif state.name == "NotReady":  # a stage that it reads waits, or failed
+        elif state.name == "NotReady":  # a stage that it needs is waiting, or failed
             outcomes[name] = "not started"
         else:
             failures.append(str(state.message or name).removeprefix(TASK_FAILED))
@@ -109,7 +109,7 @@ def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, 
 
 
 def check_parameters(stages: Sequence[str]) -> None:
-    """Raise ValueError when a value that one of the stages reads is wrong, before DVC removes an output for it."""
+    """Raise ValueError when one of the stages reads a wrong value, before DVC removes an output for it."""
     command = [sys.executable, "-m", "tasks.steering.check", *stages]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -117,7 +117,7 @@ def check_parameters(stages: Sequence[str]) -> None:
 
 
 def wait_for_records() -> None:
-    """Wait until the server has all that this process tells it in the background: when it stops, the rest is lost."""
+    """Wait until the server has all that this process sends in the background: what is left when it stops is lost."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 
@@ -128,7 +128,7 @@ def wait_for_records() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow from the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.recipe", description="Bring the pipeline up to date.")
-    parser.add_argument("targets", nargs="*", metavar="STAGE", help="stages, with all that they need; none: everything")
+    parser.add_argument("targets", nargs="*", metavar="STAGE", help="stages, with all they need; default: everything")
     parser.add_argument(
         "--profile", action="append", default=[], metavar="NAME", help="write profiles/NAME.yaml's values"
     )
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; no stage is left running, the next run goes on from here\n")
+        sys.stderr.write("stopped; no stage is left running, the next run continues from here\n")
         return 130
 
 
@@ -156,7 +156,7 @@ def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], tex
     """Run the flow if there is anything to do, then print the summary."""
     started = time.monotonic()
     with pipeline_lock("a look at what is out of date"):
-        if text == PARAMS_FILE.read_text(encoding="utf-8"):  # new values may make new entries of stages
+        if text == PARAMS_FILE.read_text(encoding="utf-8"):  # new values may create new entries of stages
             nodes = graph.read_graph(targets)
             if not graph.find_stale(nodes):
                 outcomes = {node.name: "up to date" for node in nodes}

@@ -1,6 +1,6 @@
 """The local servers: Prefect's for a run by hand, and `make ui`, which starts Prefect's and MLflow's pages.
 
-Both listen on 127.0.0.1 only and die with the process that started them.
+All listen on 127.0.0.1 only and die with the process that started them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.running.places import SCRATCH
 from tasks.running.processes import die_with_parent
 from tasks.workers.launch import free_port
 
-# Prefect's own variable and default: its commands look for a server there.
+# Prefect's own variable and default, where its commands look for a server.
 PREFECT_PORT = int(os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
 MLFLOW_PORT = 5000
 SECONDS_TO_START = 120
@@ -31,7 +31,7 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - always a constant scheme and host
             return True
-    except (OSError, HTTPException):  # nobody there, or somebody who speaks no HTTP
+    except (OSError, HTTPException):  # nothing listens there, or it doesn't speak HTTP
         return False
 
 
@@ -50,7 +50,7 @@ def port_is_free(port: int) -> bool:
 def server(name: str, command: Sequence[str], environment: Mapping[str, str], health: str) -> Iterator[None]:
     """Run a server for as long as the block lasts; its output goes to .scratch/NAME.log.
 
-    It has a session of its own, so that Ctrl-C ends it after the flow and not before. Raises RuntimeError, naming the
+    It runs in a session of its own, so that Ctrl-C ends it after the flow, not before. Raises RuntimeError, naming the
     log, when it does not start.
     """
     SCRATCH.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def server(name: str, command: Sequence[str], environment: Mapping[str, str], he
 def prefect_server() -> Iterator[str]:
     """Yield the address of Prefect's API: the configured server, one that `make ui` started, or one for this block.
 
-    The last listens where nobody looks: another workspace's flow would use it too, and lose it with this block.
+    The last gets a random port: on the default one another workspace's flow would use it, and lose it with this block.
     """
     local = f"http://127.0.0.1:{PREFECT_PORT}/api"
     if "PREFECT_API_URL" in os.environ:
@@ -131,14 +131,14 @@ def main() -> int:
     if busy:
         ports = " and ".join(map(str, busy))
         sys.stderr.write(
-            f"port {ports} of 127.0.0.1 is busy: perhaps `make ui` runs already; otherwise stop what listens there\n"
+            f"port {ports} of 127.0.0.1 is busy: `make ui` may be running already; else stop what listens there\n"
         )
         return 1
     with ExitStack() as stack:
         sys.stdout.write("starting ...\n")
         mlflow = stack.enter_context(start_mlflow(MLFLOW_PORT))
         prefect = stack.enter_context(start_prefect(PREFECT_PORT)).removesuffix("/api")
-        sys.stdout.write(f"MLflow   {mlflow}\nPrefect  {prefect}\nCtrl-C ends both.\n")
+        sys.stdout.write(f"MLflow   {mlflow}\nPrefect  {prefect}\nCtrl-C stops both.\n")
         sys.stdout.flush()
         try:
             while True:

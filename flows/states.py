@@ -1,12 +1,12 @@
-"""What stopped stages have left to go on from: `python -m flows.states`.
+"""The states that stopped stages can resume from: `python -m flows.states`.
 
-    python -m flows.states                           lists it, with the records that MLflow does not have yet
-    python -m flows.states clear [STAGE ...]         removes it, of all stages or of some
-    python -m flows.states adopt STAGE FINGERPRINT   lets a stage go on from it after a change that changes no result
+    python -m flows.states                           list them, and the records that MLflow does not have yet
+    python -m flows.states clear [STAGE ...]         remove them, of all stages or of some
+    python -m flows.states adopt STAGE FINGERPRINT   resume a stage from one after a change that affects no result
 
-A state belongs to the code, data and parameters that it was written with: after any change the stage begins anew, as
-DVC would. Only you know of a change that it changes no result, a comment for instance. A stage that had finished is
-told so by `dvc commit STAGE`, one that was stopped half way by `adopt`.
+A state belongs to the code, data and parameters that it was written with: after any change the stage starts over, as
+with DVC. Only you know that a change, to a comment for instance, affects no result. Confirm it with
+`dvc commit STAGE` for a stage that had finished, and with `adopt` for one that was stopped half-way.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ USAGE = __doc__.split("\n\n")[1]
 
 
 def listing() -> str:
-    """Return a line for each state, and for each record that waits to be sent."""
+    """Return one line for each state, and for each record that waits to be sent."""
     lines = [described(state) for state in kept_states()]
     waiting = [path.parent for path in sorted(RUNS.glob("**/run.json")) if not fully_sent(path.parent)]
     lines += [f"{record}  waits to be sent to MLflow: `dvc repro -f -s publish` sends it" for record in waiting]
-    return "".join(f"{line}\n" for line in lines) or "Nothing is left of stopped stages.\n"
+    return "".join(f"{line}\n" for line in lines) or "No stopped stage has left a state.\n"
 
 
 def chosen(stages: Sequence[str]) -> list[State]:
-    """Return the states of some stages, or of all.
+    """Return the states of the given stages, or of all.
 
-    Raises ValueError for a stage that runs, and for one that has none, naming those that have.
+    Raises ValueError for a stage that is running, and for one without a state, naming those that have one.
     """
     for stage in stages:
         if is_running(place_of(stage)):
-            raise ValueError(f"`{stage}` runs, and has its state in use: stop it first")
+            raise ValueError(f"`{stage}` is running and uses its state: stop it first")
     states = kept_states()
     for stage in stages:
         if stage not in [state.stage for state in states]:
@@ -48,23 +48,23 @@ def chosen(stages: Sequence[str]) -> list[State]:
 
 
 def adopt(stage: str, digest: str) -> Path:
-    """Give a stage, as it is now, the state that it wrote under another fingerprint; return where it lies now.
+    """Give a stage, as it is now, the state that it wrote under another fingerprint; return the new directory.
 
-    Raises ValueError as `chosen`, and when there is no such state or the stage has one of its own.
+    Raises ValueError as `chosen` does, when there is no such state, and when the current stage has a state already.
     """
     states = {state.fingerprint: state for state in chosen([stage])}
     if digest not in states:
-        raise ValueError(f"`{stage}` has left no state {digest}: `python -m flows.states` lists those that there are")
+        raise ValueError(f"`{stage}` has left no state {digest}: `python -m flows.states` lists the existing ones")
     now = fingerprint(stage).digest
     directory = SCRATCH / place_of(stage) / now
     if now in states:
-        raise ValueError(f"`{stage}` goes on from {directory} already: clear that first to begin from another state")
+        raise ValueError(f"`{stage}` already resumes from {directory}: clear that first to resume from another state")
     remove(directory)
     return states[digest].directory.rename(directory)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do what the command line asks for; return the exit status."""
+    """Run the command; return the exit status."""
     try:
         sweep()
         match arguments:
@@ -75,9 +75,9 @@ def main(arguments: Sequence[str]) -> int:
                     remove(state.directory)
                     sys.stdout.write(f"removed: {described(state)}\n")
             case ["adopt", stage, digest]:
-                sys.stdout.write(f"{stage} goes on from {adopt(stage, digest)} when it runs next.\n")
+                sys.stdout.write(f"{stage} resumes from {adopt(stage, digest)} when it runs next.\n")
             case _:
-                raise ValueError(f"what to do?\n\n{USAGE}")
+                raise ValueError(f"unknown command; usage:\n\n{USAGE}")
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -1,4 +1,4 @@
-"""The few lines at the end of a run: what ran, the main figures, where to look next, what is waited for."""
+"""The few lines at the end of a run: what ran, the main figures, where to look next, what it waits for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPORT = DATA / "report" / "index.html"
 
 
 def main_figures(node: Node) -> str:
-    """Return the figures of a stage that dvc.yaml's `meta: figures:` names, from its metrics.json, in that order."""
+    """Return a stage's figures named by `meta: figures:` in dvc.yaml, from its metrics.json, in that order."""
     path = DATA / place_of(node.name) / "metrics.json"
     if not path.exists():
         return ""
@@ -25,20 +25,20 @@ def main_figures(node: Node) -> str:
 
 
 def format_number(value: float) -> str:
-    """Return a number as people write it: whole ones with separators, others with four significant digits."""
+    """Return a number for people to read: integers with separators, others with four significant digits."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def summarize(nodes: Sequence[Node], outcomes: Mapping[str, str], seconds: float, waiting: str | None) -> str:
-    """Return the summary of a run: a line a stage, where to look next, and last the lines of stages that wait."""
+    """Return the summary of a run: one line per stage, where to look next, and last the lines of stages that wait."""
     width = max((len(node.name) for node in nodes), default=0)
-    state = "waits" if waiting else "is up to date"
+    state = "is waiting" if waiting else "is up to date"
     lines = ["", f"The pipeline {state} ({seconds:.0f} s).", ""]
     for node in nodes:
         lines.append(f"  {node.name:<{width}}  {outcomes.get(node.name, ''):<12}  {main_figures(node)}".rstrip())
     lines += ["", "Look next:"]
     if REPORT.exists():
-        lines.append(f"  {REPORT}  the report, for a browser")
+        lines.append(f"  {REPORT}  the report: open it in a browser")
     lines += [
         "  make ui                 MLflow's and Prefect's pages: every run, curve and checkpoint",
         "  dvc metrics show        these figures; `dvc metrics diff` and `dvc plots diff` against the last commit",

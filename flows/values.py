@@ -1,8 +1,8 @@
 """Write a profile's values and the user's own into params.yaml, the only place where values live.
 
 A profile is a file of overrides: dotted names of params.yaml and their values, nothing else. `--set` on the command
-line and a deployment's `overrides` are the same, given by hand. DVC reads params.yaml alone, so `dvc repro` afterwards
-does the same as the flow; `git diff params.yaml` shows what was written, `git checkout params.yaml` takes it back.
+line and a deployment's `overrides` are the same, given by hand. DVC reads only params.yaml, so a later `dvc repro`
+does the same as the flow; `git diff params.yaml` shows what was written, `git checkout params.yaml` reverts it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NULL_TAG = "tag:yaml.org,2002:null"
 def read_profile(name: str) -> dict[str, Any]:
     """Return a profile's overrides.
 
-    Raises ValueError when there is none of that name, naming those there are, and when it is no mapping.
+    Raises ValueError when there is no such profile, naming the existing ones, and when it is not a mapping.
     """
     path = PROFILES / f"{name}.yaml"
     if not path.exists():
@@ -32,9 +32,9 @@ def read_profile(name: str) -> dict[str, Any]:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """Return `sft.learning_rate=1e-5` as name and value; the value is read as YAML.
+    """Return `sft.learning_rate=1e-5` as name and value; the value is parsed as YAML.
 
-    Raises ValueError for a text without `=`, and for a value that is not YAML.
+    Raises ValueError for a text without `=`, and for a value that is not valid YAML.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -45,15 +45,15 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     try:
         return name.strip(), YAML(typ="safe").load(value)
     except YAMLError:
-        raise ValueError(f"--set {text}: the value is not valid YAML; put a text into quotes") from None
+        raise ValueError(f"--set {text}: the value is not valid YAML; put text in quotes") from None
 
 
 def override(params: Any, overrides: Mapping[str, Any], origin: str) -> None:
-    """Put values into params, as ruamel.yaml's round trip reads it, under their dotted names.
+    """Set values by their dotted names in `params`, which ruamel.yaml's round-trip loader has read.
 
     A mapping is replaced whole, not merged. A value that a section shares with others (YAML's merge key) becomes a line
-    of that section's own. Raises ValueError for a name that params.yaml does not have, naming `origin` and the near
-    match, and for a whole mapping that sections share: its lines are what they refer to.
+    of that section's own. Raises ValueError for a name that params.yaml does not have, naming `origin` and the closest
+    match, and for a whole mapping that sections share: their merge keys refer to its lines.
     """
     from ruamel.yaml.comments import CommentedMap
 
@@ -71,7 +71,7 @@ def override(params: Any, overrides: Mapping[str, Any], origin: str) -> None:
             first = f"{name}.{next(iter(place[last]))}"
             raise ValueError(f"{origin}: `{name}` is shared by several sections: set its values one by one, `{first}`")
         if isinstance(place, CommentedMap) and last not in dict(place.non_merged_items()):
-            # right below the merge key: at the section's end it would stand apart, behind the empty line
+            # right below the merge key: at the section's end it would come after the empty line
             place.insert(place.merge.merge_pos + 1, last, value)
         else:
             place[last] = value  # type: ignore[index]
@@ -85,10 +85,10 @@ def parse(text: str) -> dict[str, Any]:
 
 
 def compose(profiles: Sequence[str], overrides: Mapping[str, Any]) -> str:
-    """Return params.yaml's text with the profiles' values and then the overrides written in, comments kept.
+    """Return params.yaml's text with the profiles' values and then the overrides written in, keeping comments.
 
-    A text whose values do not change is returned as it is, to the letter. Raises ValueError for a wrong name, and for a
-    params.yaml that can't be read.
+    If no value changes, the text is returned unchanged. Raises ValueError for a wrong name, and for a params.yaml that
+    can't be read.
     """
     from ruamel.yaml import YAML
 

@@ -1,1 +1,1 @@
-"""The stages: one module per stage of dvc.yaml, and what they share."""
+"""The stages: one module per stage of dvc.yaml, and their shared code."""

@@ -1,10 +1,10 @@
 """Make MLflow agree with dvc.lock: the last stage of the pipeline.
 
-Sends the records that could not be sent while MLflow was away; gives a run to each stage whose outputs came out of
-DVC's run cache, where nothing ran that could have recorded one; tags every stage's run and checkpoint with the digest
-of its output; registers the checkpoints as models. Doing it twice changes nothing.
+Sends the records that could not be sent while MLflow was down; creates a run for each stage whose outputs came from
+DVC's run cache, so that nothing ran to record one; tags every stage's run and checkpoint with the digest of its output;
+registers the checkpoints as models. Doing it twice changes nothing.
 
-Reads dvc.lock, .runs/ and every stage's output. Writes data/publish/outputs.csv: the digest of each.
+Reads dvc.lock, .runs/ and every stage's output. Writes data/publish/outputs.csv: the digest of each output.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Params(Section):
 
 
 def locked_stages() -> dict[str, dict[str, Any]]:
-    """Return dvc.lock's stages but this one: the `fingerprint` of each, the digest of its `output`, its `params`."""
+    """Return each stage of dvc.lock except this one: its `fingerprint`, the digest of its `output`, its `params`."""
     from dvc.repo import Repo
     from ruamel.yaml import YAML
 
@@ -59,10 +59,10 @@ def locked_stages() -> dict[str, dict[str, Any]]:
 
 
 def send_waiting_records(own: Path) -> None:
-    """Send the records that MLflow does not have whole, and forget all that it has, this stage's `own` left out.
+    """Send the records that MLflow lacks, wholly or in part, and remove those it has; skip this stage's `own` record.
 
-    No stage of the pipeline runs beside this one, which waits for all; a study may. What else still says RUNNING was
-    killed, sender and all.
+    No stage of the pipeline runs beside this one, which waits for all of them, but a study may. Any other record that
+    still says RUNNING is of a stage that was killed together with its sender.
     """
     for run_file in sorted(RUNS.rglob("run.json")):
         record = run_file.parent
@@ -76,7 +76,7 @@ def send_waiting_records(own: Path) -> None:
         if not tracking.fully_sent(record):
             tracking.send(record)
         if run["status"] == "FINISHED" or not (SCRATCH / record.relative_to(RUNS)).exists():
-            tracking.forget(record)  # not to be resumed
+            tracking.forget(record)  # the run can't be resumed
 
 
 def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Mapping[str, Any]) -> str:

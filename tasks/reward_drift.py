@@ -1,10 +1,10 @@
-"""How well an earlier round's reward models judge a later round's pairs (Llama 2, section 3.2.1).
+"""Measure how well an earlier round's reward models judge a later round's pairs (Llama 2, section 3.2.1).
 
-Each batch is collected with a newer chat model. What earlier reward models get wrong in it is what was gained by
-training new ones: they are scored on the batch's own held-out pairs, of which they have seen none.
+Each batch is collected with a newer chat model. What earlier reward models get wrong in it shows what training new ones
+gains: they score the batch's own held-out pairs, none of which they have seen.
 
 Run once for each comparison (`reward_drift@v1_on_v2`). Reads both reward models of the earlier round, and the later
-round's preferences. Writes scores.jsonl (as a reward model's own, with `model`) and plots/accuracy.csv.
+round's preferences. Writes scores.jsonl (like a reward model's, plus `model`) and plots/accuracy.csv.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Comparison(Section):
 class Params(Section):
     """Which models score which pairs, and how."""
 
-    comparisons: dict[str, Comparison] = Field(description="what is compared, by the name of the stage's entry")
+    comparisons: dict[str, Comparison] = Field(description="the comparisons, by the name of the stage's entry")
     precision: Literal["fp32", "bf16"] = Field(description="weights and products")
-    tokens_at_once: int = Field(gt=0, description="tokens that are scored at once; more need more memory")
+    tokens_at_once: int = Field(gt=0, description="tokens scored at once; more take more memory")
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -65,12 +65,12 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 def comparison_of(stage: Stage[Params]) -> Comparison:
     """Return the comparison that this run of the stage is about.
 
-    Raises ValueError when params.yaml has none such, and when its batch is not of a later round than its models.
+    Raises ValueError when params.yaml doesn't have it, and when its batch is not of a later round than its models.
     """
     item, known = stage.entry, stage.params.comparisons
     if item not in known:
         names = ", ".join(f"reward_drift@{name}" for name in known) or "none"
-        raise ValueError(f"`reward_drift.comparisons` has no `{item}`: there are {names}")
+        raise ValueError(f"`reward_drift.comparisons` has no `{item}`: it has {names}")
     found = known[item]
     if round_number(found.batch) <= round_number(found.model):
         raise ValueError(
@@ -81,7 +81,7 @@ def comparison_of(stage: Stage[Params]) -> Comparison:
 
 
 def read_batch(directory: Path, round_name: str) -> list[Preference]:
-    """Return the held-out pairs that a round itself has collected. Raises ValueError when there are none."""
+    """Return the held-out pairs that the round itself collected. Raises ValueError when there are none."""
     pairs = [pair for pair in read_preferences(directory / "validation.jsonl") if pair.round == round_name]
     if not pairs:
         raise ValueError(f"{directory / 'validation.jsonl'} holds no pair of round {round_name}: nothing to compare on")
@@ -91,9 +91,9 @@ def read_batch(directory: Path, round_name: str) -> list[Preference]:
 def score_pairs(
     params: Params, checkpoint: Path, pairs: Sequence[Preference], device: torch.device
 ) -> tuple[list[dict[str, Any]], int]:
-    """Return the pairs with their scores, and how many are left out, too long for the model; the ranks share them.
+    """Return the pairs with their scores, and how many were too long for the model; the ranks share the work.
 
-    Raises ValueError as `model.network.checkpoint` does, and when all are too long.
+    Raises ValueError as `model.network.checkpoint` does, and when all pairs are too long.
     """
     model, tokenizer = open_reward(checkpoint, params.precision, device)
     context = model.config.max_position_embeddings
@@ -117,7 +117,7 @@ def score_pairs(
 
 
 def scores_of(model: RewardModel, dialogues: Sequence[Sequence[int]], tokens_at_once: int) -> list[float]:
-    """Return the dialogues' scores; the ranks share the dialogues, and each gets all scores."""
+    """Return the dialogues' scores, on every rank; the ranks share the work."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = range(rank, len(dialogues), world)
     scores = score(model, [dialogues[number] for number in own], tokens_at_once)

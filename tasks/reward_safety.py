@@ -1,4 +1,4 @@
-"""Train the round's reward model for safety: `reward_safety@v1`; all of it is in tasks/learning/reward.py."""
+"""Train a round's reward model for safety, `reward_safety@v1`; the code is in tasks/learning/reward.py."""
 
 from tasks.learning.reward import Params, run
 from tasks.running.stage import start

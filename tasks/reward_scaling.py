@@ -1,12 +1,12 @@
-"""Accuracy of reward models against amount of data and size of the model (Llama 2, section 3.2.2, figure 6).
+"""Study the accuracy of reward models against amount of data and model size (Llama 2, section 3.2.2, figure 6).
 
-A study off the main path: no other stage reads it, and it is run by name only, `dvc repro studies/dvc.yaml`. Models are
-trained as stage `reward_helpfulness` or `reward_safety` trains, by that stage's parameters, on a drawn share of its
-pairs. The smaller ones are the same chat model with only its first layers kept. Every training is done once for each
-seed, which draws the pairs, their order and the head; intervals are Student's over the seeds, of 95%. A run that was
-stopped goes on with the training that it was at.
+A study off the main path: no other stage reads it, and it runs only by name, `dvc repro studies/dvc.yaml`. Models are
+trained as in stage `reward_helpfulness` or `reward_safety`, with that stage's parameters, on a random share of its
+pairs. The smaller ones are the same chat model with only its first layers kept. Every training is done once per seed,
+which draws the pairs, their order and the head; intervals are Student's 95% intervals over the seeds. A run that was
+stopped resumes with the training that it was at.
 
-Reads the chat model and the preferences. Writes runs.csv (one line a training) and plots/scaling.csv.
+Reads the chat model and the preferences. Writes runs.csv (one line per training) and plots/scaling.csv.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ SCALING = Plot(
 
 
 class Params(Section):
-    """Which models are trained on how much."""
+    """Which models are trained on how much data."""
 
-    kind: Literal["helpfulness", "safety"] = Field(description="whose training is studied: that of this reward model")
+    kind: Literal["helpfulness", "safety"] = Field(description="the kind of reward model whose training is studied")
     init_from: str = Field(min_length=1, description="Hugging Face Llama directory of the chat model to start from")
     preferences: str = Field(min_length=1, description="directory of preferences, data/preferences/<round>")
-    num_layers: list[int] = Field(min_length=1, description="sizes: layers that are kept, of the first")
+    num_layers: list[int] = Field(min_length=1, description="model sizes: how many of the first layers are kept")
     shares: list[float] = Field(min_length=1, description="amounts of data: shares of the pairs, above 0, at most 1")
-    num_seeds: int = Field(gt=1, description="trainings of each size on each amount")
+    num_seeds: int = Field(gt=1, description="trainings of each size on each amount of data")
 
 
 @dataclass(frozen=True)
 class Base:
-    """What all trainings have in common; `stage` has the parameters of the stage that is studied."""
+    """What all trainings have in common; `stage` has the parameters of the studied stage."""
 
     stage: Stage[reward.Params]
     directory: Path
@@ -96,7 +96,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def read_study(stage: Stage[Params]) -> Base:
-    """Read what the stage that is studied would, by its parameters."""
+    """Read what the studied stage would read, with its parameters."""
     params = stage.params
     section = f"reward_{params.kind}"
     studied = parse_section(reward.Params, read_params(), section)
@@ -110,17 +110,17 @@ def read_study(stage: Stage[Params]) -> Base:
 
 
 def check_study(params: Params, config: ModelConfig, num_pairs: int) -> None:
-    """Raise ValueError for more layers than there are, for shares that make no pair, and for repetitions."""
+    """Raise ValueError for more layers than the model has, for shares of less than one pair, and for repetitions."""
     for num_layers in params.num_layers:
         if not 1 <= num_layers <= config.num_hidden_layers:
             raise ValueError(
-                f"params.yaml: `reward_scaling.num_layers` has {num_layers}, and {params.init_from} has "
+                f"params.yaml: `reward_scaling.num_layers` has {num_layers}, but {params.init_from} has "
                 f"{config.num_hidden_layers} layers: keep between 1 and that many"
             )
     for share in params.shares:
         if not 0 < share <= 1 or amount_of(share, num_pairs) == 0:
             raise ValueError(
-                f"params.yaml: `reward_scaling.shares` has {share}, which is no share of {num_pairs} pairs: "
+                f"params.yaml: `reward_scaling.shares` has {share}, which is not a share of {num_pairs} pairs: "
                 "set it above 0 and at most 1"
             )
     amounts = [amount_of(share, num_pairs) for share in params.shares]
@@ -133,7 +133,7 @@ def check_study(params: Params, config: ModelConfig, num_pairs: int) -> None:
 
 
 def amount_of(share: float, num_pairs: int) -> int:
-    """Return how many pairs a share is."""
+    """Return how many pairs a share amounts to."""
     return round(share * num_pairs)
 
 
@@ -149,7 +149,7 @@ def finished_before(stage: Stage[Params]) -> list[dict[str, Any]]:
 
 
 def train(base: Base, num_layers: int, num_pairs: int, seed: int) -> list[tuple[float, float]]:
-    """Return the scores of both held-out answers that a model of so many layers gives after so many pairs."""
+    """Train a model of this many layers on this many pairs; return its scores of both answers of each held-out pair."""
     params = base.stage.params
     drawn = np.random.default_rng((seed, 0)).permutation(len(base.data.train))[:num_pairs]
     data = replace(base.data, train=[base.data.train[number] for number in sorted(drawn.tolist())])
@@ -177,7 +177,7 @@ def accuracy_of(scores: Sequence[tuple[float, float]]) -> float:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of accuracies, and Student's interval of 95% for it, within 0 and 1."""
+    """Return the mean of accuracies, and its 95% interval by Student's t, clipped to 0 and 1."""
     mean, count = statistics.fmean(values), len(values)
     reach = student_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
     return mean, max(0.0, mean - reach), min(1.0, mean + reach)

@@ -1,17 +1,17 @@
-"""Teach the base model to answer, by demonstrations (Llama 2, section 3.1).
+"""Teach the base model to answer, with demonstrations (Llama 2, section 3.1).
 
-Dialogues that end with an answer are packed whole into rows of the context, none seeing another, and the loss is on
-the answers' tokens alone. Each epoch draws a new order and packs anew, so each dialogue is used once an epoch. AdamW,
-linear warm-up, then a cosine. A run that was stopped, even killed, goes on from its last saved state to the very
-weights of an undisturbed run.
+Dialogues that end with an answer are packed whole into rows of the context length, none attending to another, and the
+loss is on the tokens of the answers alone. Each epoch draws a new order and packs again, so each dialogue is used once
+per epoch. AdamW, linear warm-up, then a cosine. A run that was stopped, even killed, resumes from its last saved state
+and reaches exactly the weights of an uninterrupted run.
 
-A dialogue longer than the context is left out and listed, as cutting it would teach answers that break off; so is one
-that asks what the evaluation asks, as its figures would then tell what was learnt by heart.
+A dialogue longer than the context is left out and listed, because cutting it would teach answers that break off. One
+that asks what the evaluation asks is left out too, because the evaluation would then measure memorisation.
 
-A checkpoint from on the way is kept: the first preferences need an earlier variant of the model (section 3.2.1).
+An intermediate checkpoint is kept: the first preferences need an earlier variant of the model (section 3.2.1).
 
 Reads a Hugging Face Llama directory with its tokenizer (`init_from`), dialogues below `root`, and the evaluation's
-prompts, to leave out what asks the same.
+prompts, to leave out dialogues that ask the same.
 Writes a Hugging Face Llama directory with training.json, plots/train.csv, plots/validation.csv, samples.jsonl (the
 answers to fixed held-out prompts at the end), too_long.jsonl and refused.jsonl (what was left out, and why); in early/
 the earlier variant, a directory of the same kind.
@@ -61,21 +61,21 @@ EARLY = "early"
 
 
 class Params(EngineParams, Section):
-    """The demonstrations, how they are learnt, what is watched on the way."""
+    """The demonstrations, how they are learnt, and what is watched on the way."""
 
     init_from: str = Field(min_length=1, description="Hugging Face Llama directory to start from, with its tokenizer")
     root: str = Field(min_length=1, description="directory of the dialogues; DVC watches it")
     sources: dict[str, DialogueSource] = Field(min_length=1, description="what is read below the root")
-    max_malformed_share: float = Field(ge=0, lt=1, description="share of a source's dialogues; more stop the stage")
+    max_malformed_share: float = Field(ge=0, lt=1, description="maximum share of malformed dialogues in a source")
     context: int = Field(gt=1, description="tokens of one row; longer dialogues are left out")
     epochs: int = Field(gt=0, description="uses of each dialogue")
-    early_share: float = Field(gt=0, lt=1, description="share of the steps after which early/ is taken")
+    early_share: float = Field(gt=0, lt=1, description="share of the steps after which early/ is saved")
     log_every: int = Field(gt=0, description="steps between two logged points")
     validate_every: int = Field(gt=0, description="steps between two validations, each with its samples")
     samples_per_category: int = Field(ge=0, description="held-out prompts of each category that are answered each time")
-    max_new_tokens: int = Field(gt=0, description="tokens of such an answer at most")
-    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run goes on")
-    max_shard_bytes: int = Field(gt=0, description="weights in one file of the checkpoint at most, bytes")
+    max_new_tokens: int = Field(gt=0, description="maximum tokens of such an answer")
+    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run resumes")
+    max_shard_bytes: int = Field(gt=0, description="maximum bytes of weights in one file of the checkpoint")
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,21 @@ class Data:
     train: list[Example]
     origins: list[str]  # source and id of each
     validation: dict[str, list[Example]]  # by category
-    prompts: list[Dialogue]  # held-out dialogues whose prompts are answered again and again
+    prompts: list[Dialogue]  # held-out dialogues whose prompts are answered at each validation
     too_long: list[dict[str, Any]]
     refused: list[Mapping[str, Any]]
-    num_in_evaluation: int  # of those refused
+    num_in_evaluation: int  # refused because they ask what the evaluation asks
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run: what is trained, on what, and how far it is."""
+    """One run: what is trained, on what data, and its progress."""
 
     stage: Stage[Params]
     engine: Any
     tokenizer: Tokenizer
     data: Data
-    steps: list[list[list[int]]]  # the rows of each step; a row is numbers into data.train
+    steps: list[list[list[int]]]  # the rows of each step; a row is indices into data.train
     progress: Progress
 
 
@@ -136,9 +136,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def read_data(params: Params, tokenizer: Tokenizer, seed: int) -> Data:
-    """Read the dialogues, set some aside, and encode them.
+    """Read the dialogues, hold some out, and encode them.
 
-    Raises ValueError when none is left to train on, or to validate on, and as `read_evaluation` does.
+    Raises ValueError when none is left to train or to validate on, and as `read_evaluation` does.
     """
     dialogues, refused = read_dialogues(Path(params.root), params.sources, "sft", params.max_malformed_share)
     evaluation = read_evaluation()
@@ -173,7 +173,7 @@ def read_data(params: Params, tokenizer: Tokenizer, seed: int) -> Data:
 def encode(
     dialogues: Iterable[Dialogue], tokenizer: Tokenizer, context: int
 ) -> tuple[list[tuple[Dialogue, Example]], list[dict[str, Any]]]:
-    """Return the dialogues that fit into the context with their tokens, and what names those that don't."""
+    """Return the dialogues that fit into the context, with their tokens, and the names of those that don't."""
     fitting, too_long = [], []
     for dialogue in dialogues:
         ids, is_answer = encode_dialogue(dialogue["messages"], tokenizer)
@@ -186,9 +186,10 @@ def encode(
 
 
 def plan_steps(examples: Sequence[Example], params: Params, seed: int) -> list[list[list[int]]]:
-    """Return the rows of each step, as numbers of examples: each epoch draws an order, packs it, and draws the rows'.
+    """Return the rows of each step, as indices of examples.
 
-    Epochs follow one another without a break; the last step may have fewer rows.
+    Each epoch draws an order of the examples, packs them, and draws an order of the rows. Epochs follow one another
+    without a break; the last step may have fewer rows.
     """
     lengths = [len(example.ids) for example in examples]
     rows: list[list[int]] = []
@@ -200,7 +201,7 @@ def plan_steps(examples: Sequence[Example], params: Params, seed: int) -> list[l
 
 
 def mean_context(examples: Sequence[Example]) -> int:
-    """Return the length of the dialogue that a token lies in, on average: what attention's cost goes by."""
+    """Return the mean over tokens of the length of their dialogue, which determines the cost of attention."""
     lengths = np.array([len(example.ids) for example in examples], dtype=np.float64)
     return round(float((lengths**2).sum() / lengths.sum()))
 
@@ -230,7 +231,7 @@ def take_step(training: Training) -> Taken:
 def micro_batches(training: Training, rows: Sequence[Sequence[int]]) -> list[Batch]:
     """Return this rank's share of a step's rows.
 
-    Where rows run out, in the last step, a rank keeps step with the others on a row that it doesn't learn from.
+    If rows run out, in the last step, a rank keeps in step with the others on a row that it doesn't learn from.
     """
     params, device = training.stage.params, training.engine.device
     num_micro = num_micro_batches(params, torch.distributed.get_world_size())
@@ -247,7 +248,7 @@ def micro_batches(training: Training, rows: Sequence[Sequence[int]]) -> list[Bat
 
 
 def evaluate(training: Training) -> None:
-    """Record the mean loss of held-out answers, in nats per token, by category and of all, and answer the prompts."""
+    """Log the mean loss of held-out answers, in nats per token, by category and overall; answer the prompts."""
     progress = training.progress
     sums = {name: loss_sum(training, examples) for name, examples in training.data.validation.items()}
     together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
@@ -260,12 +261,12 @@ def evaluate(training: Training) -> None:
 
 
 def validation_figures(losses: Mapping[str, float]) -> dict[str, float]:
-    """Return the losses under their metrics' names."""
+    """Return the losses by their metric names."""
     return {f"validation/{name}/loss": loss for name, loss in losses.items()}
 
 
 def loss_sum(training: Training, examples: Sequence[Example]) -> tuple[float, float]:
-    """Return the sum of the losses of answers, and the number of tokens that it is over; the ranks share the rows."""
+    """Return the summed loss of answers, and its number of tokens; the ranks share the rows."""
     params, engine = training.stage.params, training.engine
     rows = fill_rows([len(example.ids) for example in examples], range(len(examples)), params.context)
     firsts = range(0, len(rows), params.micro_batch_rows)
@@ -277,7 +278,7 @@ def loss_sum(training: Training, examples: Sequence[Example]) -> tuple[float, fl
             own = [examples[number] for row in rows[first : first + params.micro_batch_rows] for number in row]
             batch = batch_of_examples(own, engine.device)
             loss = engine(batch.ids, batch.documents, batch.targets).double().sum()
-            if turn < len(firsts):  # past the end, a rank only keeps step with the others, who need its weights
+            if turn < len(firsts):  # past the end, a rank only keeps in step with the others, which need its weights
                 totals += torch.tensor([float(loss), batch.num_targets], dtype=torch.float64)
     totals = totals.to(engine.device)
     torch.distributed.all_reduce(totals)
@@ -323,16 +324,16 @@ def answer_prompts(training: Training) -> None:
 
 
 def written(training: Training) -> dict[str, Any]:
-    """Return what training.json says of a checkpoint."""
+    """Return what training.json says about a checkpoint."""
     progress, base = training.progress, Path(training.stage.params.init_from)
     return {"step": progress.step, "tokens": progress.counts["tokens"], "base_sha256": digest_of(base)}
 
 
 def save_early(training: Training) -> None:
-    """Keep the model as it is now for the end: beside the states, as a run that stops begins its output anew."""
+    """Save the current model for the end, beside the states: a resumed run starts with an empty output."""
     stage, directory = training.stage, training.stage.scratch / EARLY
     if stage.rank == 0:
-        shutil.rmtree(directory, ignore_errors=True)  # a run that was stopped between this and its next state
+        shutil.rmtree(directory, ignore_errors=True)  # left if a run was stopped between this and its next state
     save_model(training.engine.module, training.tokenizer, directory, written(training), stage.params.max_shard_bytes)
 
 

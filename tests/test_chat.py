@@ -136,16 +136,16 @@ def test_an_answer_cannot_command_the_terminal(terminal: Terminal) -> None:
 def test_a_full_context_is_explained(checkpoint: Path) -> None:
     terminal = Terminal(checkpoint, max_new_tokens=1000)
     seen = terminal.type(QUESTION, QUESTION, "/reset")
-    assert "[cut off: the context is full, /reset begins a new dialogue]\n\n[128/128, full: /reset] > the con" in seen
-    assert "of 128 tokens, and leave no room for an answer; /reset begins a new dialogue\n" in seen
+    assert "[cut off: the context is full, /reset starts a new dialogue]\n\n[128/128, full: /reset] > the con" in seen
+    assert "of 128 tokens, and leave no room for an answer; /reset starts a new dialogue\n" in seen
     assert seen.endswith("A new dialogue.\n\n[0/128] > \n")
     assert "leave no room" in Terminal(checkpoint).type("the hill " * 100)
 
 
 def test_tags_in_what_is_said_are_refused(terminal: Terminal) -> None:
     seen = terminal.type(f"{QUESTION} [/INST] over the hill", "/system <<SYS>>", "<</SYS>>")
-    assert "turn 1 (user) contains [/INST], which is the format's own: leave it out" in seen
-    assert "the system's message contains <<SYS>>" in seen
+    assert "turn 1 (user) contains [/INST], a tag of the chat format: remove it" in seen
+    assert "the system message contains <<SYS>>" in seen
     assert "turn 1 (user) contains <</SYS>>" in seen
     assert terminal.chat.messages == []
 
@@ -177,7 +177,7 @@ def test_an_answer_that_cannot_be_kept_is_named(terminal: Terminal) -> None:
     chat = terminal.chat
     chat.tokenizer.eos_id = response_to(chat, [{"role": "user", "content": QUESTION}]).ids[0]  # it ends at once
     say(chat, QUESTION)
-    assert "[the answer is not kept, nor what you said: turn 2 (assistant) is an empty answer]" in terminal.seen
+    assert "[the answer and your message are not kept: turn 2 (assistant) is an empty answer]" in terminal.seen
     assert chat.turns == []
 
 
@@ -187,23 +187,23 @@ def test_an_answer_that_cannot_be_kept_is_named(terminal: Terminal) -> None:
 def test_commands_change_the_chat(terminal: Terminal) -> None:
     seen = terminal.type("/temperature 0.25", "/system  over the hill ", "/help", "", "/quit", QUESTION)
     assert "The temperature is 0.25.\n" in seen
-    assert "The system's message is set.\n" in seen
+    assert "The system message is set.\n" in seen
     assert COMMANDS in seen
     assert terminal.lines == [QUESTION]
     assert terminal.chat.params.temperature == 0.25
     assert terminal.chat.messages == [{"role": "system", "content": "over the hill"}]
-    assert "There is no system's message now.\n" in terminal.type("/system")
+    assert "The system message is removed.\n" in terminal.type("/system")
     assert terminal.chat.messages == []
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/sytem x", "/sytem is no command; /help lists them"),
-        ("/temperature hot", "temperature 'hot': give a number from 0 up, for instance /temperature 0.7"),
-        ("/temperature -1", "temperature '-1': give a number from 0 up"),
-        ("/temperature nan", "temperature 'nan': give a number from 0 up"),
-        ("/temperature", "temperature '': give a number from 0 up"),
+        ("/sytem x", "/sytem is not a command; /help lists them"),
+        ("/temperature hot", "temperature 'hot': give a number >= 0, for instance /temperature 0.7"),
+        ("/temperature -1", "temperature '-1': give a number >= 0"),
+        ("/temperature nan", "temperature 'nan': give a number >= 0"),
+        ("/temperature", "temperature '': give a number >= 0"),
         ("/save", "name the file: /save FILE"),
         ("/save x.jsonl", "nothing has been said yet: there is nothing to save"),
     ],
@@ -256,8 +256,8 @@ def test_a_chat_through_a_pipe_opens_the_newest_checkpoint(checkpoint: Path, tmp
     say(expected.chat, QUESTION)
     used = room(expected.chat)
     assert seen == (
-        f"data/sft is being opened. /help lists the commands.\n\n[0/128] > {QUESTION}\n{expected.seen}"
-        f"\n[{used}] > /temperature warm\ntemperature 'warm': give a number from 0 up, for instance /temperature 0.7\n"
+        f"Opening data/sft. /help lists the commands.\n\n[0/128] > {QUESTION}\n{expected.seen}"
+        f"\n[{used}] > /temperature warm\ntemperature 'warm': give a number >= 0, for instance /temperature 0.7\n"
         f"\n[{used}] > /quit\n"
     )
 
@@ -303,12 +303,12 @@ def test_a_checkpoint_that_cannot_be_opened_is_named(
         assert main(arguments) == 1
         return capsys.readouterr().err
 
-    assert error() == "params.yaml is missing: run from the project's root, where it lies\n"
+    assert error() == "params.yaml is missing: run from the project's root, where it is\n"
     write_params(tmp_path)
     assert error() == "data holds no checkpoint yet: `make run` trains one, or name a Hugging Face directory\n"
-    assert error("data/sft") == "data/sft is no directory: name a checkpoint, for instance data/sft\n"
+    assert error("data/sft") == "data/sft is not a directory: name a checkpoint, for instance data/sft\n"
     (tmp_path / "data").mkdir()
-    assert error("data") == "data/config.json is missing: data is no Hugging Face checkpoint\n"
+    assert error("data") == "data/config.json is missing: data is not a Hugging Face checkpoint\n"
     write_params(tmp_path, temperature=-1)
     assert "params.yaml: `chat.temperature` is -1" in error("data")
 

@@ -199,7 +199,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path) -> None:
     refused({name: w for name, w in weights.items() if name != norm}, f"base lacks weights: `{norm}`; config.json")
     refused({norm: weights[norm]}, r"lacks weights: `lm_head.weight`, `model.embed_tokens.weight`, .* and 17 more")
     refused({**weights, "extra.bias": torch.ones(2)}, "base has unknown weights: `extra.bias`")
-    refused({**weights, norm: torch.ones(31)}, rf"`{norm}` has shape \(31,\), and config.json makes it \(32,\)")
+    refused({**weights, norm: torch.ones(31)}, rf"`{norm}` has shape \(31,\), but config.json makes it \(32,\)")
     refused({**weights, norm: torch.full((32,), torch.nan)}, f"`{norm}` holds values that are not finite")
     save_file({**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, path)  # of older checkpoints
     load_weights(model_of(), checkpoint)
@@ -209,13 +209,13 @@ def test_damaged_or_pickled_weights_are_refused(checkpoint: Path) -> None:
     path = checkpoint / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         load_weights(model_of(), checkpoint)
     path.rename(checkpoint / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model\.bin\), which can run any code"):
+    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model\.bin\), which can run arbitrary code"):
         load_weights(model_of(), checkpoint)
     (checkpoint / "pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match=r"holds no model\.safetensors: it is no Hugging Face checkpoint"):
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors: it is not a Hugging Face checkpoint"):
         load_weights(model_of(), checkpoint)
     (checkpoint / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
@@ -247,12 +247,12 @@ def test_another_model_is_refused(changes: dict[str, Any], message: str, checkpo
 
 def test_a_config_that_cannot_be_read_is_named(checkpoint: Path) -> None:
     path = checkpoint / "config.json"
-    for text, message in (("{", "is not valid JSON: it is damaged"), ("[1]", "is not valid JSON: it holds no object")):
+    for text, message in (("{", "is not valid JSON: it is damaged"), ("[1]", "is not a JSON object")):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"config.json {message}"):
             read_config(checkpoint)
     shutil.rmtree(checkpoint)
-    with pytest.raises(ValueError, match=r"config\.json is missing: .*base is no Hugging Face checkpoint"):
+    with pytest.raises(ValueError, match=r"config\.json is missing: .*base is not a Hugging Face checkpoint"):
         read_config(checkpoint)
 
 
@@ -264,7 +264,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(checkpoint: Path) -> None:
     ):
         read_tokenizer(checkpoint, other)
     (checkpoint / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match=r"base has a tokenizer\.json and no tokenizer\.model: a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"base has a tokenizer\.json but no tokenizer\.model: a SentencePiece model"):
         read_tokenizer(checkpoint, config)
     (checkpoint / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.model is missing"):
@@ -373,21 +373,21 @@ def test_what_is_no_checkpoint_of_llama2c_is_refused(tokenizer: Tokenizer, tmp_p
             import_llama2c(source, tokenizer_path, directory)
         assert not directory.exists()
 
-    refused(r"source\.bin is missing: a checkpoint that llama2\.c exported is needed there")
+    refused(r"source\.bin is missing: a checkpoint exported by llama2\.c is needed there")
     write_llama2c(source, draw_llama2c(tied=False))
     whole = source.read_bytes()
     refused(r"nowhere\.model is missing: a SentencePiece", tmp_path / "nowhere.model")
     refused(r"source\.bin is not a SentencePiece model", source)
     source.write_bytes(whole[:20])
-    refused(r"source\.bin has 20 bytes: it is no checkpoint that llama2\.c exported")
+    refused(r"source\.bin has 20 bytes: it is not a checkpoint exported by llama2\.c")
     source.write_bytes(whole[:-4])
-    refused(rf"has {len(whole) - 4} bytes, and the model that it begins to describe takes {len(whole)}: it is damaged")
+    refused(rf"has {len(whole) - 4} bytes, but the model that its header describes takes {len(whole)}: it is damaged")
     source.write_bytes(np.array([-D, F, 0, N, K, V, CONTEXT], dtype="<i4").tobytes() + whole[28:])
     refused("build: hidden_size -32: Input should be greater than 0; num_hidden_layers 0: Input should be greater")
     source.write_bytes(np.array([D, F, L, N, 3, V, CONTEXT], dtype="<i4").tobytes() + whole[28:])
     refused("build: Value error, num_attention_heads 4 must be a multiple of num_key_value_heads")
     source.write_bytes(np.array([D, F, 2**31 - 1, N, K, V, CONTEXT], dtype="<i4").tobytes() + whole[28:])
-    refused("bytes, and the model that it begins to describe takes")
+    refused("bytes, but the model that its header describes takes")
     wrong = draw_llama2c(tied=True)
     wrong["embeddings"] = wrong["embeddings"][:-1].repeat(2, axis=0)[: V - 1]
     header = np.array([D, F, L, N, K, V - 1, CONTEXT], dtype="<i4").tobytes()
@@ -401,13 +401,13 @@ def test_what_is_no_checkpoint_of_llama2c_is_refused(tokenizer: Tokenizer, tmp_p
 
 def test_an_import_overwrites_nothing(checkpoint: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_llama2c(tmp_path / "source.bin", draw_llama2c(tied=True))
-    with pytest.raises(ValueError, match="base is there already: name a new directory"):
+    with pytest.raises(ValueError, match="base already exists: name a new directory"):
         import_llama2c(tmp_path / "source.bin", tokenizer.path, checkpoint)
 
 
 def test_another_command_is_answered_with_the_one_that_there_is(tmp_path: Path) -> None:
     for arguments in ([], ["a", "b"], ["a", "b", "c", "d"]):
         with pytest.raises(
-            ValueError, match=r"three names are needed: `python -m model\.importing\.llama2c SOURCE\.bin T"
+            ValueError, match=r"three paths are needed: `python -m model\.importing\.llama2c SOURCE\.bin T"
         ):
             main(arguments)

@@ -237,7 +237,7 @@ def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path) -> None:
     newest = tmp_path / "step-5"
     files = sorted(json.loads((newest / "manifest.json").read_text())["files"])
     assert len(files) == 2
-    remedy = f"delete `{newest}` to go on from `{tmp_path / 'step-4'}`"
+    remedy = f"delete `{newest}` to resume from `{tmp_path / 'step-4'}`"
     rng = random.Random(1)
     for name in files:
         content = (newest / name).read_bytes()
@@ -256,7 +256,7 @@ def test_a_damaged_state_is_named_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json is missing or damaged: delete"):
         load_state({"model": engine}, tmp_path)
     shutil.rmtree(tmp_path / "step-4")
-    with pytest.raises(ValueError, match=f"delete `{newest}` to go on from the beginning"):
+    with pytest.raises(ValueError, match=f"delete `{newest}` to resume from the beginning"):
         load_state({"model": engine}, tmp_path)
 
 
@@ -286,7 +286,7 @@ def params_of(**changes: Any) -> EngineParams:
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     assert num_micro_batches(params_of(), num_ranks=2) == 1
-    with pytest.raises(ValueError, match="`batch_rows` 8 is no multiple of `micro_batch_rows` 4 x 3 ranks = 12"):
+    with pytest.raises(ValueError, match="`batch_rows` 8 is not a multiple of `micro_batch_rows` 4 x 3 ranks = 12"):
         num_micro_batches(params_of(), num_ranks=3)
 
 

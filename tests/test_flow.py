@@ -35,7 +35,7 @@ def test_a_null_where_dvc_needs_a_path_is_told(workspace: Path) -> None:
     Path("dvc.yaml").write_text(
         Path("dvc.yaml").read_text().replace("- data/grow\n    params", '- "${grow.fail_at}"\n    params')
     )
-    with pytest.raises(ValueError, match=r"`grow.fail_at` is null, and dvc.yaml names it: data/seeds/none stands for "):
+    with pytest.raises(ValueError, match=r"`grow.fail_at` is null, and dvc.yaml uses it: data/seeds/none stands for "):
         read_graph()
 
 
@@ -178,7 +178,7 @@ def test_the_summary_names_outcomes_and_main_figures(workspace: Path) -> None:
     assert "make ui" in text
     assert format_number(0.123456) == "0.1235"
     waiting = summarize(nodes, outcomes, 4.2, waiting="waiting for labels, put them at data/labels")
-    assert "The pipeline waits (4 s)." in waiting
+    assert "The pipeline is waiting (4 s)." in waiting
     assert waiting.endswith("\nwaiting for labels, put them at data/labels\n")
 
 
@@ -328,7 +328,7 @@ def test_an_interrupted_flow_leaves_no_process_and_no_half_output(workspace: Pat
     set_value("num_steps: 3", "num_steps: 600")
     flow = subprocess.Popen([sys.executable, "-m", "flows.recipe"], start_new_session=True)
     wait_for(lambda: any(len(list(metric_lines(path))) >= 2 for path in Path(".runs/grow").glob("*")), 120)
-    assert "another pipeline runs in this workspace (flow run" in recipe().stderr
+    assert "another pipeline is running in this workspace (flow run" in recipe().stderr
     assert "is busy, it is being blocked by" in repro("grow").stderr
     os.killpg(flow.pid, how) if how == signal.SIGINT else flow.send_signal(how)
     flow.wait(timeout=60)

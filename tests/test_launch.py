@@ -210,7 +210,9 @@ def test_a_stage_has_to_be_named(ranks: Path) -> None:
 
 def test_a_missing_hostfile_is_named(workspace: Path) -> None:
     set_value("hostfile: null", "hostfile: nowhere")
-    with pytest.raises(ValueError, match=r"`machine.hostfile` is nowhere, which does not exist: write one line a host"):
+    with pytest.raises(
+        ValueError, match=r"`machine.hostfile` is nowhere, which does not exist: write one line per host"
+    ):
         read_machine()
 
 

@@ -77,7 +77,7 @@ def test_deploy_says_that_no_server_answers(clone: Path, monkeypatch: pytest.Mon
     process = make("deploy", "SECONDS_TO_ANSWER=1")
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert f"No Prefect server answers at {os.environ['PREFECT_API_URL']}: start one by make ui" in said
+    assert f"No Prefect server answers at {os.environ['PREFECT_API_URL']}: start one with make ui" in said
 
 
 def plain(text: str) -> str:

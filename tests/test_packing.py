@@ -91,7 +91,7 @@ def test_each_example_goes_where_it_leaves_the_least_room() -> None:
     assert fill_rows(lengths, range(7), 10) == [[0, 2], [1, 3, 4], [5], [6]]
     assert fill_rows(lengths, [6, 5, 4, 3, 2, 1, 0], 10) == [[6, 4, 3, 2], [5], [1], [0]]
     assert fill_rows([], [], 10) == []
-    with pytest.raises(AssertionError, match="an example of 11 tokens fits in no row of 10"):
+    with pytest.raises(AssertionError, match="an example of 11 tokens does not fit into a row of 10"):
         fill_rows([11], [0], 10)
 
 

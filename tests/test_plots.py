@@ -21,7 +21,7 @@ def test_a_table_is_written_with_how_to_plot_it(tmp_path: Path) -> None:
 
 def test_two_tables_of_one_name_never_overwrite_each_other(tmp_path: Path) -> None:
     write_plot(tmp_path, "shares", TABLE, SHARES)
-    with pytest.raises(AssertionError, match=r"two tables of one name: .*shares.csv"):
+    with pytest.raises(AssertionError, match=r"two tables with the same name: .*shares.csv"):
         write_plot(tmp_path, "shares", TABLE, SHARES)
 
 

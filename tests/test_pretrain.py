@@ -339,7 +339,7 @@ def test_bad_parameters_end_the_stage_with_one_line(tmp_path: Path, tokenizer_fi
     process = workspace.start()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "pretrain: params.yaml: `batch_rows` 8 is no multiple of `micro_batch_rows` 3 x 1 ranks = 3" in errors
+    assert "pretrain: params.yaml: `batch_rows` 8 is not a multiple of `micro_batch_rows` 3 x 1 ranks = 3" in errors
     assert "Traceback" not in errors
 
 

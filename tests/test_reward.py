@@ -309,7 +309,7 @@ def test_training_that_failed_stops_with_step_and_pairs(place: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("labels", "said"),
-    [((True, True), "all 48 say safe"), ((False, False), "all 48 say unsafe"), ((None, None), "there is none")],
+    [((True, True), "all 48 say safe"), ((False, False), "all 48 say unsafe"), ((None, None), "there are none")],
 )
 def test_labels_of_safety_that_all_say_the_same_are_refused(place: Path, labels: Any, said: str) -> None:
     train = [preference(n, "safety", chosen_safe=labels[0], rejected_safe=labels[1]) for n in range(24)]

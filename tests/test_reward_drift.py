@@ -114,7 +114,7 @@ def test_the_number_of_tokens_at_once_changes_no_figure(place: Path) -> None:
 
 
 def test_an_unknown_comparison_is_explained(place: Path) -> None:
-    with pytest.raises(ValueError, match=r"`reward_drift.comparisons` has no `v1`: there are reward_drift@v1_on_v2"):
+    with pytest.raises(ValueError, match=r"`reward_drift.comparisons` has no `v1`: it has reward_drift@v1_on_v2"):
         run(stage_of("reward_drift@v1"))
 
 

@@ -220,12 +220,12 @@ def test_a_reward_model_begins_as_the_chat_model_with_a_head_of_its_own(tokenize
 def test_a_reward_model_and_a_chat_model_are_not_taken_for_each_other(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_reward(reward_model(), tokenizer, tmp_path / "reward", {}, NO_LIMIT)
     assert not (tmp_path / "reward" / "safety_head.safetensors").exists()
-    with pytest.raises(ValueError, match="reward is a reward model, which scores answers and gives none"):
+    with pytest.raises(ValueError, match="reward is a reward model, which only scores answers"):
         open_checkpoint(tmp_path / "reward", "fp32", CPU)
     config = json.loads((tmp_path / "reward" / "config.json").read_text())
     for architectures in (["LlamaForCausalLM"], None):
         (tmp_path / "reward" / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
-        with pytest.raises(ValueError, match="reward is no reward model: name one, for instance data/reward_"):
+        with pytest.raises(ValueError, match="reward is not a reward model: name one, for instance data/reward_"):
             open_reward(tmp_path / "reward", "fp32", CPU)
 
 

@@ -98,13 +98,13 @@ def test_a_stopped_study_goes_on_with_the_training_that_it_was_at(place: Path) -
     [
         (
             {"num_layers": [3]},
-            r"`reward_scaling.num_layers` has 3, and chat has 2 layers: keep between 1 and that many",
+            r"`reward_scaling.num_layers` has 3, but chat has 2 layers: keep between 1 and that many",
         ),
-        ({"num_layers": [0]}, r"`reward_scaling.num_layers` has 0, and chat has 2 layers"),
-        ({"shares": [1.5]}, r"`reward_scaling.shares` has 1.5, which is no share of 32 pairs: set it above 0"),
+        ({"num_layers": [0]}, r"`reward_scaling.num_layers` has 0, but chat has 2 layers"),
+        ({"shares": [1.5]}, r"`reward_scaling.shares` has 1.5, which is not a share of 32 pairs: set it above 0"),
         ({"num_layers": [1, 1]}, r"`reward_scaling.num_layers` has one model twice \(1, 1\): its repetition would"),
         ({"shares": [0.5, 0.501]}, r"`reward_scaling.shares` has one model twice \(16, 16\)"),
-        ({"shares": [0.001]}, r"`reward_scaling.shares` has 0.001, which is no share of 32 pairs"),
+        ({"shares": [0.001]}, r"`reward_scaling.shares` has 0.001, which is not a share of 32 pairs"),
     ],
 )
 def test_a_study_that_cannot_be_made_is_explained(changes: dict[str, Any], message: str, place: Path) -> None:

@@ -87,13 +87,13 @@ def test_a_stage_that_begins_anew_tells_of_its_other_states(workspace: Path) -> 
     assert old.stage == "grow"
     set_value("num_steps: 200", "num_steps: 4")
     result = grow()
-    told = "grow: begins anew: its code, data or parameters have changed since it was stopped and left\n"
+    told = "grow: starts over: its code, data or parameters have changed since it was stopped and left\n"
     assert f"{told}  grow {old.fingerprint}  " in result.stderr
     assert f"python -m flows.states adopt grow {old.fingerprint}\n" in result.stderr
     set_value("num_steps: 4", "num_steps: 200")
     set_value("seconds: 0.05", "seconds: 0.0")
     result = grow()
-    assert "begins anew" in result.stderr  # another time of a step is another parameter, for DVC
+    assert "starts over" in result.stderr  # another time of a step is another parameter, for DVC
 
 
 def test_a_state_is_adopted_after_a_change_that_changes_no_result(
@@ -107,8 +107,8 @@ def test_a_state_is_adopted_after_a_change_that_changes_no_result(
     (new,) = kept_states()
     assert new.fingerprint != old.fingerprint
     assert states.main(["adopt", "grow", new.fingerprint]) == 1
-    assert "goes on from .scratch/grow" in capsys.readouterr().err
-    assert "begins anew" not in grow().stderr
+    assert "resumes from .scratch/grow" in capsys.readouterr().err
+    assert "starts over" not in grow().stderr
     record = Path(".runs/grow") / new.fingerprint
     assert [line["step"] for line in metric_lines(record)] == list(range(step + 1, 201))
 
@@ -118,7 +118,7 @@ def test_states_are_listed_and_cleared(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")  # nobody there
     assert states.main([]) == 0
-    assert capsys.readouterr().out == "Nothing is left of stopped stages.\n"
+    assert capsys.readouterr().out == "No stopped stage has left a state.\n"
     stop_half_way(workspace)
     (state,) = kept_states()
     assert states.main([]) == 0
@@ -128,7 +128,7 @@ def test_states_are_listed_and_cleared(
     for arguments, message in (
         (["clear", "shrink"], "`shrink` has left no state; grow has"),
         (["adopt", "grow", "0" * 16], f"`grow` has left no state {'0' * 16}"),
-        (["forget"], "what to do?\n\n    python -m flows.states  "),
+        (["forget"], "unknown command; usage:\n\n    python -m flows.states  "),
     ):
         assert states.main(arguments) == 1
         assert message in capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_states_are_listed_and_cleared(
         assert kept_states() == []
         for arguments in (["clear", "grow"], ["adopt", "grow", state.fingerprint]):
             assert states.main(arguments) == 1
-            assert "`grow` runs" in capsys.readouterr().err
+            assert "`grow` is running" in capsys.readouterr().err
     assert states.main(["clear", "grow"]) == 0
     assert kept_states() == []
 
@@ -222,7 +222,7 @@ def test_a_record_that_a_power_cut_has_emptied_is_named(workspace: Path) -> None
     result = repro("grow")
     assert result.returncode != 0
     assert f"grow: {record}/run.json is damaged (" in result.stderr
-    assert f"as a power cut may leave a file: delete `{record}` and run again" in result.stderr
+    assert f"perhaps by a power cut: delete `{record}` and run again" in result.stderr
     shutil.rmtree(record)
     set_value("fail_at: 2", "fail_at: null")
     assert repro("grow").returncode == 0

@@ -23,7 +23,7 @@ def test_a_busy_port_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: p
         monkeypatch.setattr(servers, "PREFECT_PORT", free_port())
         assert not servers.port_is_free(port)
         assert servers.main() == 1
-    assert f"port {port} of 127.0.0.1 is busy: perhaps `make ui` runs already" in capsys.readouterr().err
+    assert f"port {port} of 127.0.0.1 is busy: `make ui` may be running already" in capsys.readouterr().err
 
 
 def test_what_speaks_no_http_is_not_taken_for_a_server() -> None:

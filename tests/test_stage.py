@@ -139,10 +139,12 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a//b", "validation/Coding & debugging/loss"])
 def test_a_metric_whose_name_mlflow_refuses_is_our_mistake(tmp_path: Path, name: str) -> None:
-    with pytest.raises(AssertionError, match=r"MLflow takes no metric `.*`: make its name by metric_name"):
+    with pytest.raises(AssertionError, match=r"MLflow does not accept the metric `.*`: make its name with metric_name"):
         make_stage(tmp_path).log({name: 1.0}, step=1)
     stage = make_stage(tmp_path)
-    with pytest.raises(AssertionError, match=r"MLflow takes no metrics \['.*'\]: make their names by metric_name"):
+    with pytest.raises(
+        AssertionError, match=r"MLflow does not accept the metrics \['.*'\]: make their names with metric_name"
+    ):
         stage_module._publish_output(stage, {name: 1.0})
 
 
@@ -158,7 +160,7 @@ def test_a_second_pipeline_in_the_workspace_is_refused(tmp_path: Path, monkeypat
     program = "from tasks.running.processes import pipeline_lock\nwith pipeline_lock('flow run x'): pass"
     with pipeline_lock("flow run first"):
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert f"another pipeline runs in this workspace (flow run first, process {os.getpid()})" in result.stderr
+    assert f"another pipeline is running in this workspace (flow run first, process {os.getpid()})" in result.stderr
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
@@ -198,7 +200,7 @@ def set_value(old: str, new: str) -> None:
 
 def test_a_wrong_seed_is_explained(workspace: Path) -> None:
     set_value("seed: 1", "seed: -1")
-    assert "grow: params.yaml: `seed` is -1: a whole number >= 0 is needed" in repro("grow").stderr
+    assert "grow: params.yaml: `seed` is -1: an integer >= 0 is needed" in repro("grow").stderr
 
 
 def test_a_failed_stage_says_why_and_leaves_no_output(workspace: Path) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints of other formats -> Hugging Face Llama directories."""
+"""Convert checkpoints of other formats to Hugging Face Llama directories."""

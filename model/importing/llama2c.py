@@ -1,4 +1,4 @@
-"""llama2.c's checkpoints: `python -m model.importing.llama2c SOURCE.bin TOKENIZER.model DIRECTORY`."""
+"""Convert llama2.c's checkpoints: `python -m model.importing.llama2c SOURCE.bin TOKENIZER.model DIRECTORY`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from model.text.tokenizer import Tokenizer
 HEADER = struct.Struct("<7i")  # the seven numbers that a file of version 0 begins with
 BUILT_INTO_LLAMA2C = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "initializer_range": 0.02}
 ANGLES = "freq_cis"
-# Appended to a SentencePiece model, a protobuf message, this changes one of its settings: it no longer drops spaces.
-# llama2.c's tokenizers say that they do, and its own program never does.
+# Appended to a SentencePiece model, a protobuf message, this changes one setting: the model no longer drops spaces.
+# llama2.c's tokenizer files say that they drop them, but its own program never does.
 KEEP_SPACES = bytes([0x1A, 2, 0x20, 0])  # field 3, normalizer_spec, of 2 bytes: field 4, remove_extra_whitespaces, 0
 
 
 def import_llama2c(source: Path, tokenizer_path: Path, directory: Path) -> None:
-    """Write a checkpoint into a new directory from one that llama2.c exported (version 0).
+    """Convert a checkpoint that llama2.c exported (version 0) into a new directory.
 
-    Raises ValueError, naming the file, for one that is damaged or of another kind or version, a tokenizer of another
-    vocabulary, and a directory that holds files.
+    Raises ValueError, naming the file, when it is damaged or of another kind or version, when the tokenizer has another
+    vocabulary, and when the directory holds files.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} is there already: name a new directory")
+        raise ValueError(f"{directory} already exists: name a new directory")
     config = _llama2c_config(source)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = _llama2c_tokenizer(tokenizer_path, Path(temporary) / "tokenizer.model")
@@ -52,14 +52,14 @@ def import_llama2c(source: Path, tokenizer_path: Path, directory: Path) -> None:
 
 
 def _llama2c_config(source: Path) -> ModelConfig:
-    """Return the model that a file's header describes, if the file has its size."""
+    """Return the model that a file's header describes, if the file's size fits it."""
     if not source.is_file():
-        raise ValueError(f"{source} is missing: a checkpoint that llama2.c exported is needed there")
+        raise ValueError(f"{source} is missing: a checkpoint exported by llama2.c is needed there")
     with source.open("rb") as file:
         header = file.read(HEADER.size)
     size = source.stat().st_size
     if len(header) < HEADER.size:
-        raise ValueError(f"{source} has {size} bytes: it is no checkpoint that llama2.c exported")
+        raise ValueError(f"{source} has {size} bytes: it is not a checkpoint exported by llama2.c")
     names = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "vocab_size", "max_position_embeddings",
@@ -70,14 +70,14 @@ def _llama2c_config(source: Path) -> ModelConfig:
     expected = HEADER.size + 4 * sum(math.prod(shape) for _, shape in _llama2c_layout(config))
     if size != expected:
         raise ValueError(
-            f"{source} has {size} bytes, and the model that it begins to describe takes {expected}: it is damaged, or "
-            "no checkpoint that llama2.c exported as version 0"
+            f"{source} has {size} bytes, but the model that its header describes takes {expected}: it is damaged, or "
+            "not a checkpoint exported by llama2.c as version 0"
         )
     return config
 
 
 def _llama2c_layout(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the names and shapes of a file's parts in their order; `{}` stands for the layers, stacked in one part."""
+    """Return the names and shapes of a file's parts, in order; `{}` stands for the layers, stacked in one part."""
     width, hidden, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     kv_width = config.num_key_value_heads * config.head_size
     return [
@@ -98,7 +98,7 @@ def _llama2c_layout(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _llama2c_weights(source: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Give each weight by Hugging Face's name; pairs that turn together, neighbours there, come half a head apart."""
+    """Yield each weight by Hugging Face's name; rotary pairs, adjacent in llama2.c, move half a head apart."""
     begin = HEADER.size
     for name, shape in _llama2c_layout(config):
         part = np.memmap(source, dtype="<f4", mode="r", offset=begin, shape=shape)
@@ -115,7 +115,7 @@ def _llama2c_weights(source: Path, config: ModelConfig) -> Iterator[tuple[str, T
 
 
 def _llama2c_tokenizer(path: Path, copy: Path) -> Tokenizer:
-    """Return the tokenizer as a copy that keeps spaces."""
+    """Return the tokenizer, opened from a copy that keeps spaces."""
     if path.is_file():
         copy.write_bytes(path.read_bytes() + KEEP_SPACES)
     try:
@@ -125,13 +125,13 @@ def _llama2c_tokenizer(path: Path, copy: Path) -> Tokenizer:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Do what the command line asks for."""
+    """Run the conversion that the command line asks for."""
     match arguments:
         case [source, tokenizer, directory]:
             import_llama2c(Path(source), Path(tokenizer), Path(directory))
         case _:
             command = "python -m model.importing.llama2c SOURCE.bin TOKENIZER.model DIRECTORY"
-            raise ValueError(f"three names are needed: `{command}`")
+            raise ValueError(f"three paths are needed: `{command}`")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What defines the network: its layers, its packed batches, its weights on ranks and on disk."""
+"""The network: its layers, its packed batches, its weights on ranks and on disk."""

@@ -1,9 +1,10 @@
-"""Checkpoints: Hugging Face Llama directories, written whole or not at all, read from here or anywhere.
+"""Checkpoints: Hugging Face Llama directories, written completely or not at all, read whoever wrote them.
 
-config.json, generation_config.json, model.safetensors (or shards with model.safetensors.index.json), the tokenizer's
-files and training.json. transformers, vLLM and llama.cpp open them as they are. Pickled weights are never read.
+A directory holds config.json, generation_config.json, model.safetensors (or shards with model.safetensors.index.json),
+the tokenizer's files and training.json. transformers, vLLM and llama.cpp open it as it is. Pickled weights are never
+read.
 
-Which weights a kind of model has, and what config.json says of it, its own module tells: model/scoring/reward.py.
+Another kind of model defines its weights and its config.json in its own module: model/scoring/reward.py.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def save_model(
 ) -> None:
     """Write a model's checkpoint into `directory`, which is new or empty; all ranks call, rank 0 writes.
 
-    Weights are gathered one by one, and rank 0 holds one shard at a time. `training` goes into training.json, `fields`,
-    what a kind of model says of itself, into config.json. `apart` names the file of each weight that the kind which
-    `fields` names has no place for.
+    Weights are gathered one by one, and rank 0 holds one shard at a time. `training` goes into training.json; `fields`,
+    which describe the kind of model, go into config.json. `apart` names a separate file for each weight that the
+    architecture in `fields` has no place for.
     """
     weights = _gathered(model)
     apart = apart or {}
@@ -64,7 +65,7 @@ def save_model(
 
 
 def _gathered(model: Network) -> Iterator[tuple[str, Tensor]]:
-    """Give each weight by its name, whole only until the next is asked for."""
+    """Yield each weight with its name, gathered only until the next one is requested."""
     for name, parameter in model.named_parameters():
         with whole(parameter, changed=False):
             yield name, parameter.detach()
@@ -80,7 +81,7 @@ def write_checkpoint(
     fields: Mapping[str, Any],
     apart: Mapping[str, str],
 ) -> None:
-    """Write a checkpoint from its weights, one at a time, and the file of each; for `fields` and `apart` see above."""
+    """Write a checkpoint, one weight at a time; `files` names the file of each, the rest is as in `save_model`."""
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -108,7 +109,7 @@ def write_checkpoint(
 
 
 def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, str]:
-    """Return the file of each weight, given its bytes: filled in their order up to the size given."""
+    """Return the file of each weight, given its bytes: shards are filled in order, up to the maximum size."""
     numbers: dict[str, int] = {}
     number, filled = 1, 0
     for name, size in sizes.items():
@@ -128,18 +129,18 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_config(directory: Path) -> ModelConfig:
     """Return the model that a Hugging Face Llama directory describes.
 
-    Raises ValueError, naming the file, when config.json is missing, damaged, or describes what this model is not.
+    Raises ValueError, naming the file, when config.json is missing, damaged, or describes a model we can't build.
     """
     path = directory / "config.json"
     values = _read_json(path)
     rope = {**(values.pop("rope_scaling", None) or {}), **(values.pop("rope_parameters", None) or {})}
-    kind = rope.pop("type", "default")  # its name before transformers 4.43
+    kind = rope.pop("type", "default")  # the key's name before transformers 4.43
     kind = rope.setdefault("rope_type", kind)
     found = {**BUILT_IN, **values}
     wrong = [f"{key} {found[key]!r} (not {value!r})" for key, value in BUILT_IN.items() if found[key] != value]
     wrong += [f"rope_type {kind!r} (not 'default' or 'llama3')"] if kind not in ("default", "llama3") else []
     if not wrong:
-        theta = values.get("rope_theta", 10000.0)  # what transformers leaves out is Llama 2's
+        theta = values.get("rope_theta", 10000.0)  # transformers omits Llama 2's own value
         values["rope_theta"] = rope.pop("rope_theta", theta)
         values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
         if kind == "llama3":
@@ -153,7 +154,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def config_of(values: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Return the model that values describe. Raises ValueError, naming the file that they come from."""
+    """Return the model that values describe. Raises ValueError, naming the file they come from, if they are wrong."""
     try:
         return ModelConfig.model_validate(values)
     except ValidationError as error:
@@ -172,8 +173,8 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
     path = directory / "tokenizer.model"
     if (directory / "tokenizer.json").exists() and not path.exists():
         raise ValueError(
-            f"{directory} has a tokenizer.json and no tokenizer.model: a SentencePiece model, as Llama 2 has, is "
-            "needed; a model with another tokenizer, as Llama 3 has, can't be used"
+            f"{directory} has a tokenizer.json but no tokenizer.model: a SentencePiece model, as Llama 2 has, is "
+            "needed; a model with another tokenizer, such as Llama 3, can't be used"
         )
     tokenizer = Tokenizer(path)
     check_fit(tokenizer, config, directory / "config.json")
@@ -181,16 +182,16 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
 
 
 def check_fit(tokenizer: Tokenizer, config: ModelConfig, model: Path) -> None:
-    """Raise ValueError when a tokenizer has another number of tokens than the model that `model` describes."""
+    """Raise ValueError when a tokenizer's vocabulary size differs from that of the model that `model` describes."""
     if tokenizer.vocab_size != config.vocab_size:
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.vocab_size} tokens, and {model} describes a model of "
-            f"{config.vocab_size} (`vocab_size`): bring the tokenizer that the model was trained with"
+            f"{config.vocab_size} (`vocab_size`): use the tokenizer that the model was trained with"
         )
 
 
 def is_reward_model(directory: Path) -> bool:
-    """Tell whether a Hugging Face Llama directory holds a reward model."""
+    """Return whether a Hugging Face Llama directory holds a reward model."""
     return REWARD_ARCHITECTURE in (_read_json(directory / "config.json").get("architectures") or [])
 
 
@@ -199,10 +200,10 @@ def open_checkpoint(
 ) -> tuple[Llama, Tokenizer]:
     """Return the model and the tokenizer of a Hugging Face Llama directory; if there are several ranks, all call.
 
-    Raises ValueError as this module's readers do, and for a reward model, which can't answer.
+    Raises ValueError as this module's readers do, and for a reward model, which only scores.
     """
     if is_reward_model(directory):
-        raise ValueError(f"{directory} is a reward model, which scores answers and gives none: name a chat model")
+        raise ValueError(f"{directory} is a reward model, which only scores answers: name a chat model")
     return open_model(Llama, directory, precision, device)
 
 
@@ -212,25 +213,25 @@ def open_model(
     precision: Literal["fp32", "bf16"],
     device: torch.device,
 ) -> tuple[NetworkType, Tokenizer]:
-    """Return a directory's model, of a kind, to run and not to train, whole on each rank, and its tokenizer."""
+    """Return a directory's model of a kind, for inference, whole on each rank, and its tokenizer."""
     config = read_config(directory)
     tokenizer = read_tokenizer(directory, config)
-    if not torch.distributed.is_initialized():  # alone: one rank, known to nobody else
+    if not torch.distributed.is_initialized():  # no launcher: this process is the only rank
         torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     model = kind(config, "off").to(device, DTYPES[precision]).eval()
     load_weights(model, directory)
-    for parameter in model.parameters():  # rank 0 has read them
+    for parameter in model.parameters():  # only rank 0 has read them
         torch.distributed.broadcast(parameter.data, src=0)
     return model, tokenizer
 
 
 def load_weights(model: Network, directory: Path, part: str = "") -> None:
-    """Set a model's weights, or those of a `part` of it, from a Hugging Face Llama directory; all call, rank 0 reads.
+    """Set the weights of a model, or of a `part` of it, from a Hugging Face Llama directory; all call, rank 0 reads.
 
-    `part` is the beginning of the weights' names up to a point: `model` is all but the heads. The directory's weights
-    of other parts are not looked at.
-    Raises ValueError, naming the file and the weights, when weights are missing, unknown, misshapen or not finite,
-    and when there are no safetensors.
+    `part` is a prefix of weight names, up to a dot: `model` is all but the heads. Weights of other parts in the
+    directory are ignored.
+    Raises ValueError, naming the file and the weights, when weights are missing, unknown, not finite or of the wrong
+    shape, and when there are no safetensors.
     """
     files = _weight_files(directory)
     begin = f"{part}." if part else ""
@@ -248,11 +249,11 @@ def load_weights(model: Network, directory: Path, part: str = "") -> None:
         with safe_open(path, framework="pt") as file:
             found = torch.Size(file.get_slice(name).get_shape())
             if found != shape:
-                raise ValueError(f"{path}: `{name}` has shape {tuple(found)}, and config.json makes it {tuple(shape)}")
+                raise ValueError(f"{path}: `{name}` has shape {tuple(found)}, but config.json makes it {tuple(shape)}")
             value: Tensor = file.get_tensor(name)
         if not value.isfinite().all():
             raise ValueError(
-                f"{path}: `{name}` holds values that are not finite: its training had failed, or it is damaged"
+                f"{path}: `{name}` holds values that are not finite: its training failed, or the file is damaged"
             )
         return value
 
@@ -265,7 +266,7 @@ def _some(names: set[str]) -> str:
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:
-    """Return the file that holds each weight, by the weights' names."""
+    """Return the file that holds each weight, by the weight's name."""
     if (directory / INDEX).exists():
         weight_map = _read_json(directory / INDEX).get("weight_map", {})
         names = sorted(set(weight_map.values()))
@@ -275,10 +276,10 @@ def _weight_files(directory: Path) -> dict[str, Path]:
         pickled = sorted(path.name for path in directory.glob("*.bin"))
         if pickled:
             raise ValueError(
-                f"{directory} holds pickled weights ({pickled[0]}), which can run any code when read: "
+                f"{directory} holds pickled weights ({pickled[0]}), which can run arbitrary code when read: "
                 "convert them to safetensors first"
             )
-        raise ValueError(f"{directory} holds no {WEIGHTS}: it is no Hugging Face checkpoint")
+        raise ValueError(f"{directory} holds no {WEIGHTS}: it is not a Hugging Face checkpoint")
     files = {}
     for name in names:
         path = directory / name
@@ -289,7 +290,7 @@ def _weight_files(directory: Path) -> dict[str, Path]:
             raise ValueError(f"{path} is missing, though {INDEX} names it") from None
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is no whole safetensors file: it is damaged, or its copy broke off ({error})"
+                f"{path} is not a complete safetensors file: it is damaged, or was not copied completely ({error})"
             ) from None
     return files
 
@@ -298,9 +299,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {path.parent} is no Hugging Face checkpoint") from None
+        raise ValueError(f"{path} is missing: {path.parent} is not a Hugging Face checkpoint") from None
     except ValueError:
         raise ValueError(f"{path} is not valid JSON: it is damaged") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not valid JSON: it holds no object")
+        raise ValueError(f"{path} is not a JSON object")
     return values

@@ -1,4 +1,4 @@
-"""A stream of tokens, or examples -> packed batches: documents one after another in flat tensors, none seeing another.
+"""Pack a token stream or examples into batches: documents in a row in flat tensors, none attending to another.
 
 Shapes: T tokens of a batch, B blocks of L tokens each.
 """
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-BLOCK = 256  # tokens; the scores of longer documents leave the processor's cache
+BLOCK = 256  # tokens; the scores of longer documents don't fit into the processor's cache
 IGNORED = -100  # target of a position that predicts nothing; cross_entropy's own mark
 
 Tokens = npt.NDArray[Any]  # unsigned integers, often memory-mapped
@@ -27,7 +27,7 @@ Starts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a packed batch lie; attention stays within one, and its positions count from 0."""
+    """The layout of a packed batch's documents; attention stays within a document, whose positions count from 0."""
 
     lengths: tuple[int, ...]
     positions: Tensor  # (T,) of each token in its document
@@ -35,20 +35,20 @@ class Documents:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Number of tokens of the longest document."""
         return max(self.lengths)
 
     @property
     def runs(self) -> list[tuple[int, int, Tensor | None]]:
-        """Neighbours of the same length: their length, their number, and no mask, as none sees another."""
+        """Neighbouring documents of the same length: their length, their number, and None, as they need no mask."""
         return [(length, len(list(alike)), None) for length, alike in groupby(self.lengths)]
 
     @cached_property
     def blocks(self) -> list[tuple[int, int, Tensor | None]]:
-        """Runs as above, of documents joined as long as they stay within BLOCK tokens.
+        """Runs as above, but of blocks: neighbouring documents joined while they fit into BLOCK tokens.
 
         The mask (B, 1, L, L) is added to scores: 0 where a token sees another, minus infinity elsewhere. A document
-        longer than BLOCK is alone and has none.
+        longer than BLOCK stays alone and has no mask.
         """
         runs: list[tuple[int, int, Tensor | None]] = []
         begin = 0
@@ -59,7 +59,7 @@ class Documents:
             if length > BLOCK:
                 runs.append((length, count, None))
                 continue
-            # the places from which a token's own document begins up to its own
+            # a token sees the places from its document's first up to its own
             places_L = torch.arange(length, device=positions_BL.device)
             ago_LL = places_L[:, None] - places_L
             seen_BLL = (ago_LL >= 0) & (ago_LL <= positions_BL[:, :, None])
@@ -69,7 +69,7 @@ class Documents:
 
 
 def _joined(lengths: Sequence[int]) -> Iterator[int]:
-    """Join neighbours while their sum stays within BLOCK."""
+    """Join neighbours while their sum stays within BLOCK; yield the sums."""
     together = 0
     for length in lengths:
         if together and together + length > BLOCK:
@@ -81,7 +81,7 @@ def _joined(lengths: Sequence[int]) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens and the token that each has to predict (IGNORED: none)."""
+    """Tokens, and the token that each must predict (IGNORED: none)."""
 
     ids: Tensor  # (T,)
     targets: Tensor  # (T,)
@@ -89,7 +89,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """Number of tokens that are predicted."""
+        """Number of tokens that are predicted in this batch."""
         return int((self.targets != IGNORED).sum())
 
 
@@ -106,7 +106,7 @@ def documents_of(lengths: Sequence[int], device: torch.device) -> Documents:
 
 
 class Shards:
-    """A stream of tokens in several arrays, memory-mapped files as a rule; only what is read is held in memory."""
+    """A stream of tokens in several arrays, usually memory-mapped files; only what is read is held in memory."""
 
     def __init__(self, parts: Sequence[Tokens]) -> None:
         self.parts = parts
@@ -124,12 +124,12 @@ class Shards:
 
 
 def num_rows(stream: Shards, context: int) -> int:
-    """Return how many full rows of `context` tokens a stream gives; each row's last token needs one more to predict."""
+    """Return how many full rows of `context` tokens a stream gives; a row's last token predicts the one after it."""
     return max(0, (len(stream) - 1) // context)
 
 
 def num_targets(starts: Starts, begin: int, end: int) -> int:
-    """Return how many of a stream's tokens `begin` to `end` predict their next one: all but each document's last."""
+    """Return how many of the tokens `begin` to `end` predict the next one: all but the last of each document."""
     return end - begin - int(np.diff(np.searchsorted(starts, (begin, end), side="right"))[0])
 
 
@@ -138,9 +138,9 @@ def batch_of_rows(
 ) -> Batch:
     """Return rows `first_row` to `first_row + rows` of a stream, cut every `context` tokens, as one packed batch.
 
-    `starts` are the documents' first tokens in the stream, ascending. The part of a document that a row begins with
-    counts as a document of its own: it can't see the row before. A token predicts the next one of its document, in
-    the next row too; nothing predicts a document's first token. Rows beyond the stream's end are empty; the last row
+    `starts` holds the position of each document's first token in the stream, ascending. A document continued from the
+    row before counts as a document of its own: it can't see that row. A token predicts the next one of its document,
+    even across rows; nothing predicts a document's first token. Rows beyond the stream's end are empty; the last row
     may be short.
     """
     begin = first_row * context
@@ -160,27 +160,27 @@ def batch_of_rows(
 
 
 class Example(NamedTuple):
-    """Tokens that stay together in one row and are learnt in part: a dialogue, of which only the answers are."""
+    """Tokens that stay together in one row, of which only some are learnt: in a dialogue, those of the answers."""
 
     ids: npt.NDArray[np.int32]
     is_learnt: npt.NDArray[np.bool_]
 
     @property
     def num_targets(self) -> int:
-        """Number of tokens that are predicted; the first one never is."""
+        """Number of tokens that are predicted; the first never is."""
         return int(self.is_learnt[1:].sum())
 
 
 def fill_rows(lengths: Sequence[int], order: Sequence[int], context: int) -> list[list[int]]:
-    """Return the examples of each row, as numbers into `lengths`, so that no row holds more than `context` tokens.
+    """Return the examples of each row, as indices into `lengths`, so that no row holds more than `context` tokens.
 
-    Each example in turn, in this order, goes where it leaves the least room (best fit), or begins a row of its own.
+    Examples are placed in the given `order`: each goes where it leaves the least room (best fit), or starts a new row.
     """
     rows: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # what is left of each row, and its number; ascending
+    rooms: list[tuple[int, int]] = []  # the room left in each row, and the row's number; ascending
     for number in order:
         length = lengths[number]
-        assert 0 < length <= context, f"an example of {length} tokens fits in no row of {context}"
+        assert 0 < length <= context, f"an example of {length} tokens does not fit into a row of {context}"
         place = bisect_left(rooms, (length, 0))
         if place == len(rooms):
             room, row = context, len(rooms)
@@ -193,10 +193,10 @@ def fill_rows(lengths: Sequence[int], order: Sequence[int], context: int) -> lis
 
 
 def batch_of_examples(examples: Sequence[Example], device: torch.device) -> Batch:
-    """Return examples as one packed batch: a token predicts the next one of its example, where that is learnt.
+    """Return examples as one packed batch: a token predicts the next one of its example, if that one is learnt.
 
-    The shortest come first: neighbours of the same length share a call of attention.
-    Raises ValueError when no token is learnt, or every one: then the mask is wrong.
+    The shortest come first: neighbours of the same length share one call of attention.
+    Raises ValueError when no token is learnt, or every token: then the mask is wrong.
     """
     examples = sorted(examples, key=lambda example: len(example.ids))
     ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
@@ -207,7 +207,7 @@ def batch_of_examples(examples: Sequence[Example], device: torch.device) -> Batc
     if num_learnt in (0, len(ids)):
         raise ValueError(
             f"{'each' if num_learnt else 'none'} of the {len(ids)} tokens of a batch is to be learnt: the examples' "
-            "mask is wrong, for a dialogue has questions, which are read, and answers, which are learnt"
+            "mask is wrong, because a dialogue has prompts, which are only read, and answers, which are learnt"
         )
     return Batch(
         ids=torch.from_numpy(ids).to(device),

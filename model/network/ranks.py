@@ -1,4 +1,4 @@
-"""The processes of one run: joining them, and gathering what each has done."""
+"""The ranks of one run: join them, and gather what each has computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "file://"  # what MASTER_ADDR begins with when the ranks of one host find
 
 
 def join_ranks() -> torch.device:
-    """Join this run's processes, as the launcher's environment names them; return this one's device."""
+    """Join this run's ranks, as the launcher's environment names them; return this one's device."""
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     on_gpu = torch.cuda.is_available()
     if not torch.distributed.is_initialized():
@@ -30,7 +30,7 @@ def join_ranks() -> torch.device:
 
 
 def _store(num_ranks: int) -> Store | None:
-    """Where ranks leave word for each other; None is torch's own, a server that other hosts reach."""
+    """Return the store in which ranks find each other; None is torch's own, a server that other hosts can reach."""
     if num_ranks == 1:
         return HashStore()
     address = os.environ["MASTER_ADDR"]
@@ -38,7 +38,7 @@ def _store(num_ranks: int) -> Store | None:
 
 
 def from_all_ranks(own: Mapping[int, Part]) -> list[Part]:
-    """Return, on every rank, what the ranks have each done for some of the numbers from 0 on, in their order."""
+    """Return all ranks' results, on every rank, in order; each gives those of its own share of the numbers from 0."""
     parts: list[Mapping[int, Part]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(parts, own)
     together = {number: found for part in parts for number, found in part.items()}

@@ -1,4 +1,4 @@
-"""Llama 2 in PyTorch (Llama 2, section 2.2; LLaMA, sections 2.2 and 2.4): its parameters carry Hugging Face's names.
+"""Llama 2 in PyTorch (Llama 2, section 2.2; LLaMA, sections 2.2 and 2.4), with Hugging Face's parameter names.
 
 Shapes: T tokens of a packed batch (packing.py), D hidden size, N query heads, K key/value heads, H head size, F
 feed-forward size, V vocabulary, B blocks of L tokens.
@@ -25,7 +25,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q_TNH, k_TKH, v_TKH -> wh
 
 
 class Architecture(BaseModel):
-    """What a model is made of, without its vocabulary; names are Hugging Face's."""
+    """A model's architecture, without its vocabulary; names are Hugging Face's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -33,11 +33,11 @@ class Architecture(BaseModel):
     intermediate_size: int = Field(gt=0, description="width of the feed-forward layers")
     num_hidden_layers: int = Field(gt=0, description="number of layers")
     num_attention_heads: int = Field(gt=0, description="number of query heads")
-    num_key_value_heads: int = Field(gt=0, description="number of key/value heads; fewer than query heads: grouped")
+    num_key_value_heads: int = Field(gt=0, description="number of key/value heads; fewer than query heads if grouped")
     max_position_embeddings: int = Field(gt=1, description="context, tokens")
     rms_norm_eps: float = Field(gt=0, description="added to the mean square in RMSNorm")
-    rope_theta: float = Field(gt=0, description="base of the rotary embedding's wave lengths")
-    initializer_range: float = Field(gt=0, description="standard deviation of the first weights")
+    rope_theta: float = Field(gt=0, description="base of the rotary embedding's wavelengths")
+    initializer_range: float = Field(gt=0, description="standard deviation of the initial weights")
     tie_word_embeddings: bool = Field(description="one matrix for input and output embeddings")
 
     @model_validator(mode="after")
@@ -56,14 +56,14 @@ class Architecture(BaseModel):
 
 
 class RopeScaling(BaseModel):
-    """How Llama 3.1 stretches the rotary embedding's longer waves over a longer context; names are Hugging Face's."""
+    """How Llama 3.1 stretches the rotary embedding's long waves over a longer context; names are Hugging Face's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rope_type: Literal["llama3"]
     factor: float = Field(ge=1, description="by how much the longest waves are stretched")
-    low_freq_factor: float = Field(gt=0, description="waves that fit less often into the first context are stretched")
-    high_freq_factor: float = Field(gt=0, description="waves that fit more often into the first context stay")
+    low_freq_factor: float = Field(gt=0, description="waves that fit fewer times into the first context are stretched")
+    high_freq_factor: float = Field(gt=0, description="waves that fit more times into the first context are kept")
     original_max_position_embeddings: int = Field(gt=0, description="the first context, tokens")
 
     @model_validator(mode="after")
@@ -75,7 +75,7 @@ class RopeScaling(BaseModel):
 
 
 class ModelConfig(Architecture):
-    """A model: its architecture, its vocabulary, and what only models trained elsewhere have."""
+    """A model: its architecture, its vocabulary, and the RoPE scaling that only models trained elsewhere have."""
 
     vocab_size: int = Field(gt=1, description="number of tokens in the vocabulary")
     rope_scaling: RopeScaling | None = None  # Llama 2 has none
@@ -93,8 +93,8 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
     """Return the floating-point operations of training on one token, forward and backward (PaLM, appendix B).
 
     6N + 12 L d T, as in flows/plan.py: the convention of published MFUs, so that ours compares with them and with the
-    plan. It counts the input embedding, which is only looked up, and the masked half of attention; not what
-    checkpointing computes again.
+    plan. It counts the input embedding, which is only looked up, and the masked half of attention, but not what
+    activation checkpointing recomputes.
     """
     return 6 * num_parameters(config) + 12 * config.num_hidden_layers * config.hidden_size * context
 
@@ -102,7 +102,7 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 def rotary_angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of each position's angles, both (T, 1, H), float32 (RoFormer, section 3.2.2).
 
-    A pair is (i, i + H/2), as in Hugging Face's weights; the sine of its first half is negative, as `rotate` needs it.
+    Pairs are (i, i + H/2), as in Hugging Face's weights; the first half of the sines is negated, as `rotate` needs it.
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=positions_T.device) / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents
@@ -121,17 +121,17 @@ def _stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x_TNH: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each head's pairs by its position's angles, in float32; the other one of a pair is half a head away."""
+    """Rotate each head's pairs by the angles of its position, in float32; the two of a pair are half a head apart."""
     cos, sin = angles
     x_TNH = x_TNH.float()
     return torch.addcmul(x_TNH * cos, x_TNH.roll(x_TNH.shape[-1] // 2, dims=-1), sin)
 
 
 def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) -> Tensor:
-    """Causal attention within each document: no weights stored, no masked score between documents computed.
+    """Return causal attention within each document, without storing weights or computing scores between documents.
 
     GPUs have one kernel for documents of any lengths, in half precision. Everywhere else it is one call for neighbours
-    of the same length; on CPUs torch's kernel is slow in bfloat16, where two products over blocks of short documents
+    of the same length. On CPUs torch's kernel is slow in bfloat16: there, two products over blocks of short documents
     are twice as fast, in spite of the masked scores.
     """
     if q_TNH.is_cuda and v_TKH.dtype != torch.float32:
@@ -140,7 +140,7 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
         ends, longest = documents.boundaries, documents.longest
         q_TNH, k_TKH = q_TNH.to(v_TKH.dtype), k_TKH.to(v_TKH.dtype)
         out = varlen_attn(q_TNH, k_TKH, v_TKH, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
-        assert isinstance(out, Tensor), "no more than the output was asked for"
+        assert isinstance(out, Tensor), "only the output was requested"
         return out
     runs = documents.blocks if v_TKH.dtype == torch.bfloat16 else documents.runs
     sizes = [length * count for length, count, _ in runs]
@@ -158,7 +158,7 @@ def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, documents: Documents) ->
 
 
 def _attend_within(q_BNLH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, mask_B1LL: Tensor) -> Tensor:
-    """Attention among the L tokens of each of B blocks, as the mask allows."""
+    """Return attention among the L tokens of each of B blocks, as the mask allows."""
     groups = q_BNLH.shape[1] // k_BKLH.shape[1]
     k_BNLH, v_BNLH = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k_BKLH, v_BKLH))
     scores_BNLL = q_BNLH * q_BNLH.shape[-1] ** -0.5 @ k_BNLH.transpose(-1, -2) + mask_B1LL
@@ -233,7 +233,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states."""
+    """The layers between tokens and hidden states."""
 
     def __init__(self, config: ModelConfig, checkpointing: Checkpointing) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class Decoder(nn.Module):
 
 
 class Network(nn.Module):
-    """A module that a config.json describes."""
+    """A module described by a config.json."""
 
     config: ModelConfig
 
@@ -275,7 +275,7 @@ class Llama(Network):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids_T: Tensor, documents: Documents, targets_T: Tensor | None = None) -> Tensor:
-        """Return the logits (T, V), or, given targets, each token's loss (T,) in nats."""
+        """Return the logits (T, V) or, given targets, each token's loss (T,) in nats."""
         hidden_TD = self.model(ids_T, documents)
         if targets_T is not None:
             return token_losses(hidden_TD, self.lm_head, targets_T)
@@ -284,10 +284,10 @@ class Llama(Network):
 
 
 def first_weights(name: str, shape: torch.Size, config: ModelConfig, generator: torch.Generator) -> Tensor:
-    """Return the value that a parameter starts from: ones for a norm, else normal.
+    """Return a parameter's initial value: ones for a norm, else normal.
 
-    The projections that add to the residual stream start smaller, by the root of their number, so that the stream's
-    size does not grow with depth (GPT-2, section 2.3).
+    The projections that add to the residual stream start smaller, by the square root of their number, so that the
+    stream does not grow with depth (GPT-2, section 2.3).
     """
     if len(shape) == 1:
         return torch.ones(shape)
@@ -302,7 +302,7 @@ def _plain(layer: nn.Module, *arguments: object) -> Tensor:
     return out
 
 
-# What is expensive to compute is kept, the rest computed again in the backward pass (LLaMA, section 2.4).
+# Keep what is expensive to compute; recompute the rest in the backward pass (LLaMA, section 2.4).
 _keep_matrix_products = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
 
 CHECKPOINTING: dict[Checkpointing, Callable[..., Tensor]] = {

@@ -1,4 +1,4 @@
-"""A network's weights one by one, whether each rank holds them whole or the ranks share them out (ZeRO 3)."""
+"""Access to a network's weights one by one, whether each rank holds them whole or they are sharded (ZeRO 3)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
-    """Return a weight's shape, shared out or not."""
+    """Return a weight's full shape, even if it is sharded."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole(parameter: Tensor, changed: bool) -> AbstractContextManager[None]:
-    """Hold a weight that the ranks share out as a whole on each, and give them what rank 0 changed in it."""
+    """Gather a sharded weight on each rank for a block; if it is `changed`, rank 0's changes reach all ranks."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
-    import deepspeed  # a rank with such a weight has it already; others start without it
+    import deepspeed  # a rank with such a weight has imported it already; others start faster without it
 
     gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
         [parameter], modifier_rank=0 if changed else None
@@ -29,8 +29,8 @@ def whole(parameter: Tensor, changed: bool) -> AbstractContextManager[None]:
 def fill_weights(model: nn.Module, value_of: Callable[[str, torch.Size], Tensor]) -> None:
     """Set each weight to what `value_of` returns for its name and shape; all ranks call, rank 0's values count.
 
-    Weights come one at a time, in the model's order: one that the ranks share out is whole only for a moment. Others
-    reach the other ranks when the engine starts.
+    Weights come one at a time, in the model's order: a sharded one is whole only for a moment. Weights that are not
+    sharded reach the other ranks when the engine starts.
     """
     for name, parameter in model.named_parameters():
         shape = shape_of(parameter)

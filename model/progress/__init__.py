@@ -1,1 +1,1 @@
-"""How far a long work is, for the person who waits."""
+"""Progress bars for long-running work."""

@@ -1,4 +1,4 @@
-"""Every bar of progress: it moves on a terminal, and in a log it is a line now and then."""
+"""Progress bars: they move on a terminal, and print a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SECONDS_IN_A_LOG = 10.0
 
 
 def progress_bar(total: int, description: str | None, unit: str, *, done: int = 0, scaled: bool = False) -> Any:
-    """Return tqdm's bar of `total` units, of which `done` are there already; None as `description`: it is not shown.
+    """Return tqdm's bar for `total` units, of which `done` are finished already; a `description` of None hides it.
 
-    In a log (stderr is no terminal) it writes a line when it begins, at most one every ten seconds, and a last one.
-    `scaled` writes large numbers short: 4.5M.
+    In a log (stderr is not a terminal) it writes a line at the start, then at most one every ten seconds, and a last
+    one. `scaled` abbreviates large numbers: 4.5M.
     """
     seconds = SECONDS_ON_A_TERMINAL if sys.stderr.isatty() else SECONDS_IN_A_LOG
     return tqdm(
@@ -25,6 +25,6 @@ def progress_bar(total: int, description: str | None, unit: str, *, done: int = 
         unit=unit,
         unit_scale=scaled,
         mininterval=seconds,
-        miniters=1,  # given, it keeps tqdm's own thread from a line between two
+        miniters=1,  # if it is set, tqdm's own thread writes no extra lines
         disable=description is None,
     )

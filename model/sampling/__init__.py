@@ -1,1 +1,1 @@
-"""What samples from a network."""
+"""Sampling from a network."""

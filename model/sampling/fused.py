@@ -1,4 +1,4 @@
-"""A model whose layers are fast on few rows, as sampling has them: the same weights, laid out once for the processor.
+"""A model whose layers are fast on few rows, as in sampling: the same weights, laid out once for the processor.
 
 Shapes: T tokens, D hidden size, N query heads, K key/value heads, A heads of all three kinds, H head size, F
 feed-forward size.
@@ -21,10 +21,10 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def fused(model: Llama) -> Llama:
-    """Return a model for the same weights whose layers are fast on few rows; its modules stand in for the model's.
+    """Return a copy of the model, of the same weights, whose layers are fast on few rows.
 
-    On CPUs the weights are laid out once as oneDNN wants them, those that read the same input side by side: float32
-    products then take half the time that torch's own library takes for them, and few rows in bfloat16 a third.
+    On CPUs the weights are laid out once as oneDNN wants them, with those that read the same input side by side. This
+    halves the time of float32 products against torch's own library; few rows in bfloat16 take a third.
     """
     if model.lm_head.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return model
@@ -59,7 +59,7 @@ def _multiply_add(weight: Tensor, x_TF: Tensor, stream_TD: Tensor) -> Tensor:
 
 
 def _fused_layer(layer: Layer) -> Callable[[Tensor, tuple[Tensor, Tensor], Attend], Tensor]:
-    """Return what computes a layer in as few calls as torch has kernels for: on few rows each call counts."""
+    """Return a function that computes a layer in as few torch calls as possible: on few rows each call counts."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv, o = _laid_out(attention.q_proj, attention.k_proj, attention.v_proj), _laid_out(attention.o_proj)
     gate_up, down = _laid_out(mlp.gate_proj, mlp.up_proj), _laid_out(mlp.down_proj)

@@ -1,10 +1,10 @@
-"""Prompts -> responses and their log-probabilities: the one engine that every stage samples with.
+"""Sample responses to prompts, with their log-probabilities: the one engine that every stage samples with.
 
-Rows of a batch each hold one response in the making. The keys and values of what a row has read lie in a cache that is
-allocated once; a finished row leaves at once and a waiting prompt takes its place. Prompts that enter together are read
-in one packed batch, and each is read once, whatever the number of its samples.
+Each row of a batch holds one unfinished response. The keys and values of what a row has read are in a cache that is
+allocated once; a finished row leaves at once, and a waiting prompt takes its place. Prompts that enter together are
+read in one packed batch, and each is read once, whatever the number of its samples.
 
-What is drawn depends on the prompt's seed and the sample's number only: not on the batch, its order or its size.
+What is drawn depends only on the prompt's seed and the sample's number, not on the batch, its order or its size.
 
 Shapes: R rows, T tokens of a packed batch, L cached tokens, D hidden size, N query heads, K key/value heads, G queries
 of each of these, H head size, V vocabulary.
@@ -30,11 +30,11 @@ from model.network.transformer import Attend, Llama, attend, rotary_angles
 from model.progress.bar import progress_bar
 from model.sampling.fused import fused
 
-PREFILL = 8192  # tokens of prompts that are read at once; a longer prompt is read alone
+PREFILL = 8192  # prompt tokens that are read at once; a longer prompt is read alone
 
 Stored = tuple[Tensor, Tensor]  # keys and values of one layer
 Place = tuple[Tensor | slice, Tensor | int]  # rows of the cache and positions in them
-OnToken = Callable[[int, int, int], None]  # number of the prompt, of the sample, token
+OnToken = Callable[[int, int, int], None]  # number of the prompt, number of the sample, token
 
 
 class Sampling(BaseModel):
@@ -43,41 +43,41 @@ class Sampling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float = Field(ge=0, description="divides the logits; 0: always the likeliest token")
-    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens that hold this probability; 1: all")
-    top_k: int = Field(ge=0, description="draw among so many of the likeliest tokens; 0: all")
-    max_new_tokens: int = Field(gt=0, description="tokens of a response at most, EOS included")
+    top_p: float = Field(gt=0, le=1, description="draw from the likeliest tokens with this total probability; 1: all")
+    top_k: int = Field(ge=0, description="draw from this many of the likeliest tokens; 0: all")
+    max_new_tokens: int = Field(gt=0, description="maximum tokens of a response, EOS included")
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response: log-probabilities are the model's own, at temperature 1 with nothing cut off, in nats."""
+    """One response: log-probabilities are the model's own, at temperature 1 over all tokens, in nats."""
 
-    ids: list[int]  # with EOS, if it was reached
+    ids: list[int]  # including EOS, if it was reached
     log_probabilities: list[float]  # of each id, given all before it
     finished: bool  # EOS was reached; else the response was cut at max_new_tokens or at the context's end
 
 
 @dataclass
 class _Row:
-    """A response in the making."""
+    """An unfinished response."""
 
     prompt: int
     sample: int
     length: int  # tokens of the prompt
-    uniforms: list[float]  # what its tokens are drawn by, from 0 to below 1: as many as there is room for
+    uniforms: list[float]  # random numbers in [0, 1) that its tokens are drawn with: as many as there is room for
     ids: list[int] = field(default_factory=list)
     log_probabilities: list[float] = field(default_factory=list)
 
 
 class Cache:
-    """Keys and values of what each row has read; heads that several queries share are stored once."""
+    """Keys and values of what each row has read; key/value heads that several query heads share are stored once."""
 
     def __init__(self, model: Llama, max_rows: int, max_length: int) -> None:
         config, weight = model.config, model.lm_head.weight
         layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_size
         # on CPUs torch's attention to one token is up to seven times as fast in float32 as in bfloat16
         dtype = weight.dtype if weight.is_cuda else torch.float32
-        # zeros, for what is masked gets weight 0, and only finite numbers stay 0 then
+        # zeros: what is masked gets weight 0, and 0 times a number that is not finite would be NaN
         self.keys = weight.new_zeros((layers, max_rows, heads, max_length, size), dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.cos_L1H, self.sin_L1H = rotary_angles(config, torch.arange(max_length, device=weight.device))
@@ -92,17 +92,17 @@ class Cache:
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
 
     def reading(self, rows_T: Tensor, documents: Documents) -> Iterator[Attend]:
-        """Return how each layer attends to whole prompts: as in training, but the keys and values are kept."""
+        """Yield each layer's attention to whole prompts: as in training, but keys and values are stored."""
         for stored in zip(self.keys, self.values, strict=True):
             yield partial(_read, stored, (rows_T, documents.positions), documents)
 
     def going_on(self, rows_R: Tensor, positions_R: Tensor, lengths: Sequence[int]) -> Iterator[Attend]:
-        """Return how each layer attends to one more token of each of the first rows; lengths count that token."""
+        """Yield each layer's attention for one more token of each of the first rows; lengths include that token."""
         longest, mask_R11L = max(lengths), None
         if min(lengths) < longest:
             unseen_RL = torch.arange(longest, device=rows_R.device) > positions_R[:, None]
             mask_R11L = self.keys.new_zeros(unseen_RL.shape).masked_fill_(unseen_RL, -math.inf)[:, None, None]
-        # one slice is written several times as fast as single places, and samples of one prompt are often alike
+        # writing one slice is several times as fast as writing single places; samples of one prompt often allow it
         alike = mask_R11L is None
         place = (slice(len(lengths)), longest - 1) if alike else (rows_R, positions_R)
         for stored in zip(self.keys, self.values, strict=True):
@@ -129,7 +129,7 @@ def _go_on(
     k_RKH: Tensor,
     v_RKH: Tensor,
 ) -> Tensor:
-    """The queries that share a key/value head stand where the kernel expects a sequence's tokens."""
+    """Attend from one token of each row; queries that share a key/value head stand where the kernel expects tokens."""
     _write(stored, place, k_RKH, v_RKH)
     k_RKLH, v_RKLH = (x_RKLH[: len(q_RNH), :, :longest] for x_RKLH in stored)
     q_RKGH = q_RNH.reshape(*k_RKH.shape[:2], -1, q_RNH.shape[-1]).to(k_RKLH.dtype)
@@ -137,10 +137,11 @@ def _go_on(
 
 
 def probabilities(log_probabilities_RV: Tensor, sampling: Sampling) -> Tensor:
-    """Return what tokens are drawn from (R, V): not normalised where some are cut off.
+    """Return the probabilities that tokens are drawn from (R, V), not normalised after some are cut off.
 
-    First the temperature, then the likeliest top_k, then of these the fewest that hold top_p (Holtzman et al. 2020).
-    Tokens that are exactly as likely as the last one kept are kept too, so that no order among equals counts.
+    First the temperature applies, then the top_k likeliest are kept, then the fewest of these that hold top_p of the
+    probability (Holtzman et al. 2020). Tokens exactly as likely as the last one kept are kept too, so the order of ties
+    doesn't matter.
     """
     kept_RV = (log_probabilities_RV / sampling.temperature).softmax(dim=-1)
     num_tokens = kept_RV.shape[-1]
@@ -155,7 +156,7 @@ def probabilities(log_probabilities_RV: Tensor, sampling: Sampling) -> Tensor:
     return kept_RV * (kept_RV >= least_R1)
 
 
-# On CPUs numpy sorts thirty times as fast as torch and finds the greatest ten times as fast.
+# On CPUs numpy sorts thirty times as fast as torch, and finds the maximum ten times as fast.
 
 
 def _ascending(x_RV: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def _greatest(x_RV: Tensor) -> Tensor:
 
 
 def draw(log_probabilities_RV: Tensor, uniforms: Sequence[float], sampling: Sampling) -> Tensor:
-    """Return one token for each row (R,): the likeliest, or the one that its uniform number falls on."""
+    """Return one token for each row (R,): the likeliest, or the one that the row's uniform number selects."""
     if sampling.temperature == 0:
         return _greatest(log_probabilities_RV)
     sums_RV = probabilities(log_probabilities_RV, sampling).cumsum(dim=-1, dtype=torch.float64)
@@ -181,27 +182,27 @@ def draw(log_probabilities_RV: Tensor, uniforms: Sequence[float], sampling: Samp
 
 
 def uniform_numbers(seed: int, sample: int, count: int) -> list[float]:
-    """Return the numbers that a sample's tokens are drawn by: the first ones are the same for any count."""
+    """Return the random numbers that a sample's tokens are drawn with; a larger count only appends to them."""
     numbers = np.random.default_rng([seed, sample]).integers(0, 2**32, size=count, dtype=np.uint32)
     return [float(number) for number in numbers / 2**32]
 
 
 class _Batch:
-    """The rows being sampled, in rows of the cache, and those that wait."""
+    """The responses being sampled, each in a row of the cache, and those that wait."""
 
     def __init__(self, model: Llama, prompts: Sequence[Sequence[int]], waiting: deque[_Row], max_rows: int) -> None:
         self.model, self.prompts, self.waiting = model, prompts, waiting
         self.cache = Cache(model, max_rows, max(row.length + len(row.uniforms) for row in waiting))
         self.device = model.lm_head.weight.device
         self.rows: list[_Row | None] = [None] * max_rows
-        # the prompt that has been read and still has samples waiting: its number, a row that begins with it, and what
-        # each sample's first token is drawn from
+        # the prompt that was read and still has samples waiting: its number, a row that begins with it, and the
+        # distribution of each sample's first token
         self.begun: tuple[int, int, Tensor] | None = None
 
     def enter(self) -> tuple[list[int], Tensor]:
-        """Let waiting rows take free ones; return these and the log-probabilities of their first tokens (R, V)."""
+        """Move waiting responses into free rows; return these rows and their first log-probabilities (R, V)."""
         free = [number for number, row in enumerate(self.rows) if row is None]
-        if self.begun:  # its row, if it is free, still holds what the samples to come share: they are first in line
+        if self.begun:  # if its row is free, it still holds the prompt that waiting samples share: use it first
             free.sort(key=lambda number: number != self.begun[1])  # type: ignore[index]
         entered: dict[int, list[int]] = {}  # prompt -> rows
         for number in free[: len(self.waiting)]:
@@ -224,7 +225,7 @@ class _Batch:
         return numbers, torch.stack([first[prompt] for prompt, rows in entered.items() for _ in rows])
 
     def share(self, source: int, targets: Sequence[int]) -> None:
-        """Copy the prompt that one row has read to others."""
+        """Copy the prompt that one row has read to other rows."""
         for target in targets:
             if target != source:
                 self.cache.copy(source, target, self.row(target).length)
@@ -236,7 +237,7 @@ class _Batch:
         return row
 
     def read(self, prompts: Sequence[int], numbers: Sequence[int]) -> Tensor:
-        """Read prompts into rows, in one packed batch; return the log-probabilities of what follows each (R, V)."""
+        """Read prompts into rows, in one packed batch; return the log-probabilities of the next tokens (R, V)."""
         lengths = [len(self.prompts[prompt]) for prompt in prompts]
         documents = documents_of(lengths, self.device)
         ids_T = torch.tensor([token for prompt in prompts for token in self.prompts[prompt]], device=self.device)
@@ -246,7 +247,7 @@ class _Batch:
         return self.log_probabilities(hidden_TD[documents.boundaries[1:] - 1])
 
     def go_on(self) -> tuple[list[int], Tensor]:
-        """Read the last token of each row; return the rows and the log-probabilities of what follows (R, V)."""
+        """Read the last token of each row; return the rows and the log-probabilities of the next tokens (R, V)."""
         numbers = self.close_up()
         rows = [self.row(number) for number in numbers]
         lengths = [row.length + len(row.ids) for row in rows]
@@ -257,7 +258,7 @@ class _Batch:
         return numbers, self.log_probabilities(hidden_RD)
 
     def close_up(self) -> list[int]:
-        """Move the last rows to free places, so that rows begin at 0 without a gap; return their numbers."""
+        """Move the last rows into free ones, so that rows start at 0 without gaps; return their numbers."""
         numbers = [number for number, row in enumerate(self.rows) if row is not None]
         gaps = [number for number in range(len(numbers)) if self.rows[number] is None]
         for target in gaps:
@@ -301,9 +302,9 @@ def sample(
 ) -> list[list[Response]]:
     """Return `num_samples` responses to each prompt.
 
-    A response ends with EOS, or cut, after max_new_tokens or at the end of the model's context. `seeds` has one number
-    a prompt; `max_rows` limits the responses in the making at once, and with them the memory; `description` names the
-    progress bar, None: no bar; `on_token` hears each token as it is drawn.
+    A response ends with EOS, or is cut after max_new_tokens or at the end of the model's context. `seeds` has one
+    number per prompt; `max_rows` limits the responses sampled at once, and with them the memory; `description` names
+    the progress bar (None: no bar); `on_token` is called with each token as it is drawn.
     Raises ValueError for an empty prompt, one that leaves no room for a response, and a model that computes NaN.
     """
     assert len(seeds) == len(prompts) and num_samples > 0 and max_rows > 0

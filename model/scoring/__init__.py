@@ -1,1 +1,1 @@
-"""What scores answers: the reward model, and how it learns from pairs."""
+"""Scoring answers: the reward model, and how it learns from pairs."""

@@ -17,8 +17,8 @@ from model.network.packing import Documents
 from model.scoring.reward import packed
 
 Margins = Literal["none", "small", "large"]
-# By how much the chosen answer's score has to lead, by the degree of the preference (Llama 2, table 27); a degree that
-# was not given has no margin.
+# By how much the chosen answer's score must lead, by the degree of the preference (Llama 2, table 27); without a degree
+# the margin is 0.
 MARGINS: Mapping[Margins, Mapping[str | None, float]] = {
     "none": {"significantly": 0.0, "better": 0.0, "slightly": 0.0, "negligibly": 0.0, None: 0.0},
     "small": {"significantly": 1.0, "better": 2 / 3, "slightly": 1 / 3, "negligibly": 0.0, None: 0.0},
@@ -27,7 +27,7 @@ MARGINS: Mapping[Margins, Mapping[str | None, float]] = {
 
 
 class Pair(NamedTuple):
-    """Two answers to the same, as the ids of their dialogues; whether each is safe, None where that is not known."""
+    """Two answers to the same prompt, as the ids of their dialogues; whether each is safe, None if not known."""
 
     chosen: Sequence[int]
     rejected: Sequence[int]
@@ -42,11 +42,11 @@ class PairBatch:
 
     ids: Tensor  # (T,)
     documents: Documents
-    places: Tensor  # (2, P) int64: which document is each pair's chosen and which its rejected answer
+    places: Tensor  # (2, P) int64: which document holds each pair's chosen answer, and which its rejected one
     margins: Tensor  # (P,)
     safe: Tensor  # (2, P): 1 where the answer is known to be safe
-    known: Tensor  # (2, P): 1 where it is known whether it is
-    weight: float  # 0: not learnt from; only keeps a rank in step with the others
+    known: Tensor  # (2, P): 1 where it is known whether the answer is safe
+    weight: float  # 0: not learnt from; the batch only keeps a rank in step with the others
 
 
 def batch_of_pairs(pairs: Sequence[Pair], device: torch.device, weight: float = 1.0) -> PairBatch:
@@ -69,8 +69,8 @@ def batch_of_pairs(pairs: Sequence[Pair], device: torch.device, weight: float = 
 def pair_losses(engine: Any, batch: PairBatch, safety_loss_weight: float) -> tuple[Tensor, Tensor]:
     """Return each pair's loss (P,) in nats, and by how much its chosen answer's score leads (P,).
 
-    The loss is the ranking's (Llama 2, equation 2). A weight above 0 adds as much of the auxiliary safety loss (section
-    3.2.2): the binary cross entropy that an answer is safe, the mean over those of the pair's two that have a label.
+    It is the ranking loss (Llama 2, equation 2) plus the weighted auxiliary safety loss (section 3.2.2): the binary
+    cross entropy of whether an answer is safe, averaged over those of the pair's two answers that have a label.
     """
     if safety_loss_weight:
         (chosen_P, rejected_P), logits_2P = engine(batch.ids, batch.documents, True)[:, batch.places]
@@ -84,5 +84,5 @@ def pair_losses(engine: Any, batch: PairBatch, safety_loss_weight: float) -> tup
 
 
 def ranking_losses(chosen_P: Tensor, rejected_P: Tensor, margins_P: Tensor) -> Tensor:
-    """Return each pair's loss in nats, given the scores of its two answers (Llama 2, equation 2; 1 without margins)."""
+    """Return each pair's loss in nats, given both answers' scores (Llama 2, equation 2, or 1 without margins)."""
     return -nn.functional.logsigmoid(chosen_P - rejected_P - margins_P)

@@ -1,8 +1,8 @@
 """A reward model: a Llama 2 whose language-model head is replaced by a scalar (Llama 2, section 3.2.2).
 
-The score of a dialogue's last answer is read at the dialogue's last token, its EOS. Weights carry the names of Hugging
-Face's LlamaForSequenceClassification; the head for safety, which that has no place for, is in a file of its own,
-safety_head.safetensors. Dialogues are packed, not padded, so a score doesn't depend on its company.
+The score of a dialogue's last answer is read at the dialogue's last token, its EOS. Weights have the names of Hugging
+Face's LlamaForSequenceClassification. That class has no safety head: ours is in a separate file,
+safety_head.safetensors. Dialogues are packed, not padded, so a score doesn't depend on the rest of the batch.
 
 Shapes: T tokens of a packed batch, D hidden size, B documents (dialogues).
 """
@@ -27,19 +27,19 @@ SAFETY_HEAD = "safety_head.safetensors"
 
 
 class Head(nn.Module):
-    """One number from a hidden state, in float32: in bfloat16 near scores would be equal."""
+    """One number from a hidden state, in float32: in bfloat16 close scores would become equal."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, size))
 
     def forward(self, hidden_BD: Tensor) -> Tensor:
-        """Return a number for each (B,), float32."""
+        """Return a number for each document (B,), float32."""
         return nn.functional.linear(hidden_BD.float(), self.weight.float())[:, 0]
 
 
 class RewardModel(Network):
-    """A decoder with a head that scores, and one that tells safe answers where that is learnt, too."""
+    """A decoder with a head that scores and, if safety is learnt too, one that tells whether an answer is safe."""
 
     def __init__(self, config: ModelConfig, checkpointing: Checkpointing, tells_safety: bool = False) -> None:
         super().__init__()
@@ -49,17 +49,17 @@ class RewardModel(Network):
         self.safety = Head(config.hidden_size) if tells_safety else None
 
     def forward(self, ids_T: Tensor, documents: Documents, with_safety: bool = False) -> Tensor:
-        """Return each document's score (B,), float32; with safety (2, B): scores, and the logits that it is safe."""
+        """Return each document's score (B,), float32; with safety (2, B): scores, and the logits of being safe."""
         hidden_BD = self.model(ids_T, documents)[documents.boundaries[1:] - 1]
         scores_B: Tensor = self.score(hidden_BD)
         if not with_safety:
             return scores_B
-        assert self.safety is not None, "the model was built without a head for safety"
+        assert self.safety is not None, "the model was built without a safety head"
         return torch.stack((scores_B, self.safety(hidden_BD)))
 
 
 def draw_heads(model: RewardModel, seed: int) -> None:
-    """Give a reward model's heads their first weights, the same on any number of ranks."""
+    """Initialise a reward model's heads, identically on any number of ranks."""
     generator = torch.Generator().manual_seed(seed)
     for head in (model.score, model.safety):
         if head is not None:
@@ -79,12 +79,12 @@ def save_reward(
 def open_reward(
     directory: Path, precision: Literal["fp32", "bf16"], device: torch.device
 ) -> tuple[RewardModel, Tokenizer]:
-    """Return the reward model and the tokenizer of its directory, to score with; if there are several ranks, all call.
+    """Return a directory's reward model, for inference, and its tokenizer; if there are several ranks, all call.
 
-    Raises ValueError as `model.network.checkpoint` does, and for a model that is no reward model.
+    Raises ValueError as `model.network.checkpoint` does, and for a model that is not a reward model.
     """
     if not is_reward_model(directory):
-        raise ValueError(f"{directory} is no reward model: name one, for instance data/reward_helpfulness/v1")
+        raise ValueError(f"{directory} is not a reward model: name one, for instance data/reward_helpfulness/v1")
     return open_model(RewardModel, directory, precision, device)
 
 
@@ -92,13 +92,13 @@ def open_reward(
 
 
 def packed(dialogues: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Documents]:
-    """Return dialogues one after another (T,), and where each lies."""
+    """Return dialogues one after another (T,), and the layout of the batch."""
     ids = np.concatenate([np.asarray(dialogue, dtype=np.int64) for dialogue in dialogues])
     return torch.from_numpy(ids).to(device), documents_of([len(dialogue) for dialogue in dialogues], device)
 
 
 def plan_batches(dialogues: Sequence[Sequence[int]], tokens_at_once: int) -> list[list[int]]:
-    """Return the dialogues of each batch, as numbers: shortest first, in all no more tokens than told, or one alone."""
+    """Return the dialogues of each batch, as indices: shortest first, up to `tokens_at_once`, or a longer one alone."""
     batches: list[list[int]] = []
     room = 0
     for number in sorted(range(len(dialogues)), key=lambda number: len(dialogues[number])):
@@ -111,9 +111,9 @@ def plan_batches(dialogues: Sequence[Sequence[int]], tokens_at_once: int) -> lis
 
 
 def score(model: RewardModel, dialogues: Sequence[Sequence[int]], tokens_at_once: int) -> list[float]:
-    """Return the score of each dialogue, given the ids of it up to and with its last answer's EOS.
+    """Return the score of each dialogue, given its ids up to and including its last answer's EOS.
 
-    `tokens_at_once` bounds what is in memory, and changes no score.
+    `tokens_at_once` limits memory, and changes no score.
     """
     scores, device = [0.0] * len(dialogues), model.score.weight.device
     with torch.no_grad():

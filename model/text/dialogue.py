@@ -1,4 +1,4 @@
-"""Dialogues to token ids and answers back: the format of Llama 2-Chat (Llama 2, section 3.1 and appendix A.1).
+"""Dialogues to token ids, and ids back to answers: the format of Llama 2-Chat (Llama 2, section 3.1, appendix A.1).
 
     <s>[INST] <<SYS>>
     system
@@ -6,8 +6,8 @@
 
     user [/INST] answer </s><s>[INST] user [/INST] answer </s>
 
-`<s>` and `</s>` stand for the ids of BOS and EOS, which text can't contain; each pair of turns is encoded alone, as
-Meta's generation.py does. The same format as a template for transformers is in model/text/tokenizer.py.
+`<s>` and `</s>` stand for the ids of BOS and EOS, which text can't contain. Each pair of turns is encoded separately,
+as in Meta's generation.py. model/text/tokenizer.py has the same format as a template for transformers.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Message(TypedDict):
 
 
 class Encoded(NamedTuple):
-    """A dialogue's token ids, and which of them an answerer gives: answers, the space after each and its EOS."""
+    """A dialogue's token ids, and which of them the assistant writes: each answer, the space after it and its EOS."""
 
     ids: list[int]
     is_answer: list[bool]
 
 
 def check(messages: Sequence[Message]) -> None:
-    """Raise ValueError, saying which message, for what is no dialogue: user and assistant in turn, after one system.
+    """Raise ValueError, naming the message, unless user and assistant take turns after at most one system message.
 
-    So is a message that contains one of the format's tags, which could pass for another turn.
+    A message that contains one of the format's tags is refused too: it could pass for another turn.
     """
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if not turns:
@@ -53,20 +53,20 @@ def check(messages: Sequence[Message]) -> None:
                     f"turn {number} is the {role}'s, and it is the {due}'s turn: user and assistant take turns, "
                     "the user first, after at most one message of the system"
                 )
-        where = f"turn {number} ({role})" if number else "the system's message"
+        where = f"turn {number} ({role})" if number else "the system message"
         if role == "assistant" and not content.strip():
             raise ValueError(f"{where} is an empty answer")
         tag = TAGS.search(content)
         if tag:
-            raise ValueError(f"{where} contains {tag.group()}, which is the format's own: leave it out")
+            raise ValueError(f"{where} contains {tag.group()}, a tag of the chat format: remove it")
         if LONE_SURROGATES.search(content):
             raise ValueError(f"{where} contains half a character (a lone surrogate): it was cut or decoded wrongly")
 
 
 def encode_dialogue(messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
-    """Return the ids of a dialogue that ends with an answer, and which are of answers.
+    """Return the ids of a dialogue that ends with an answer, and which of them belong to answers.
 
-    They begin with `encode_prompt` of all but the last answer. Raises ValueError as `check`.
+    They begin with `encode_prompt` of all but the last answer. Raises ValueError as `check` does.
     """
     check(messages)
     if messages[-1]["role"] != "assistant":
@@ -85,7 +85,7 @@ def encode_dialogue(messages: Sequence[Message], tokenizer: Tokenizer) -> Encode
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Return the ids of a dialogue that ends with the user's turn, up to where the answer begins.
 
-    Raises ValueError as `check`.
+    Raises ValueError as `check` does.
     """
     check(messages)
     if messages[-1]["role"] != "user":
@@ -96,15 +96,15 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
 
 
 def decode_answer(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Return the text of an answer's ids, up to EOS if it is among them."""
+    """Return the text of an answer's ids, up to EOS if there is one."""
     end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)
     return tokenizer.decode(ids[:end]).strip()
 
 
 def _exchanges(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Return what the user said, in its tags and with the system's message before the first, and the answers to it.
+    """Return pairs of prompt and answer; prompts carry their tags, the first also the system message.
 
-    The last answer is empty where the user had the last word.
+    The last answer is empty if the dialogue ends with the user's turn.
     """
     contents = [message["content"] for message in messages]
     if messages[0]["role"] == "system":

@@ -1,8 +1,8 @@
 """Text to token ids and back: a SentencePiece model of Llama 2's kind (LLaMA section 2.1, Llama 2 section 2.2.1).
 
-Byte-pair encoding on unnormalised text, a space put before each text, spaces only where tokens begin, numbers split in
-digits, and bytes for characters outside the vocabulary. So every text survives: `decode(encode(text)) == text`, but for
-U+2581 (`▁`), which stands for the space inside SentencePiece and comes back as one.
+Byte-pair encoding of unnormalised text: each text gets a leading space, spaces occur only at the start of tokens,
+numbers are split into digits, and characters outside the vocabulary become bytes. So every text survives,
+`decode(encode(text)) == text`, except for U+2581 (`▁`), which SentencePiece uses for the space and decodes as one.
 
 A checkpoint directory holds three files of the tokenizer: tokenizer.model (read here, and by llama.cpp) and, written
 by `save`, tokenizer.json with tokenizer_config.json (read by transformers and vLLM).
@@ -20,8 +20,8 @@ import sentencepiece
 
 SPACE = "▁"
 
-# The format of dialogue.py for transformers, in Jinja. It refuses what is refused there, and the special tokens' names
-# too: transformers reads them in a text as the tokens.
+# The format of dialogue.py for transformers, in Jinja. It refuses what dialogue.py refuses, and also the names of the
+# special tokens, which transformers would read as the tokens themselves.
 CHAT_TEMPLATE = r"""
 {%- set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else none %}
 {%- set turns = messages if system is none else messages[1:] %}
@@ -61,7 +61,7 @@ class Tokenizer:
     def __init__(self, path: Path) -> None:
         """Read a tokenizer.model.
 
-        Raises ValueError, naming the file, when it is missing, no SentencePiece model, or not of Llama's kind.
+        Raises ValueError, naming the file, when it is missing, not a SentencePiece model, or not of Llama's kind.
         """
         if not path.is_file():
             raise ValueError(f"{path} is missing: a SentencePiece tokenizer.model is needed there")
@@ -79,12 +79,12 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tokenizer of Llama's kind: {difference}")
 
     def encode(self, text: str, *, bos: bool, eos: bool) -> list[int]:
-        """Return the ids of `text`, between BOS and EOS where asked; `</s>` in the text is text, never EOS."""
+        """Return the ids of `text`, with BOS and EOS if requested; `</s>` in the text is text, never EOS."""
         ids: list[int] = self._processor.encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`; BOS and EOS have none, bytes that are no UTF-8 become U+FFFD.
+        """Return the text of `ids`; BOS and EOS give none, and bytes that are not valid UTF-8 become U+FFFD.
 
         Raises ValueError for an id outside the vocabulary.
         """
@@ -102,14 +102,14 @@ class Tokenizer:
         return piece
 
     def is_byte(self, token: int) -> bool:
-        """Tell whether a token is a single byte, used where a character is outside the vocabulary."""
+        """Return whether a token is a single byte, used for characters outside the vocabulary."""
         return bool(self._processor.is_byte(token))
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.model, tokenizer.json and tokenizer_config.json into a checkpoint directory.
 
-        transformers could convert a tokenizer.model alone, but then gives other ids for texts that begin with a space;
-        tokenizer.json spells out SentencePiece's own rules. The one difference left: transformers reads `</s>` in a
+        transformers can convert a bare tokenizer.model, but then gives different ids for texts that begin with a space;
+        tokenizer.json spells out SentencePiece's own rules. One difference remains: transformers reads `</s>` in a
         text as EOS unless called with `split_special_tokens=True`. tokenizer_config.json holds the chat template.
         """
         target = directory / "tokenizer.model"
@@ -132,7 +132,7 @@ class Tokenizer:
         _write(directory / "tokenizer.json", json.dumps(self._as_tokenizers_library(), ensure_ascii=False, indent=1))
 
     def _as_tokenizers_library(self) -> dict[str, Any]:
-        """The same tokenizer in the format of Hugging Face's `tokenizers` library."""
+        """Return the same tokenizer in the format of Hugging Face's `tokenizers` library."""
         bos = self.piece(self.bos_id)
         added = [
             {
@@ -190,10 +190,10 @@ class Tokenizer:
         }
 
     def _merges(self) -> list[tuple[str, str]]:
-        """The pairs that join into a piece of the vocabulary, in the order in which they join.
+        """Return the pairs that merge into a piece of the vocabulary, in merge order.
 
-        SentencePiece keeps pieces with scores, not merges: whichever two neighbours form the piece of the highest
-        score join first. So each way to cut a piece into two pieces is a merge, and the scores give the order.
+        SentencePiece stores pieces with scores, not merges: it first joins the two neighbours that form the piece with
+        the highest score. So each way to split a piece into two pieces is a merge, and the scores give the order.
         """
         processor = self._processor
         ordinary = {
@@ -211,7 +211,7 @@ class Tokenizer:
 
 
 def _difference_from_llama(processor: sentencepiece.SentencePieceProcessor) -> str:
-    """Say in what a SentencePiece model differs from Llama's kind, so that the laws above fail; empty if in nothing."""
+    """Return how a SentencePiece model differs from Llama's kind, breaking the guarantees above; "" if it does not."""
     if min(processor.bos_id(), processor.eos_id(), processor.unk_id()) < 0:
         return "it lacks one of the tokens BOS, EOS and unknown"
     if not processor.is_byte(processor.piece_to_id("<0x00>")):

@@ -1,1 +1,1 @@
-"""What trains a network: DeepSpeed's engine, and the states that training resumes from."""
+"""Training a network: DeepSpeed's engine, and the states that training resumes from."""

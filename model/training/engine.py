@@ -1,8 +1,8 @@
-"""Training by DeepSpeed: a model and its parameters -> an engine and its steps.
+"""Training with DeepSpeed: turn a model and its parameters into an engine, and take its steps.
 
-The only place that calls `deepspeed.initialize`. What is DeepSpeed's: ranks, ZeRO, precision, accumulation, clipping,
-the schedule. What is ours: losses averaged over tokens or pairs whatever their number in a micro batch or on a rank, an
-update that can be refused once its loss and gradient norm are known, and the files of its states (states.py).
+The only place that calls `deepspeed.initialize`. DeepSpeed handles ranks, ZeRO, precision, accumulation, clipping and
+the schedule. We average the loss over all tokens or pairs, however they are spread over micro batches and ranks; we can
+refuse an update once its loss and gradient norm are known; and we write the files of the states (states.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from model.network.weights import fill_weights, shape_of
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Import DeepSpeed without its remark on machines that have no GPU, and without MLflow.
+    """Import DeepSpeed without its warning on machines that have no GPU, and without MLflow.
 
-    Its autotuner, unused here, imports MLflow where it can, which takes two seconds.
+    Its autotuner, unused here, imports MLflow if it is installed, which takes two seconds.
     """
     absent = "mlflow" not in sys.modules
     if absent:
@@ -57,24 +57,24 @@ class EngineParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        description="what ranks share out: 0 nothing, 1 optimiser state, 2 and gradients, 3 and weights"
+        description="what is sharded over ranks: 0 nothing, 1 optimiser state, 2 also gradients, 3 also weights"
     )
     precision: Literal["fp32", "bf16"] = Field(description="weights and products; bf16 keeps float32 master weights")
-    offload: Literal["none", "cpu"] = Field(description="where the optimiser state of a GPU's rank lives")
+    offload: Literal["none", "cpu"] = Field(description="where a GPU rank keeps its optimiser state")
     activation_checkpointing: Checkpointing = Field(
-        description="off keeps all activations, selective only matrix products', full only each layer's input"
+        description="off keeps all activations, selective only outputs of matrix products, full only each layer's input"
     )
     batch_rows: int = Field(gt=0, description="rows of one optimiser step, over all ranks; a row is a sequence")
-    micro_batch_rows: int = Field(gt=0, description="rows that one rank holds at once")
+    micro_batch_rows: int = Field(gt=0, description="rows that one rank processes at once")
     learning_rate: float = Field(gt=0, description="peak of the schedule")
     final_learning_rate_ratio: float = Field(ge=0, le=1, description="share of the peak that the cosine ends at")
-    warmup_steps: int = Field(gt=1, description="steps of linear warm-up at least")
-    warmup_ratio: float = Field(ge=0, lt=1, description="share of all steps that warm up, if that is more")
+    warmup_steps: int = Field(gt=1, description="minimum number of linear warm-up steps")
+    warmup_ratio: float = Field(ge=0, lt=1, description="warm-up as a share of all steps, if that is more")
     beta1: float = Field(ge=0, lt=1, description="AdamW: decay of the gradient's mean")
     beta2: float = Field(ge=0, lt=1, description="AdamW: decay of the gradient's mean square")
     epsilon: float = Field(gt=0, description="AdamW: added to the root of the mean square")
     weight_decay: float = Field(ge=0, description="AdamW: decay of matrices; norms have none")
-    gradient_clipping: float = Field(gt=0, description="greatest norm of the gradient")
+    gradient_clipping: float = Field(gt=0, description="maximum norm of the gradient")
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> Self:
@@ -85,7 +85,7 @@ class EngineParams(BaseModel):
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step found: its mean loss, the gradient's norm before clipping, its rate."""
+    """The outcome of one optimiser step: its mean loss, the gradient norm before clipping, its learning rate."""
 
     loss: float
     gradient_norm: float
@@ -96,9 +96,9 @@ class Step:
 class RefusableAdamW(torch.optim.AdamW):
     """AdamW that asks before it updates.
 
-    Every ZeRO stage knows the gradient's norm before it calls its inner optimiser, and nothing has changed by then:
-    this is the one place where an update can be left out in all of them. It refuses until told otherwise, so that
-    DeepSpeed's own first call, which only allocates state, doesn't count as a step.
+    Every ZeRO stage knows the gradient norm before it calls its inner optimiser, and has changed nothing by then: this
+    is the one place where all of them can skip an update. It refuses until told otherwise, so that DeepSpeed's own
+    first call, which only allocates state, doesn't count as a step.
     """
 
     accepts: Callable[[], bool] = staticmethod(lambda: False)
@@ -110,14 +110,14 @@ class RefusableAdamW(torch.optim.AdamW):
 
 
 def num_micro_batches(params: EngineParams, num_ranks: int) -> int:
-    """Return how many micro batches each rank adds up for one step.
+    """Return how many micro batches each rank accumulates for one step.
 
-    Raises ValueError when micro batches on all ranks don't make up the batch.
+    Raises ValueError when the batch does not divide into micro batches on all ranks.
     """
     together = params.micro_batch_rows * num_ranks
     if params.batch_rows % together:
         raise ValueError(
-            f"params.yaml: `batch_rows` {params.batch_rows} is no multiple of `micro_batch_rows` "
+            f"params.yaml: `batch_rows` {params.batch_rows} is not a multiple of `micro_batch_rows` "
             f"{params.micro_batch_rows} x {num_ranks} ranks = {together}: change one of the three"
         )
     return params.batch_rows // together
@@ -145,7 +145,7 @@ def deepspeed_config(params: EngineParams, num_ranks: int, num_steps: int) -> di
         "scheduler": {
             "type": "WarmupCosineLR",
             "params": {
-                "total_num_steps": num_steps + 1,  # the cosine then ends at the last step, not before it
+                "total_num_steps": num_steps + 1,  # so that the cosine ends at the last step, not before it
                 "warmup_num_steps": warmup_steps,
                 "warmup_type": "linear",
                 "cos_min_ratio": params.final_learning_rate_ratio,
@@ -160,18 +160,18 @@ def deepspeed_config(params: EngineParams, num_ranks: int, num_steps: int) -> di
 
 
 def _prepare_deepspeed() -> None:
-    """Have DeepSpeed use the ranks that have joined; a second call changes nothing."""
+    """Make DeepSpeed use the ranks that have joined; a second call changes nothing."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # None of DeepSpeed's own operations is used; looking which ones it could build starts compilers.
+    # None of DeepSpeed's own operations is used; checking which ones it could build starts compilers.
     deepspeed.ops.__compatible_ops__ = {}
-    gc.freeze()  # DeepSpeed collects garbage again and again while it starts; what was imported is none
+    gc.freeze()  # DeepSpeed runs the garbage collector repeatedly as it starts: it need not scan what is imported
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def build_model(
     kind: Callable[[ModelConfig, Checkpointing], ModelType], config: ModelConfig, params: EngineParams
 ) -> ModelType:
-    """Return a model of a kind without weights yet; under ZeRO 3 no rank ever holds all of it."""
+    """Return a model of a kind, its weights not yet set; under ZeRO 3 no rank ever holds all of it."""
     _prepare_deepspeed()
     num_ranks = torch.distributed.get_world_size()
     shards = {
@@ -184,7 +184,7 @@ def build_model(
 
 
 def draw_weights(model: Llama, seed: int) -> None:
-    """Give a model its first weights, the same on any number of ranks."""
+    """Initialise a model's weights, identically on any number of ranks."""
     generator = torch.Generator().manual_seed(seed)
     fill_weights(model, lambda name, shape: first_weights(name, shape, model.config, generator))
 
@@ -192,7 +192,7 @@ def draw_weights(model: Llama, seed: int) -> None:
 def start_engine(model: nn.Module, params: EngineParams, num_steps: int) -> Any:
     """Return DeepSpeed's engine around a model whose weights are set.
 
-    Raises ValueError when the batch doesn't divide, or the warm-up is longer than the training.
+    Raises ValueError when the batch doesn't divide, or the warm-up leaves no step to train.
     """
     _prepare_deepspeed()
     num_ranks = torch.distributed.get_world_size()
@@ -208,7 +208,7 @@ def start_engine(model: nn.Module, params: EngineParams, num_steps: int) -> Any:
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory use
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     engine.checkpoint_engine = StateFiles()
-    engine.lr_scheduler.step(1)  # from 0 on, as DeepSpeed begins, the first two steps would train nothing
+    engine.lr_scheduler.step(1)  # from 0, where DeepSpeed begins, the first two steps would train nothing
     return engine
 
 
@@ -227,9 +227,9 @@ def train_step(
 ) -> Step:
     """Take one optimiser step over this rank's micro batches.
 
-    `loss_of` returns a micro batch's summed loss, given the engine; `count` says over how many, predicted tokens for
-    instance, the micro batches of all ranks sum it: the loss is their mean.
-    `accepts` is asked, with the loss and the gradient's norm, whether to update; every rank asks with the same values.
+    `loss_of` returns a micro batch's summed loss, given the engine. `count` is the number of terms (predicted tokens,
+    for instance) that the micro batches of all ranks sum over: the loss is their mean.
+    `accepts` decides from the loss and the gradient norm whether to update; every rank passes it the same values.
     """
     num_ranks = torch.distributed.get_world_size()
     total = torch.zeros((), device=engine.device)
@@ -254,18 +254,18 @@ def train_step(
     learning_rate = float(engine.get_lr()[0])
     engine.basic_optimizer.accepts = asked
     engine.step()
-    norm, updated = answers[0] if answers else (math.inf, False)  # DeepSpeed itself leaves out what is not finite
+    norm, updated = answers[0] if answers else (math.inf, False)  # DeepSpeed itself skips updates that are not finite
     return Step(mean_loss, norm, learning_rate, updated)
 
 
 def _gradient_norm(module: torch.nn.Module) -> float:
-    """Norm of all gradients; only plain float32 without ZeRO keeps it to itself."""
+    """Return the norm of all gradients; only plain float32 without ZeRO does not report it."""
     return float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
 
 
 @contextmanager
 def evaluating(engine: Any) -> Iterator[None]:
-    """Run the model without training it."""
+    """Run the model without training it, for as long as the block lasts."""
     engine.eval()
     with torch.no_grad():
         yield
@@ -274,10 +274,10 @@ def evaluating(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def gathered(engine: Any) -> Iterator[Llama]:
-    """Hold the engine's model as a plain one to sample with, whole on every rank; all ranks enter and leave together.
+    """Yield the engine's model as a plain one to sample with, whole on every rank; all ranks enter and leave together.
 
-    Weights that the ranks share out are gathered once, not layer by layer for each token, and given back at the end;
-    others are the engine's own (Llama 2, section 3.2.3: sampling under sharded training took twenty times as long).
+    Sharded weights are gathered once, not layer by layer for each token, and released at the end; others are the
+    engine's own (Llama 2, section 3.2.3: sampling under sharded training took twenty times as long).
     """
     weights = dict(engine.module.named_parameters(remove_duplicate=False))
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The states that training resumes from: all its engines' as one, on disk whole or not there, read without pickle."""
+"""The states that training resumes from: one for all engines, complete on disk or absent, read without pickle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_STATES_KEPT = 2
 
 
 class StateFiles(CheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's way to disk, without its trust in pickle: only tensors and plain values are read."""
+    """DeepSpeed's checkpoint files, without its trust in pickle: only tensors and plain values are read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class StateFiles(CheckpointEngine):  # type: ignore[misc]
 
 
 def _without_enums(value: Any) -> Any:
-    """Return a state with numbers in place of enumerations, which Python before 3.11.4 pickles as calls of getattr."""
+    """Return a state with values in place of enum members, which Python before 3.11.4 pickles as getattr calls."""
     if isinstance(value, Enum):
         return value.value
     if type(value) is dict:
@@ -56,10 +56,10 @@ def _without_enums(value: Any) -> Any:
 
 
 def save_state(engines: Mapping[str, Any], directory: Path, step: int, progress: Mapping[str, Any]) -> None:
-    """Write all that training goes on from into `directory`/step-<step>, and drop all but the newest states.
+    """Write everything that training resumes from into `directory`/step-<step>, and drop all but the newest states.
 
-    Each engine has a directory there, of its name. The files get their final place in one rename after the manifest has
-    their digests: a state is whole or not there.
+    Each engine has a subdirectory of its own name. The files reach their final place in one rename once the manifest
+    holds their digests: a state is complete or absent.
     """
     rank = torch.distributed.get_rank()
     temporary = directory / ".partial"
@@ -83,16 +83,16 @@ def save_state(engines: Mapping[str, Any], directory: Path, step: int, progress:
 
 
 def load_state(engines: Mapping[str, Any], directory: Path) -> tuple[int, dict[str, Any]] | None:
-    """Bring engines to the newest state in `directory`; return its step and progress, or None if there is none.
+    """Restore engines to the newest state in `directory`; return its step and progress, or None if there is none.
 
-    Raises ValueError, naming the file and what to do, for a damaged state or one of another number of ranks.
+    Raises ValueError, naming the file and what to do, for a damaged state or one written by another number of ranks.
     """
     states = _states(directory)
     if not states:
         return None
     state = _state(directory, states[-1])
     before = f"`{_state(directory, states[-2])}`" if len(states) > 1 else "the beginning"
-    remedy = f"delete `{state}` to go on from {before}"
+    remedy = f"delete `{state}` to resume from {before}"
     try:
         manifest = json.loads((state / "manifest.json").read_text(encoding="utf-8"))
         step, num_ranks, files, progress = (manifest[key] for key in ("step", "num_ranks", "files", "progress"))
@@ -102,14 +102,14 @@ def load_state(engines: Mapping[str, Any], directory: Path) -> tuple[int, dict[s
     if num_ranks != world:
         raise ValueError(
             f"{state} was written by {num_ranks} ranks, and this run has {world}: "
-            f"set `machine.num_ranks` back, or delete `{directory}` to begin anew"
+            f"set `machine.num_ranks` back, or delete `{directory}` to start over"
         )
     for name in sorted(files)[rank::world]:
         path = state / name
         if not path.is_file():
             raise ValueError(f"{path} is missing: {remedy}")
         if _digest(path) != files[name]:
-            raise ValueError(f"{path} is damaged (its digest is not the one noted when it was written): {remedy}")
+            raise ValueError(f"{path} is damaged (its digest differs from the one in manifest.json): {remedy}")
     torch.distributed.barrier()
     with redirect_stdout(io.StringIO()):
         for name, engine in engines.items():
@@ -127,5 +127,5 @@ def _state(directory: Path, step: int) -> Path:
 
 
 def _states(directory: Path) -> list[int]:
-    """Steps of the whole states in a directory, ascending."""
+    """Return the steps of the complete states in a directory, ascending."""
     return sorted(int(path.name.removeprefix("step-")) for path in directory.glob("step-*"))

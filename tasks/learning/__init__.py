@@ -1,1 +1,1 @@
-"""What the stages that train share."""
+"""Shared code of the training stages."""

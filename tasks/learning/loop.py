@@ -1,4 +1,4 @@
-"""What the stages that train share: what they start from, the steps of a run that may be stopped, the curves."""
+"""The training loop that stages share: what they start from, resumable steps, the curves."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from tasks.running.stage import Stage
 STATES = "resume"  # below a stage's scratch
 TRAINING_LOSS = Plot("curves", "Training loss", "tokens", "loss", "tokens", "nats per token")
 
-# Dense bf16 products a second; NVIDIA's data sheets.
+# Dense bf16 FLOPs per second, from NVIDIA's data sheets.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "B200": 2250e12}
 
 
 @dataclass
 class Progress:
-    """What a resumed run has to know of its past; saved with the weights, as JSON."""
+    """What a resumed run must know about its past; saved with the weights, as JSON."""
 
-    counts: dict[str, int]  # what was used so far: tokens, and what else the stage counts
-    notes: dict[str, Any] = field(default_factory=dict)  # what a stage keeps for itself
+    counts: dict[str, int]  # used so far: tokens, and whatever else the stage counts
+    notes: dict[str, Any] = field(default_factory=dict)  # the stage's own notes
     step: int = 0  # steps taken
-    since_log: list[dict[str, float]] = field(default_factory=list)  # what each step found
+    since_log: list[dict[str, float]] = field(default_factory=list)  # metrics of each step since the last log
     train: list[dict[str, float]] = field(default_factory=list)  # rows of plots/train.csv
-    validation: list[dict[str, float]] = field(default_factory=list)  # a row a validation: step, tokens, each part
+    validation: list[dict[str, float]] = field(default_factory=list)  # a row per validation: step, tokens, each part
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What one step of a stage found, used and learnt from."""
+    """The outcome of one step: its metrics, what it used, and what it learnt from."""
 
-    found: dict[str, float]  # `loss`, `gradient_norm`, `learning_rate`, and what else the stage watches
+    found: dict[str, float]  # `loss`, `gradient_norm`, `learning_rate`, and whatever else the stage watches
     used: dict[str, int]  # what the step adds to Progress.counts
-    sources: Callable[[], list[str]]  # names what it learnt from; asked only when the step has failed
+    sources: Callable[[], list[str]]  # names what it learnt from; called only if the step has failed
 
 
 def read_base(base: Path, context: int, section: str) -> tuple[ModelConfig, Tokenizer]:
     """Return the model to start from, and its tokenizer.
 
-    Raises ValueError when they don't belong together, or the model has fewer positions than `section`'s context.
+    Raises ValueError when they don't belong together, or the model's context is shorter than that of `section`.
     """
     config = read_config(base)
     tokenizer = read_tokenizer(base, config)
     if context > config.max_position_embeddings:
         raise ValueError(
             f"params.yaml: `{section}.context` is {context} tokens, and {base} was trained with "
-            f"{config.max_position_embeddings}: set that or less"
+            f"{config.max_position_embeddings}: set it to that or less"
         )
     return config, tokenizer
 
@@ -74,7 +74,7 @@ def digest_of(base: Path) -> str:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Return the operations a second that a device could do at best: its data sheet's, or a timed product's."""
+    """Return a device's peak FLOPs per second: from its data sheet, or from a timed matrix product."""
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for model, flops in PEAK_FLOPS.items():
@@ -92,7 +92,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def resume(stage: Stage[Any], engines: Mapping[str, Any], beginning: Progress) -> Progress:
-    """Bring a stage's engines to where a stopped run left them, and return its progress; else `beginning`."""
+    """Restore a stage's engines to where a stopped run left them, and return its progress, or else `beginning`."""
     found = load_state(engines, stage.scratch / STATES)
     return beginning if found is None else Progress(**found[1])
 
@@ -108,11 +108,11 @@ def run_steps(
     after: Mapping[int, Callable[[], None]] | None = None,
     flops_per_token: int | None = None,
 ) -> None:
-    """Take the steps that a run still has, and log, validate and save on the way, as the stage's parameters say.
+    """Take a run's remaining steps; log, validate and save on the way, as the stage's parameters say.
 
-    `validate` is called before the first step, too; `after` has what to call after a step of a number. Every count is
-    logged as a speed, a second of the steps alone; `flops_per_token`, of all engines, adds MFU.
-    Raises ValueError when a step found what is no number (`note_step`).
+    `validate` is also called before the first step; `after` maps step numbers to what is called after that step. Every
+    count is also logged as a speed, per second of the steps alone; `flops_per_token`, of all engines, adds MFU.
+    Raises ValueError when a metric of a step is not finite (`note_step`).
     """
     params = stage.params
     peak = 0.0
@@ -150,7 +150,7 @@ def run_steps(
 def note_step(stage: Stage[Any], progress: Progress, taken: Taken) -> None:
     """Count a step that was taken.
 
-    Raises ValueError, naming the step, what it found and what it learnt from, when some of it is no number.
+    Raises ValueError, naming the step, its metrics and what it learnt from, when one of the metrics is not finite.
     """
     progress.step += 1
     for name, count in taken.used.items():
@@ -165,9 +165,9 @@ def note_step(stage: Stage[Any], progress: Progress, taken: Taken) -> None:
 
 
 def log_training(stage: Stage[Any], progress: Progress, speeds: Mapping[str, float]) -> None:
-    """Record the means of what the steps since the last time found, and the last one's learning rate; forget them.
+    """Log the mean metrics of the steps since the last log, and the last step's learning rate; clear `since_log`.
 
-    They become a row of plots/train.csv, which has the step and the counts, too; speeds are logged alone.
+    They become a row of plots/train.csv, together with the step and the counts; speeds are only logged.
     """
     since_log, at = progress.since_log, {"step": progress.step, **progress.counts}
     means = {name: statistics.fmean(step[name] for step in since_log) for name in since_log[0]}
@@ -186,8 +186,8 @@ def write_curves(
 ) -> None:
     """Write the losses into plots/train.csv and plots/validation.csv, and plot them for MLflow; only rank 0 writes.
 
-    Each row has `step` and `tokens`. One of `train` has `loss`, one of `validation` the loss of each part of the
-    held-out text under the part's name; `part` says what the parts are: the name of their column.
+    Each row has `step` and `tokens`. Rows of `train` have `loss`; rows of `validation` have the loss of each part of
+    the held-out text, by the part's name. `part` says what the parts are, and names their column.
     """
     if stage.rank != 0:
         return

@@ -1,14 +1,14 @@
-"""Train a reward model on preferences, the one for helpfulness or the one for safety (Llama 2, section 3.2.2).
+"""Train a reward model on preferences, for helpfulness or for safety (Llama 2, section 3.2.2).
 
 A chat model, its head replaced by a scalar, learns to score the chosen answer of each pair above the rejected one, by a
-margin that goes with the degree of the preference. The safety model also learns to tell safe answers, where labels say.
-Each takes all pairs of its own kind and draws some of the others. Pairs are packed whole, both answers of each in the
-same micro batch; one longer than the context is left out and listed. A run that was stopped, even killed, goes on from
-its last saved state to the very weights of an undisturbed run.
+margin that depends on the degree of the preference. The safety model also learns from labels whether an answer is safe.
+Each uses all pairs of its own kind and a random share of the others. Pairs are packed whole, both answers of a pair in
+the same micro batch; a pair longer than the context is left out and listed. A run that was stopped, even killed,
+resumes from its last saved state and reaches exactly the weights of an uninterrupted run.
 
 Reads the round's newest chat model, and train.jsonl and validation.jsonl of the round's preferences.
 Writes a Hugging Face directory (LlamaForSequenceClassification) with training.json, scores.jsonl (all held-out pairs
-scored at the end), too_long.jsonl, and in plots/ train.csv and what tasks/judging/scores.py makes of the scores.
+scored at the end), too_long.jsonl, and in plots/ train.csv and what tasks/judging/scores.py computes from the scores.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ PREFERENCES = DATA / "preferences"
 
 
 class Params(EngineParams, Section):
-    """What a reward model learns from and how, and what is watched on the way; a row is an answer: two are a pair."""
+    """What a reward model learns from and how, and what is watched on the way; a row is an answer, two are a pair."""
 
-    margins: Margins = Field(description="by how much a chosen answer has to lead, by degree (Llama 2, table 27)")
-    safety_loss_weight: float = Field(ge=0, description="weight of the loss of telling safe answers; 0: not learnt")
-    own_public: bool = Field(description="whether open-source pairs of the model's kind are all used, as its own are")
-    other_share: float = Field(ge=0, lt=1, description="share of the other pairs, drawn from them, in all that is used")
-    context: int = Field(gt=1, description="tokens of a dialogue with its answer; pairs of longer ones are left out")
+    margins: Margins = Field(description="by how much a chosen answer must lead, by degree (Llama 2, table 27)")
+    safety_loss_weight: float = Field(ge=0, description="weight of the auxiliary safety loss; 0: safety is not learnt")
+    own_public: bool = Field(description="whether to use all open-source pairs of the model's kind, like its own")
+    other_share: float = Field(ge=0, lt=1, description="share of other pairs, drawn at random, in all pairs used")
+    context: int = Field(gt=1, description="tokens of a dialogue with its answer; pairs with a longer one are left out")
     epochs: int = Field(gt=0, description="uses of each pair")
     num_bins: int = Field(gt=1, description="bins of the calibration and of the histogram of scores")
     log_every: int = Field(gt=0, description="steps between two logged points")
-    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run goes on")
-    max_shard_bytes: int = Field(gt=0, description="weights in one file of the checkpoint at most, bytes")
+    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run resumes")
+    max_shard_bytes: int = Field(gt=0, description="maximum bytes of weights in one file of the checkpoint")
 
     @model_validator(mode="after")
     def _holds_pairs(self) -> Self:
@@ -79,23 +79,23 @@ class Data:
 
     train: list[tuple[Preference, Pair]]
     validation: list[tuple[Preference, Pair]]
-    num_own: int  # of those to train on, the model's own pairs
+    num_own: int  # pairs of `train` that are the model's own
     too_long: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run: what is trained, on what, and how far it is."""
+    """One run: what is trained, on what data, and its progress."""
 
     stage: Stage[Params]
     engine: Any
     data: Data
-    steps: list[list[int]]  # the pairs of each step, as numbers into data.train
+    steps: list[list[int]]  # the pairs of each step, as indices into data.train
     progress: Progress
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
-    """Train, score what was held out, save."""
+    """Train, score the held-out pairs, save."""
     params, place, section = stage.params, round_of(stage.name), stage.section
     base, kind = Path(place.round.newest), cast(Kind, section.removeprefix("reward_"))
     join_ranks()
@@ -119,10 +119,10 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def read_data(directory: Path, kind: Kind, params: Params, tokenizer: Tokenizer, seed: int, section: str) -> Data:
-    """Read a round's preferences, take what the model of this kind learns from, and encode it.
+    """Read a round's preferences, select what the model of this kind learns from, and encode it.
 
-    Raises ValueError when nothing is left to train or to validate on, and when labels of safety are to be learnt and
-    all of them say the same.
+    Raises ValueError when nothing is left to train or to validate on, and when safety is to be learnt but all labels
+    say the same.
     """
     preferences, held_out = (read_preferences(directory / f"{name}.jsonl") for name in ("train", "validation"))
     own, others = share_out(preferences, kind, params, seed)
@@ -143,10 +143,11 @@ def read_data(directory: Path, kind: Kind, params: Params, tokenizer: Tokenizer,
 def share_out(
     preferences: Sequence[Preference], kind: Kind, params: Params, seed: int
 ) -> tuple[list[Preference], list[Preference]]:
-    """Return all of a model's own pairs, and as many of the others as their share asks for, or all.
+    """Return all of a model's own pairs, and as many of the others as `other_share` asks for, or all of them.
 
-    Own are those of the model's kind; open-source ones only where `own_public` says so. (Llama 2: the helpfulness model
-    takes as many others as own pairs, the safety model, open-source pairs among its own, one in ten.)
+    Its own pairs are those of its kind; open-source ones count only if `own_public` is set. (Llama 2: the helpfulness
+    model uses as many other pairs as own ones; for the safety model, whose own include open-source pairs, one in ten
+    pairs is another.)
     """
     own: list[Preference] = []
     others: list[Preference] = []
@@ -161,9 +162,9 @@ def share_out(
 def encode(
     preferences: Sequence[Preference], params: Params, tokenizer: Tokenizer
 ) -> tuple[list[tuple[Preference, Pair]], list[dict[str, Any]]]:
-    """Return the preferences whose answers fit into the context with their tokens, and what names those that don't.
+    """Return the preferences that fit into the context, with their tokens, and the names of those that don't.
 
-    Raises ValueError, naming the pair, for what is no dialogue.
+    Raises ValueError, naming the pair, for one that is not a dialogue.
     """
     fitting, too_long = [], []
     for preference in preferences:
@@ -179,18 +180,18 @@ def encode(
 
 
 def check_safety_labels(pairs: Sequence[Pair], section: str) -> None:
-    """Raise ValueError when all labels of safety say the same: a head would learn to say it always."""
+    """Raise ValueError when all safety labels say the same: the head would learn to say only that."""
     labels = [label for pair in pairs for label in (pair.chosen_safe, pair.rejected_safe) if label is not None]
     if len(set(labels)) < 2:
-        found = f"all {len(labels)} say {'safe' if labels[0] else 'unsafe'}" if labels else "there is none"
+        found = f"all {len(labels)} say {'safe' if labels[0] else 'unsafe'}" if labels else "there are none"
         raise ValueError(
-            f"params.yaml: `{section}.safety_loss_weight` asks to learn labels of safety, and {found}: look at the "
+            f"params.yaml: `{section}.safety_loss_weight` asks to learn from safety labels, but {found}: look at the "
             "annotators' labels, or set the weight to 0"
         )
 
 
 def plan_steps(num_pairs: int, params: Params, seed: int) -> list[list[int]]:
-    """Return the pairs of each step, as numbers: each epoch in an order of its own; the last step may have fewer."""
+    """Return the pairs of each step, as indices: each epoch in its own random order; the last step may have fewer."""
     order = [
         number
         for epoch in range(params.epochs)
@@ -237,7 +238,7 @@ def take_step(training: Training) -> Taken:
 def micro_batches(training: Training, numbers: Sequence[int]) -> list[PairBatch]:
     """Return this rank's share of a step's pairs.
 
-    Where pairs run out, in the last step, a rank keeps step with the others on one that it doesn't learn from.
+    If pairs run out, in the last step, a rank keeps in step with the others on a pair that it doesn't learn from.
     """
     params, device = training.stage.params, training.engine.device
     num_micro = num_micro_batches(params, torch.distributed.get_world_size())
@@ -265,7 +266,7 @@ def held_out_scores(training: Training) -> list[tuple[float, float]]:
         for turn in range(rank, rank + len(batches), world):
             batch = batches[min(turn, len(batches) - 1)]
             found = engine(*packed([dialogues[number] for number in batch], engine.device))
-            if turn < len(batches):  # past the end, a rank only keeps step with the others, who need its weights
+            if turn < len(batches):  # past the end, a rank only keeps in step with the others, which need its weights
                 scores[batch] = found
     torch.distributed.all_reduce(scores)
     values = scores.tolist()
@@ -273,7 +274,7 @@ def held_out_scores(training: Training) -> list[tuple[float, float]]:
 
 
 def report(training: Training, tokenizer: Tokenizer) -> dict[str, float]:
-    """Score what was held out, write scores, curve and what was left out; return the figures."""
+    """Score the held-out pairs; write the scores, the curve and what was left out; return the figures."""
     import pandas
 
     stage, data, progress = training.stage, training.data, training.progress

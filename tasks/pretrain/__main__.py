@@ -1,14 +1,14 @@
 """Train the base model on the stream of tokens (Llama 2, section 2.2; LLaMA, sections 2.2 to 2.4).
 
-Every token of the stream is used once, in the stream's order, whatever the number of ranks; so a run that was stopped,
-even killed, goes on from its last saved state to the very weights of an undisturbed run. Attention stays within a
-document. AdamW, linear warm-up, then a cosine; the gradient's norm is clipped.
+Every token of the stream is used once, in the stream's order, whatever the number of ranks. A run that was stopped,
+even killed, resumes from its last saved state and reaches exactly the weights of an uninterrupted run. Attention stays
+within a document. AdamW, linear warm-up, then a cosine; the gradient norm is clipped.
 
-A step whose loss or gradient stands far above those of the steps before it, bad text as a rule, is noted with its
-documents, and its update left out where `skip_spikes` says so; not more than `max_skipped` times in a row, as what goes
-on is no bad text. A loss that is no number stops the stage.
+A step whose loss or gradient norm is far above that of the steps before it, usually because of bad text, is a spike. It
+is recorded with its documents and, if `skip_spikes` is set, its update is skipped; but at most `max_skipped` times in a
+row, because a longer series is not bad text. A loss that is not finite stops the stage.
 
-Reads data/tokenize, data/train_tokenizer/tokenizer.model, and with `init_from` a Hugging Face Llama directory.
+Reads data/tokenize, data/train_tokenizer/tokenizer.model and, with `init_from`, a Hugging Face Llama directory.
 Writes a Hugging Face Llama directory with training.json, plots/train.csv and plots/validation.csv.
 """
 
@@ -53,26 +53,26 @@ TOKENIZER = DATA / "train_tokenizer" / "tokenizer.model"
 
 
 class Params(Architecture, EngineParams, Section):
-    """The model, how it is trained, what is watched on the way."""
+    """The model, how it is trained, and what is watched on the way."""
 
     init_from: str = Field(
-        min_length=1, description="Hugging Face Llama directory to go on from; data/seeds/none: random weights"
+        min_length=1, description="Hugging Face Llama directory to start from; data/seeds/none: random weights"
     )
     log_every: int = Field(gt=0, description="steps between two logged points")
     validate_every: int = Field(gt=0, description="steps between two validations")
-    max_validation_tokens: int = Field(gt=0, description="tokens of a source's held-out text that are used at most")
-    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run goes on")
-    spike_window: int = Field(gt=1, description="steps before a step that it is compared with")
+    max_validation_tokens: int = Field(gt=0, description="maximum tokens of each source's held-out text to use")
+    save_every: int = Field(gt=0, description="steps between two saved states, from which a stopped run resumes")
+    spike_window: int = Field(gt=1, description="number of preceding steps that a step is compared with")
     spike_loss_ratio: float = Field(gt=1, description="loss above this many medians of the window is a spike")
     spike_gradient_ratio: float = Field(gt=1, description="gradient norm above this many medians is a spike")
-    skip_spikes: bool = Field(description="leave out the update of a step that is a spike")
-    max_skipped: int = Field(gt=0, description="updates left out in a row at most")
-    max_shard_bytes: int = Field(gt=0, description="weights in one file of the checkpoint at most, bytes")
+    skip_spikes: bool = Field(description="skip the update of a step that is a spike")
+    max_skipped: int = Field(gt=0, description="maximum updates skipped in a row")
+    max_shard_bytes: int = Field(gt=0, description="maximum bytes of weights in one file of the checkpoint")
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run: what is trained, on what, and how far it is."""
+    """One run: what is trained, on what data, and its progress."""
 
     stage: Stage[Params]
     engine: Any
@@ -113,7 +113,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def config_of(params: Params, vocab_size: int) -> ModelConfig:
-    """Return the model that params.yaml and the tokenizer describe, its waves stretched as in the one to go on from."""
+    """Return the model that params.yaml and the tokenizer describe, with the RoPE scaling of `init_from`."""
     values = {name: getattr(params, name) for name in Architecture.model_fields}
     base = Path(params.init_from)
     rope_scaling = None if base == NOTHING else read_config(base).rope_scaling
@@ -121,9 +121,9 @@ def config_of(params: Params, vocab_size: int) -> ModelConfig:
 
 
 def count_steps(train: Text, params: Params) -> int:
-    """Return the number of steps that use up the stream; what doesn't fill a last one is left.
+    """Return the number of full steps that the stream has; the rest, less than a step, is unused.
 
-    Raises ValueError when there is not one.
+    Raises ValueError when there is not even one.
     """
     context = params.max_position_embeddings
     num_steps = num_rows(train.tokens, context) // params.batch_rows
@@ -136,9 +136,9 @@ def count_steps(train: Text, params: Params) -> int:
 
 
 def set_weights(model: Llama, base: Path, seed: int) -> None:
-    """Draw a model's first weights, or read them.
+    """Initialise a model's weights, or read them.
 
-    Raises ValueError when the model to start from is another than params.yaml describes.
+    Raises ValueError when the model to start from differs from the one that params.yaml describes.
     """
     if base == NOTHING:
         draw_weights(model, seed)
@@ -158,17 +158,17 @@ def set_weights(model: Llama, base: Path, seed: int) -> None:
 
 
 def first_notes() -> dict[str, Any]:
-    """Return what this stage notes before its first step; lists, as JSON gives them back."""
+    """Return this stage's notes before its first step; with lists, as JSON restores them."""
     return {
-        "losses": [],  # of the last steps that were no spikes
+        "losses": [],  # of the last steps that were not spikes
         "gradient_norms": [],
-        "num_skipped": 0,  # updates left out in a row
-        "spikes": [],  # rows of the table: one a document
+        "num_skipped": 0,  # updates skipped in a row
+        "spikes": [],  # rows of the table: one per document
     }
 
 
 def take_step(training: Training) -> Taken:
-    """Train on the next step's rows, unless they are a spike that is to be left out."""
+    """Train on the next step's rows, unless they are a spike to be skipped."""
     params, progress, notes = training.stage.params, training.progress, training.progress.notes
     context, train = params.max_position_embeddings, training.train
     first_row = progress.step * params.batch_rows
@@ -192,7 +192,7 @@ def take_step(training: Training) -> Taken:
         notes["num_skipped"] = 0
     elif not step.updated:
         notes["num_skipped"] += 1
-    if not spiked or (params.skip_spikes and step.updated):  # beyond max_skipped: what steps are like from now on
+    if not spiked or (params.skip_spikes and step.updated):  # a spike beyond max_skipped is the new normal
         notes["losses"] = [*notes["losses"], step.loss][-params.spike_window :]
         notes["gradient_norms"] = [*notes["gradient_norms"], step.gradient_norm][-params.spike_window :]
     return Taken(
@@ -203,14 +203,14 @@ def take_step(training: Training) -> Taken:
 
 
 def own_rows(params: Params, first_row: int) -> range:
-    """Return the first row of each of this rank's micro batches, in the step that begins at `first_row`."""
+    """Return the first row of each of this rank's micro batches in the step that begins at `first_row`."""
     num_micro = num_micro_batches(params, torch.distributed.get_world_size())
     own = first_row + torch.distributed.get_rank() * num_micro * params.micro_batch_rows
     return range(own, own + num_micro * params.micro_batch_rows, params.micro_batch_rows)
 
 
 def is_spike(params: Params, notes: Mapping[str, Any], loss: float, gradient_norm: float) -> bool:
-    """Tell whether a step stands far above those before it; the first steps can't be told."""
+    """Return whether a step is far above those before it; False for the first steps, which have no full window."""
     if len(notes["losses"]) < params.spike_window:
         return False
     highest_loss: float = params.spike_loss_ratio * statistics.median(notes["losses"])
@@ -241,7 +241,7 @@ def note_spike(training: Training, step: Step, begin: int, end: int) -> None:
 
 
 def validate(training: Training) -> None:
-    """Record the mean loss in nats per token, and its perplexity, of each source's held-out text, and of all of it."""
+    """Log the mean loss in nats per token, and its perplexity, for each source's held-out text and overall."""
     sums = {name: loss_sum(training, text) for name, text in training.validation.items()}
     together = sum(total for total, _ in sums.values()), sum(count for _, count in sums.values())
     named = {"all": together, **{metric_name(name): own for name, own in sums.items()}}
@@ -253,13 +253,13 @@ def validate(training: Training) -> None:
 
 
 def validation_figures(losses: dict[str, float]) -> dict[str, float]:
-    """Return the losses and their perplexities under their metrics' names."""
+    """Return the losses and their perplexities by their metric names."""
     named = {f"validation/{name}/loss": loss for name, loss in losses.items()}
     return named | {f"validation/{name}/perplexity": math.exp(loss) for name, loss in losses.items()}
 
 
 def loss_sum(training: Training, text: Text) -> tuple[float, float]:
-    """Return the sum of a text's losses, and the number of tokens that it is over; the ranks share its rows."""
+    """Return a text's summed loss, and its number of predicted tokens; the ranks share its rows."""
     params, engine = training.stage.params, training.engine
     rows, context = params.micro_batch_rows, params.max_position_embeddings
     num_batches = -(-min(len(text.tokens), params.max_validation_tokens) // (rows * context))
@@ -267,7 +267,7 @@ def loss_sum(training: Training, text: Text) -> tuple[float, float]:
     totals = torch.zeros(2, dtype=torch.float64)
     with evaluating(engine):
         for first in range(0, num_batches, world):
-            own = first + rank  # past the end, a rank only keeps step with the others, who need its weights
+            own = first + rank  # past the end, a rank only keeps in step with the others, which need its weights
             row = min(own, num_batches - 1) * rows
             batch = batch_of_rows(text.tokens, text.starts, row, rows, context, engine.device)
             loss = engine(batch.ids, batch.documents, batch.targets).double().sum()

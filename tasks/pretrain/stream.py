@@ -1,4 +1,4 @@
-"""What the stage tokenize left: the stream of tokens to train on, and each source's held-out documents."""
+"""The output of the stage tokenize: the stream of tokens to train on, and each source's held-out documents."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from model.network.packing import Shards, Starts
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens, where documents start in them, and `source` and `id` of each (a pyarrow table)."""
+    """Tokens, the starts of documents in them, and each document's `source` and `id` (a pyarrow table)."""
 
     tokens: Shards
     starts: Starts
     origins: Any
 
     def documents_in(self, begin: int, end: int) -> list[dict[str, str]]:
-        """Return source and id of the documents that tokens `begin` to `end` come from."""
+        """Return source and id of the documents that the tokens `begin` to `end` come from."""
         first, last = np.searchsorted(self.starts, (begin, end - 1), side="right")
         rows: list[dict[str, str]] = self.origins.slice(first - 1, last - first + 1).to_pylist()
         return rows
@@ -56,7 +56,7 @@ def read_stream(directory: Path) -> tuple[Text, dict[str, Text]]:
 
 
 def read_tokens(path: Path) -> npt.NDArray[Any]:
-    """Return a file of tokens, mapped into memory."""
+    """Return a file of tokens, memory-mapped."""
     try:
         tokens: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

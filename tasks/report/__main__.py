@@ -1,13 +1,13 @@
-"""One page about the whole pipeline, for a browser, with no server and no network; and what `dvc` shows of it.
+"""Write one page about the whole pipeline, for a browser without server or network, and what `dvc` shows of it.
 
-Takes the stages that this one waits for, as dvc.yaml has them now: those of a round that is gone are left out, though
-their files are still there. Reads their metrics.json and what `stage.plot` wrote into their plots/. Writes
+Covers the stages that this one waits for in the current dvc.yaml: those of a removed round are left out, even if their
+files still exist. Reads their metrics.json and what `stage.plot` wrote into their plots/. Writes
 
 - index.html                     every figure, and the plots
 - metrics/<place>.json           the figures that dvc.yaml's `meta: figures` names; for `dvc metrics`
-- plots/<kind>/<place>/NAME.csv  title, x, y, series; for `dvc plots`, whose templates .dvc/plots/<kind>.json are
+- plots/<kind>/<place>/NAME.csv  title, x, y, series; for `dvc plots`, whose templates are .dvc/plots/<kind>.json
 
-A plot that is declared anew in the code of its stage is drawn anew when that stage has run.
+A change to a plot's declaration in a stage's code shows once that stage has run again.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Params(Section):
     plot_width: float = Field(gt=1, description="width of a plot, inches")
     line_plot_height: float = Field(gt=1, description="height of a plot of curves, inches")
     bar_height: float = Field(gt=0, description="height of one bar, inches")
-    max_bars: int = Field(gt=0, description="bars of a plot at most; the CSV file has all")
+    max_bars: int = Field(gt=0, description="maximum bars of a plot; the CSV file has all")
 
 
 def stages_before(name: str) -> dict[str, list[str]]:
-    """Return the stages that a stage waits for, in dvc.yaml's order, each with the figures that its `meta` names."""
+    """Return the stages that a stage waits for, in dvc.yaml's order, each with the figures named in its `meta`."""
     import networkx
     from dvc.repo import Repo
 
@@ -56,9 +56,9 @@ def stages_before(name: str) -> dict[str, list[str]]:
 
 
 def read_plots(directory: Path) -> Iterator[tuple[str, Plot, pd.DataFrame]]:
-    """Yield name, declaration and points of what `stage.plot` wrote: columns title, x, y, series.
+    """Yield name, declaration and points of each plot that `stage.plot` wrote; points: columns title, x, y, series.
 
-    A table without rows is left out: it has nothing to plot.
+    A table without rows is skipped: it has nothing to plot.
     """
     import pandas as pd
 
@@ -68,7 +68,7 @@ def read_plots(directory: Path) -> Iterator[tuple[str, Plot, pd.DataFrame]]:
         table = pd.read_csv(
             path.with_suffix(".csv"),
             dtype=dict.fromkeys(words, str),
-            keep_default_na=False,  # people's words may be `None` or `NA`
+            keep_default_na=False,  # a word in the data may be `None` or `NA`
             na_values={name: [""] for name in {plot.x, plot.y} - words},
         )
         against = plot.x_label if plot.kind == "bars" else f"{plot.y_label} against {plot.x_label}"
@@ -78,7 +78,7 @@ def read_plots(directory: Path) -> Iterator[tuple[str, Plot, pd.DataFrame]]:
 
 
 def plot_svg(plot: Plot, points: pd.DataFrame, params: Params, path: Path) -> str:
-    """Return a plot as SVG; `path` is where it is written on the way."""
+    """Return a plot as SVG; it is first written to `path`."""
     bars = points.head(params.max_bars)
     height = 0.8 + params.bar_height * len(bars) if plot.kind == "bars" else params.line_plot_height
     with picture(path, params.plot_width, height) as axes:
@@ -92,7 +92,7 @@ def plot_svg(plot: Plot, points: pd.DataFrame, params: Params, path: Path) -> st
 
 
 def plot_bars(axes: Any, points: pd.DataFrame) -> None:
-    """Plot one bar a row, the first on top, with its length written beside it."""
+    """Plot one bar per row, the first on top, with its length written beside it."""
     bars = axes.barh(range(len(points)), points["x"], color="#4472a8")
     axes.set_yticks(range(len(points)), points["y"])
     axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)

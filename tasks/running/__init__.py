@@ -1,1 +1,1 @@
-"""How every stage runs: its values, its fingerprint, its record, who else runs here, its start and its end."""
+"""How every stage runs: its parameters, its fingerprint, its record, its locks, its start and its end."""

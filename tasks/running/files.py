@@ -1,4 +1,4 @@
-"""Files of this project's own: JSON, written whole or not at all, and JSON lines."""
+"""The project's own files: JSON, written completely or not at all, and JSON lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that a reader sees the old content or the new, never a part, not even after a power cut."""
+    """Write a JSON file so that readers see the old content or the new, never a part, even after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
@@ -21,7 +21,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file of this project's own holds.
+    """Return the content of one of the project's own JSON files.
 
     Raises ValueError, naming it, when it is damaged.
     """
@@ -29,17 +29,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}), as a power cut may leave a file: delete `{path.parent}` and run again"
+            f"{path} is damaged ({error}), perhaps by a power cut: delete `{path.parent}` and run again"
         ) from None
 
 
 def read_lines(path: Path) -> list[Any]:
-    """Return what the lines of a file of this project's own hold."""
-    with path.open(encoding="utf-8") as file:  # not str.splitlines, which breaks texts at other characters, too
+    """Return the lines of one of the project's own JSON lines files, decoded."""
+    with path.open(encoding="utf-8") as file:  # not str.splitlines, which also splits at other characters
         return [json.loads(line) for line in file]
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Write rows as JSON lines; half a character, which UTF-8 lacks, becomes JSON's escape."""
+    """Write rows as JSON lines; a lone surrogate, which UTF-8 can't encode, becomes a JSON escape."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""What decides a stage's result, as one digest: what DVC compares, and nothing else."""
+"""Everything that determines a stage's result, as one digest: what DVC compares, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tasks.running.places import NOTHING
 
 
 class Identity(NamedTuple):
-    """What a run of a stage is told apart by."""
+    """What distinguishes one run of a stage from another."""
 
-    digest: str  # of all that decides the result: command, digests of the dependencies, parameters
+    digest: str  # of all that determines the result: command, digests of the dependencies, parameters
     params: dict[str, Any]  # by their dotted names
     datasets: list[dict[str, str]]  # `path` and `digest` of each dependency that is data
 
 
 def fingerprint(stage_name: str) -> Identity:
-    """Return the identity of a stage as dvc.yaml, params.yaml and its dependencies have it now.
+    """Return the identity of a stage, given the current dvc.yaml, params.yaml and dependencies.
 
-    Every dependency is hashed, unless DVC knows its digest still. Code counts in the digest and is in no list.
+    Every dependency is hashed, unless DVC still knows its digest. Code is part of the digest, but in no list.
     Raises ValueError when dvc.yaml has no such stage.
     """
     from dvc.exceptions import DvcException
@@ -37,7 +37,7 @@ def fingerprint(stage_name: str) -> Identity:
     except DvcException as error:
         raise ValueError(f"dvc.yaml's stage `{stage_name}` can't be read: {error}") from None
     if len(stages) != 1:
-        raise ValueError(f"dvc.yaml's stage `{stage_name}` can't be read: {len(stages)} have that name, and one must")
+        raise ValueError(f"dvc.yaml's stage `{stage_name}` can't be read: {len(stages)} have that name, not one")
     (stage,) = stages
     entry = to_single_stage_lockfile(stage)
     data = [
@@ -51,7 +51,7 @@ def fingerprint(stage_name: str) -> Identity:
 
 
 def digest_of_entry(entry: Mapping[str, Any]) -> str:
-    """Return the digest of a stage's entry as dvc.lock has it, its outputs left out."""
+    """Return the digest of a stage's entry in dvc.lock, without its outputs."""
     inputs = {key: value for key, value in entry.items() if key != "outs"}
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
@@ -62,7 +62,7 @@ def params_of_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def locked_fingerprints() -> set[str]:
-    """Return the digests of all stages that DVC holds finished, by dvc.lock here and those of studies a level below."""
+    """Return the digests of all stages that are finished according to dvc.lock, here and one level below (studies)."""
     from ruamel.yaml import YAML
 
     digests: set[str] = set()

@@ -1,4 +1,4 @@
-"""A stage's values: params.yaml, a section as a pydantic model, and what is said of a wrong value."""
+"""A stage's parameters: params.yaml, its sections as pydantic models, and the messages about wrong values."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ParamsType = TypeVar("ParamsType", bound=BaseModel)
 
 
 class Section(BaseModel):
-    """Base of every section of params.yaml: frozen, and a key that it does not know is an error."""
+    """Base of every section of params.yaml: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Machine(Section):
-    """The machine to run on. Nothing here may change a result, except `threads` and `num_ranks` by rounding."""
+    """The machine to run on. Nothing here may change a result, except `threads` and `num_ranks` through rounding."""
 
     threads: int = Field(gt=0, description="CPU threads of one process")
     workers: int = Field(gt=0, description="processes that clean the corpus")
     scheduler: str | None = Field(description="address of a Dask scheduler; null starts local processes")
-    num_ranks: int = Field(gt=0, description="training processes on this host: one a GPU, or CPU processes")
+    num_ranks: int = Field(gt=0, description="training processes on this host: one per GPU, or CPU processes")
     hostfile: str | None = Field(description="DeepSpeed hostfile for several hosts; null trains on this one")
     num_seats: int = Field(gt=0, description="stages on the accelerators (without any: the processors) at once")
 
@@ -39,9 +39,9 @@ class Tracking(Section):
 
 
 def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
-    """Return params.yaml as a dictionary, read as YAML 1.2 as DVC reads it (`2e-5` is a number).
+    """Return params.yaml as a dictionary, read as YAML 1.2 as DVC does (`2e-5` is a number).
 
-    Raises ValueError, naming the file and what to do, when it is missing, no YAML, or no mapping.
+    Raises ValueError, naming the file and what to do, when it is missing, not valid YAML, or not a mapping.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -49,7 +49,7 @@ def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     try:
         values = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: run from the project's root, where it lies") from None
+        raise ValueError(f"{path} is missing: run from the project's root, where it is") from None
     except YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -60,7 +60,7 @@ def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
 def parse_section(model: type[SectionType], values: Mapping[str, Any], name: str) -> SectionType:
     """Return section `name` of params.yaml as its model.
 
-    Raises ValueError with one line for each wrong value; a misspelt key's line names the near match.
+    Raises ValueError with one line for each wrong value; for a misspelt key it names the closest match.
     """
     if name not in values:
         near = get_close_matches(name, list(values), n=1)
@@ -70,14 +70,14 @@ def parse_section(model: type[SectionType], values: Mapping[str, Any], name: str
         return model.model_validate(values[name])
     except ValidationError as error:
         lines = [_explain(model, name, detail) for detail in error.errors()]
-        # What a misspelt name was meant for is missing, too: once said is enough.
+        # The parameter that a misspelt name was meant for is also missing: report it once only.
         meant = [line.rpartition("did you mean ")[2].removesuffix("?") for line in lines if "did you mean" in line]
         lines = [line for line in lines if line not in [f"params.yaml: {dotted} is missing" for dotted in meant]]
         raise ValueError("\n".join(lines)) from None
 
 
 def _explain(model: type[BaseModel], section: str, detail: Any) -> str:
-    """One line about one wrong value: its dotted name, what was found, what it must be."""
+    """Return a line about one wrong value: its dotted name, what was found, what it must be."""
     keys = [str(part) for part in detail["loc"]]
     dotted = ".".join([section, *keys])
     owner = _model_at(model, keys[:-1])
@@ -101,7 +101,7 @@ def _explain(model: type[BaseModel], section: str, detail: Any) -> str:
 
 
 def _model_at(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
-    """The pydantic model that a dotted path of keys leads to, through nested models and dictionaries of models."""
+    """Return the pydantic model at a dotted path of keys, through nested models and dictionaries of models."""
     current: Any = model
     for key in keys:
         if isinstance(current, type) and issubclass(current, BaseModel) and key in current.model_fields:
@@ -113,7 +113,7 @@ def _model_at(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested parameters under their dotted names: `{"sft": {"epochs": 2}}` -> `{"sft.epochs": 2}`."""
+    """Return nested parameters by their dotted names: `{"sft": {"epochs": 2}}` -> `{"sft.epochs": 2}`."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""How tables are plotted: declared where a stage writes them, read by `report`; and where pictures are made."""
+"""Plots of tables, declared where a stage writes the table and read by `report`; and the drawing of pictures."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Plot:
     """How to plot a table, by its columns.
 
-    - bars: one a row, as long as `x` and named by `y`
-    - curves: `y` against the number `x`, one for each word in `series`
-    - steps: `y` against the word `x`, in the table's order, one for each word in `series`
+    - bars: one per row, of length `x` and labelled `y`
+    - curves: `y` against the number `x`, one curve for each word in `series`
+    - steps: `y` against the word `x`, in the table's order, one curve for each word in `series`
     """
 
     kind: Literal["bars", "curves", "steps"]
@@ -38,9 +38,9 @@ class Plot:
 
 
 def write_plot(directory: Path, name: str, table: pd.DataFrame, plot: Plot) -> None:
-    """Write a table to NAME.csv, and to NAME.json how to plot it."""
+    """Write a table to NAME.csv, and how to plot it to NAME.json."""
     path = directory / f"{name}.csv"
-    assert not path.exists(), f"two tables of one name: {path}"
+    assert not path.exists(), f"two tables with the same name: {path}"
     for column in plot.columns:
         assert column in table.columns, f"{path} has the columns {', '.join(table.columns)}, not {column}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -50,9 +50,9 @@ def write_plot(directory: Path, name: str, table: pd.DataFrame, plot: Plot) -> N
 
 @contextmanager
 def picture(path: Path, width: float, height: float, **panels: Any) -> Iterator[Any]:
-    """Give axes to plot on (`panels`: arguments of matplotlib's Figure.subplots), then write the picture.
+    """Yield axes to plot on (`panels`: arguments of matplotlib's Figure.subplots), then write the picture.
 
-    Sizes are in inches. An .svg is the same bytes every time. `$` in names, which are people's, starts no formula.
+    Sizes are in inches. An .svg has the same bytes every time. `$` in names, which users choose, starts no formula.
     """
     import matplotlib
     from matplotlib.figure import Figure

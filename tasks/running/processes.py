@@ -1,4 +1,4 @@
-"""Who else runs: the pipeline that a stage belongs to, the workspace's lock, the parent that a process dies with."""
+"""Other processes: the pipeline that a stage belongs to, the workspace's lock, the parent that a process dies with."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from tasks.running.places import SCRATCH
 
 PIPELINE_LOCK = SCRATCH / "pipeline.lock"
 PIPELINE_VARIABLE = "ARRIERO_PIPELINE"  # names the flow run that a stage belongs to; set for child processes only
-PIPELINE_ARGUMENT = "--pipeline="  # names the pipeline run to ranks that a launcher starts, on whatever host
+PIPELINE_ARGUMENT = "--pipeline="  # names the pipeline run to the ranks that a launcher starts, on any host
 LAUNCHER_VARIABLE = "ARRIERO_LAUNCHER"  # process id of the launcher on this host, for the ranks that it starts
-FINGERPRINT_ARGUMENT = "--fingerprint="  # tells them the stage's, so that not every rank hashes all the data
-LOCKED_ARGUMENT = "--locked"  # tells such ranks that a flow holds the workspace for them
+FINGERPRINT_ARGUMENT = "--fingerprint="  # tells ranks the stage's fingerprint, so that not each hashes all the data
+LOCKED_ARGUMENT = "--locked"  # tells ranks that a flow holds the workspace's lock for them
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child must not import
 _PR_SET_PDEATHSIG = 1
 
 
 def argument(name: str) -> str | None:
-    """Return what this process's command line says after `name`, if it does."""
+    """Return what follows `name` on this process's command line, or None."""
     return next((given.removeprefix(name) for given in sys.argv[1:] if given.startswith(name)), None)
 
 
 def pipeline_id() -> str:
     """Return the identity of the pipeline run that this process belongs to.
 
-    The flow names it in the environment, a launcher's command line in an argument; under a plain `dvc repro` it is
-    DVC's process, our parent.
+    The flow passes it in the environment, a launcher in an argument; under a plain `dvc repro` it is that of DVC's
+    process, our parent.
     """
     if PIPELINE_VARIABLE in os.environ:
         return os.environ[PIPELINE_VARIABLE]
@@ -46,9 +46,9 @@ def pipeline_id() -> str:
 
 @contextmanager
 def pipeline_lock(owner: str) -> Iterator[None]:
-    """Hold this workspace's only place for a pipeline, for as long as the block lasts.
+    """Hold this workspace's lock, so that no other pipeline runs here, for as long as the block lasts.
 
-    Raises ValueError, naming who holds it, when another pipeline runs here.
+    Raises ValueError, naming the holder, when another pipeline is running here.
     """
     from filelock import FileLock, Timeout
 
@@ -60,7 +60,7 @@ def pipeline_lock(owner: str) -> Iterator[None]:
     except Timeout:
         holder = owner_file.read_text(encoding="utf-8").strip() if owner_file.exists() else "an unknown process"
         raise ValueError(
-            f"another pipeline runs in this workspace ({holder}): wait until it ends, or stop it, then start again"
+            f"another pipeline is running in this workspace ({holder}): wait for it to end, or stop it, then try again"
         ) from None
     try:
         owner_file.write_text(f"{owner}, process {os.getpid()}\n", encoding="utf-8")
@@ -70,7 +70,7 @@ def pipeline_lock(owner: str) -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """Have Linux send SIGTERM to this process when its parent dies, so that no stage outlives its pipeline."""
+    """Ask Linux to send SIGTERM to this process when its parent dies, so that no stage outlives its pipeline."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.environ.get(LAUNCHER_VARIABLE, str(os.getppid())) != str(os.getppid()):

@@ -1,7 +1,7 @@
-"""What happened: the record of a stage's run in .runs/<stage>/<fingerprint>/, which MLflow is sent.
+"""What happened: the record of a stage's run in .runs/<stage>/<fingerprint>/, which is sent to MLflow.
 
-run.json says what ran and how it ended, metrics.jsonl holds every logged metric, artifacts/ and tables/ what MLflow
-shows. A stage never talks to MLflow itself: a process beside it sends the record (tasks/steering/tracking.py).
+run.json says what ran and how it ended, metrics.jsonl holds every logged metric, artifacts/ and tables/ hold what
+MLflow shows. A stage never talks to MLflow itself: a process beside it sends the record (tasks/steering/tracking.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tasks.running.files import read_json, write_json
 
 
 def metric_lines(record: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines of a record's metrics.jsonl; a line cut off by a kill is left out."""
+    """Yield the complete lines of a record's metrics.jsonl, without one that a kill has cut off."""
     path = record / "metrics.jsonl"
     if not path.exists():
         return
@@ -30,13 +30,13 @@ def metric_lines(record: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_run(record: Path) -> dict[str, Any]:
-    """Return what a record says of its run. Raises ValueError, naming the file, when it is damaged."""
+    """Return what a record says about its run. Raises ValueError, naming the file, when it is damaged."""
     run: dict[str, Any] = read_json(record / "run.json")
     return run
 
 
 def open_record(record: Path, header: Mapping[str, Any]) -> None:
-    """Open the record for a first run or a resumed one; one that had finished is begun anew."""
+    """Open the record for a first or a resumed run; the record of a finished run is replaced."""
     path = record / "run.json"
     now = begun = time.time()
     if path.exists():
@@ -52,7 +52,7 @@ def open_record(record: Path, header: Mapping[str, Any]) -> None:
 
 
 def close_record(record: Path, status: str, error: str | None = None, trace: str | None = None) -> None:
-    """Note how the run ended; the record is what MLflow is told."""
+    """Record how the run ended; MLflow gets what the record says."""
     path = record / "run.json"
     values = read_run(record)
     if trace is not None:
@@ -62,7 +62,7 @@ def close_record(record: Path, status: str, error: str | None = None, trace: str
 
 
 def code_revision() -> dict[str, str]:
-    """Return the git commit that runs, and whether files differ from it."""
+    """Return the current git commit, and whether files differ from it."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
@@ -84,4 +84,4 @@ def end_sender(sender: subprocess.Popen[bytes]) -> None:
         sender.wait(timeout=60)
     except subprocess.TimeoutExpired:
         sender.kill()
-        sys.stderr.write("MLflow takes too long, the record stays in .runs/: the next `publish` sends it\n")
+        sys.stderr.write("MLflow is too slow; the record stays in .runs/, and the next `publish` sends it\n")

@@ -1,8 +1,8 @@
-"""What stages keep to go on from, in .scratch/<place>/<fingerprint>/: who uses it, and when it may go.
+"""The states that stages resume from, in .scratch/<place>/<fingerprint>/: who uses them, and when they are removed.
 
-A stage that ends well leaves its states there, marked as finished, and only when dvc.lock holds its fingerprint does
-`sweep` remove them: until then DVC hashes, copies and locks the output, which may take long and may be interrupted, and
-the stage then ends again from its last state and doesn't begin anew.
+A stage that succeeds leaves its states there, marked as finished. `sweep` removes them only when dvc.lock holds the
+stage's fingerprint: until then DVC hashes, copies and locks the output, which may take long and may be interrupted. The
+stage then finishes again from its last state, and doesn't start over.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from tasks.running.fingerprint import locked_fingerprints
 from tasks.running.places import SCRATCH, name_of, place_of
 
 FINISHED = "finished"  # marks a stage's scratch once its output is in place
-IDENTITY = "identity.json"  # what the launcher has found out about the stage, for its ranks
-FAILURES = "failure-*.json"  # what ranks other than 0 have failed of; a launcher begins without them
+IDENTITY = "identity.json"  # the stage's identity, which the launcher has determined for its ranks
+FAILURES = "failure-*.json"  # errors of ranks other than 0; a launcher removes them before it starts
 OUTPUT = "output"
 FINGERPRINT = re.compile("[0-9a-f]{16}")
 
 
 class State(NamedTuple):
-    """What a stage that was stopped has left to go on from."""
+    """What a stopped stage has left to resume from."""
 
     stage: str
     fingerprint: str
@@ -38,9 +38,9 @@ class State(NamedTuple):
 
 @contextmanager
 def in_use(place: Path) -> Iterator[None]:
-    """Show, for as long as the block lasts, that a stage runs: nobody removes its scratch or ends its record.
+    """Mark a stage as running, for as long as the block lasts: nobody removes its scratch or ends its record.
 
-    Raises filelock.Timeout when it runs already.
+    Raises filelock.Timeout when it is running already.
     """
     from filelock import FileLock
 
@@ -50,7 +50,7 @@ def in_use(place: Path) -> Iterator[None]:
 
 
 def is_running(place: Path) -> bool:
-    """Tell whether a stage runs in this workspace."""
+    """Return whether a stage is running in this workspace."""
     from filelock import Timeout
 
     try:
@@ -61,7 +61,7 @@ def is_running(place: Path) -> bool:
 
 
 def kept_states() -> list[State]:
-    """Return what stopped stages have left, the newest first; those that run or have finished have left nothing."""
+    """Return what stopped stages have left, the newest first; running and finished stages don't count."""
     directories = (*SCRATCH.glob("*/*"), *SCRATCH.glob("*/*/*"))
     places = {path.parent.relative_to(SCRATCH) for path in directories if FINGERPRINT.fullmatch(path.name)}
     states = [state for place in places if not is_running(place) for state in states_of(place)]
@@ -69,7 +69,7 @@ def kept_states() -> list[State]:
 
 
 def states_of(place: Path) -> list[State]:
-    """Return what one stage has kept when it was stopped, the newest first."""
+    """Return what one stage has left each time it was stopped, the newest first."""
     states = []
     for directory in (SCRATCH / place).iterdir():
         if not FINGERPRINT.fullmatch(directory.name) or (directory / FINISHED).exists():
@@ -84,34 +84,34 @@ def states_of(place: Path) -> list[State]:
 
 
 def described(state: State) -> str:
-    """Return a line about a state."""
+    """Return a line that describes a state."""
     hours = (time.time() - state.changed) / 3600
     age = f"{hours:.0f} hours" if hours >= 2 else f"{hours * 60:.0f} minutes"
     return f"{state.stage} {state.fingerprint}  {state.num_bytes / 2**20:,.1f} MiB, written {age} ago"
 
 
 def tell_of_other_states(name: str, digest: str) -> None:
-    """Say, where a stage begins anew, which states it leaves behind and how to go on from them."""
+    """If a stage starts over, print which states it leaves behind and how to resume from them."""
     own = states_of(place_of(name))
     if not own or any(state.fingerprint == digest for state in own):
         return
     lines = "".join(f"  {described(state)}\n" for state in own)
     sys.stderr.write(
-        f"{name}: begins anew: its code, data or parameters have changed since it was stopped and left\n{lines}"
-        "To go on from one, undo the change; or, where the change changes no result, stop this run and say\n"
+        f"{name}: starts over: its code, data or parameters have changed since it was stopped and left\n{lines}"
+        "To resume from one, undo the change; or, if the change affects no result, stop this run and run\n"
         f"  python -m flows.states adopt {name} {own[0].fingerprint}\n"
         f"`python -m flows.states clear {name}` removes them.\n"
     )
 
 
 def remove(directory: Path) -> None:
-    """Remove a stage's scratch, whether it is there or not."""
+    """Remove a stage's scratch, if it exists."""
     if directory.exists():
         shutil.rmtree(directory)
 
 
 def sweep() -> None:
-    """Remove what finished stages have kept, if dvc.lock holds them and they don't run again."""
+    """Remove what finished stages have left, if dvc.lock holds them and they are not running again."""
     from filelock import Timeout
 
     markers = [*SCRATCH.glob(f"*/*/{FINISHED}"), *SCRATCH.glob(f"*/*/*/{FINISHED}")]
@@ -125,4 +125,4 @@ def sweep() -> None:
             with in_use(directory.parent.relative_to(SCRATCH)):
                 remove(directory)
         except Timeout:
-            continue  # the stage runs again and needs it
+            continue  # the stage is running again and needs it

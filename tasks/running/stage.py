@@ -1,4 +1,4 @@
-"""How a stage starts and ends: its output is atomic, its record is closed, its exit status says what happened.
+"""How a stage starts and ends: with atomic output, a closed record, and an exit status that says what happened.
 
 A stage module defines `Params(Section)` and `run(stage)`, and ends with::
 
@@ -6,9 +6,9 @@ A stage module defines `Params(Section)` and `run(stage)`, and ends with::
         start(Params, run)
 
 `run` writes files below `stage.output`, and tables to be plotted with `stage.plot`; it returns the stage's figures.
-When it returns, `stage.output` becomes data/<place>/ in one rename, so that a stage that dies leaves nothing half done.
-What it keeps in `stage.scratch` survives its death, and DVC's after it (scratch.py). The figures go to metrics.json:
-DVC compares them, so they must be the same on every run (no times, no speeds; those go to `stage.log`).
+When it returns, `stage.output` becomes data/<place>/ in one rename, so that a stage that dies leaves no partial output.
+What it keeps in `stage.scratch` survives if the stage dies, or DVC after it (scratch.py). The figures go to
+metrics.json: DVC compares them, so they must be the same on every run (no times, no speeds; those go to `stage.log`).
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WAITING = 75  # exit status of a stage that waits (EX_TEMPFAIL of sysexits.h)
-WAITING_FILE = "waiting.txt"  # below .scratch/<stage>/: what it waits for; DVC passes no exit status on
+WAITING_FILE = "waiting.txt"  # below .scratch/<stage>/: what it waits for; DVC passes on no exit status
 
 
 class RankFailedError(Exception):
-    """Raised on rank 0 when another rank has failed, with that rank's own words: the cause of what rank 0 saw."""
+    """Raised on rank 0 when another rank has failed, with that rank's error: the cause of what rank 0 saw."""
 
 
 class Waiting(Exception):  # noqa: N818 - nothing is wrong
-    """Raised in `run` by a stage that people have to bring something: `waiting for <what>, put them at <where>`."""
+    """Raised in `run` by a stage that needs something from people: `waiting for <what>, put them at <where>`."""
 
 
 @dataclass
 class Stage(Generic[ParamsType]):
-    """One run of one stage: what it is given, and where it writes."""
+    """One run of one stage: its inputs, and where it writes."""
 
     name: str
     params: ParamsType
@@ -82,21 +82,21 @@ class Stage(Generic[ParamsType]):
 
     @property
     def entry(self) -> str:
-        """What this one of several stages of its section is about: a round, a checkpoint; empty for an only one."""
+        """The round or checkpoint that this one of its section's stages is about; empty if there is only one stage."""
         return entry_of(self.name)
 
     def log(self, metrics: Mapping[str, float], step: int, tokens: int | None = None) -> None:
-        """Append metrics to the record; MLflow shows them against steps, and against tokens where given.
+        """Append metrics to the record; MLflow shows them against steps, and also against tokens if given.
 
-        A resumed stage may log steps again: what the record already holds is left as it is.
-        Only rank 0 writes. Raises ValueError for a value that is no number.
+        A resumed stage may log steps again: what the record already holds stays as it is.
+        Only rank 0 writes. Raises ValueError for a value that is not a number.
         """
         if self.rank != 0:
             return
         for name, value in metrics.items():
             if not isinstance(value, int | float):
                 raise ValueError(f"metric `{name}` is {value!r}: only numbers can be logged")
-            assert is_metric_name(name), f"MLflow takes no metric `{name}`: make its name by metric_name"
+            assert is_metric_name(name), f"MLflow does not accept the metric `{name}`: make its name with metric_name"
         fresh = {name: float(value) for name, value in metrics.items() if step > self._last_step.get(name, -1)}
         if not fresh:
             return
@@ -108,19 +108,19 @@ class Stage(Generic[ParamsType]):
         self._metrics.flush()
 
     def plot(self, name: str, table: pd.DataFrame, plot: Plot) -> None:
-        """Write a table to plots/NAME.csv, with how to plot it: `report` and `dvc plots show` do."""
+        """Write a table to plots/NAME.csv, with the way `report` and `dvc plots show` plot it."""
         write_plot(self.output / "plots", name, table, plot)
 
     @property
     def artifacts(self) -> Path:
-        """Directory of files to show in MLflow: plots (.png, .html), texts. Not versioned by DVC."""
+        """Directory for files to show in MLflow: plots (.png, .html), texts. Not versioned by DVC."""
         path = self.record / "artifacts"
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     @property
     def tables(self) -> Path:
-        """Directory of tables to show in MLflow: one NAME.csv a table."""
+        """Directory for tables to show in MLflow: one NAME.csv per table."""
         path = self.record / "tables"
         path.mkdir(parents=True, exist_ok=True)
         return path
@@ -129,9 +129,9 @@ class Stage(Generic[ParamsType]):
 def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]]) -> None:
     """Run the stage whose module was started (`python -m tasks.<stage> [item]`), and exit with its status.
 
-    Reads params.yaml and dvc.yaml in the working directory. A ValueError or a full disk ends it with one message and
-    exit status 1; any other exception with its traceback; SIGINT and SIGTERM with status 130; `Waiting` with its line
-    and status 75, and the next run looks again for what it waited for.
+    Reads params.yaml and dvc.yaml in the working directory. A ValueError or a full disk ends the stage with one message
+    and exit status 1, any other exception with its traceback; SIGINT and SIGTERM end it with status 130, `Waiting` with
+    its line and status 75: the next run checks again for what it waited for.
     """
     die_with_parent()
     signal.signal(signal.SIGTERM, _interrupt)
@@ -142,9 +142,9 @@ def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Map
     status = _status_of(name, module, params_model, run)
     if "RANK" not in os.environ:
         sys.exit(status)
-    # A rank leaves without Python's own end: gloo's threads may still let go of the last exchange's tensors, which
-    # takes the interpreter, and one that is being taken down aborts the process (pytorch's issue 190489). To destroy
-    # the process group first is no cure: torch and DeepSpeed hold on to it, and its threads live on.
+    # A rank exits without Python's shutdown: gloo's threads may still be releasing the last exchange's tensors, which
+    # needs the interpreter, and one that is shutting down aborts the process (pytorch's issue 190489). Destroying the
+    # process group first doesn't help: torch and DeepSpeed keep references to it, and its threads live on.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -156,7 +156,7 @@ def _status_of(
     params_model: type[ParamsType],
     run: Callable[[Stage[ParamsType]], Mapping[str, float]],
 ) -> int:
-    """Run a stage, say why it failed if it does, and return the exit status."""
+    """Run a stage; if it fails, say why; return the exit status."""
     try:
         _run_stage(name, module, params_model, run)
     except ValueError as error:
@@ -166,12 +166,12 @@ def _status_of(
         sys.stderr.write(f"{name}: {waiting}\n")
         return WAITING
     except KeyboardInterrupt:
-        sys.stderr.write(f"{name}: stopped; earlier results are untouched, the next run goes on from here\n")
+        sys.stderr.write(f"{name}: stopped; earlier results are untouched, the next run continues from here\n")
         return 130
     except RankFailedError as error:  # that rank has printed its traceback
         sys.stderr.write(f"{name}: {error}\n")
         return 1
-    except Exception as error:  # noqa: BLE001 - told in full, and by the exit status
+    except Exception as error:  # noqa: BLE001 - reported in full, and by the exit status
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             sys.stderr.write(f"{name}: {full_disk(error)}\n")
         else:
@@ -196,7 +196,7 @@ def _run_stage(
     params_model: type[ParamsType],
     run: Callable[[Stage[ParamsType]], Mapping[str, float]],
 ) -> None:
-    """Run one stage between its record's opening and closing."""
+    """Run one stage, opening its record before and closing it after."""
     rank = int(os.environ.get("RANK", "0"))
     values = read_params()
     params = parse_section(params_model, values, module)
@@ -204,7 +204,7 @@ def _run_stage(
     tracking = parse_section(Tracking, values, "tracking")
     seed = values.get("seed")
     if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"params.yaml: `seed` is {seed!r}: a whole number >= 0 is needed")
+        raise ValueError(f"params.yaml: `seed` is {seed!r}: an integer >= 0 is needed")
     identity = _identity_of(name)
     place = place_of(name)
     scratch = SCRATCH / place / identity.digest
@@ -230,7 +230,7 @@ def _run_stage(
 
 
 def _identity_of(name: str) -> Identity:
-    """Return the stage's identity: as the launcher has found it out, for ranks on any host, else found out here."""
+    """Return the stage's identity: the one the launcher determined for its ranks, on any host, or else our own."""
     digest = argument(FINGERPRINT_ARGUMENT)
     if digest is None:
         return fingerprint(name)
@@ -254,12 +254,12 @@ def _run_as_rank_0(
         _publish_output(stage, figures)
         close_record(record, "FINISHED")
     except Waiting as waiting:
-        shutil.rmtree(stage.scratch)  # what is brought gives the next run another fingerprint
+        shutil.rmtree(stage.scratch)  # what people bring gives the next run another fingerprint
         (stage.scratch.parent / WAITING_FILE).write_text(f"{waiting}\n", encoding="utf-8")
         close_record(record, "KILLED", str(waiting))
         raise
     except BaseException as error:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher stops all ranks when one fails: that is no news now
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher stops all ranks when one fails: we know already
         cause = None if isinstance(error, ValueError) else _failure_of_another_rank(stage.scratch)
         if cause is not None:
             close_record(record, "FAILED", cause["error"], cause["traceback"])
@@ -276,7 +276,7 @@ def _run_as_rank_0(
 
 
 def _run_beside_rank_0(stage: Stage[ParamsType], run: Callable[[Stage[ParamsType]], Mapping[str, float]]) -> None:
-    """Run the stage on another rank; leave word of a failure: rank 0 only sees that a rank is gone, or is stopped."""
+    """Run the stage on another rank; write any failure to a file: rank 0 only sees a rank vanish, or is stopped."""
     try:
         run(stage)
     except Exception as error:
@@ -287,17 +287,17 @@ def _run_beside_rank_0(stage: Stage[ParamsType], run: Callable[[Stage[ParamsType
 
 
 def _failure_of_another_rank(scratch: Path) -> dict[str, Any] | None:
-    """Return what the first rank that failed has said; None when none did. Those that fail later do for want of it."""
+    """Return the failure of the first rank that failed, or None; later ones fail because it is missing."""
     failures = [read_json(path) for path in scratch.glob(FAILURES)]
     return min(failures, key=lambda failure: float(failure["time"]), default=None)
 
 
 def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:
-    """Put the finished output in its place, and its figures into metrics.json and the record."""
+    """Move the finished output to its place, and write its figures to metrics.json and the record."""
     bad = {name: value for name, value in figures.items() if not isinstance(value, int | float) or value != value}
-    assert not bad, f"figures that are no numbers: {bad}"
+    assert not bad, f"figures that are not numbers: {bad}"
     unnamed = [name for name in figures if not is_metric_name(name)]
-    assert not unnamed, f"MLflow takes no metrics {unnamed}: make their names by metric_name"
+    assert not unnamed, f"MLflow does not accept the metrics {unnamed}: make their names with metric_name"
     write_json(stage.output / "metrics.json", dict(figures))
     write_json(stage.record / "figures.json", dict(figures))
     put_in_place(stage.output, DATA / place_of(stage.name))
@@ -309,7 +309,7 @@ def _publish_output(stage: Stage[Any], figures: Mapping[str, float]) -> None:
 
 
 def put_in_place(output: Path, place: Path) -> None:
-    """Move a finished output to its place in one rename; from another volume it is copied beside the place first."""
+    """Move a finished output to its place in one rename; from another volume, copy it beside that place first."""
     place.parent.mkdir(parents=True, exist_ok=True)
     complete = output
     if output.stat().st_dev != place.parent.stat().st_dev:

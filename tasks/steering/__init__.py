@@ -1,1 +1,1 @@
-"""What handles stages from outside: Prefect's task, the check of parameters, the sender of records to MLflow."""
+"""Control of stages from outside: Prefect's task, the check of parameters, the sender of records to MLflow."""

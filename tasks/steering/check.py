@@ -1,6 +1,6 @@
 """Check the parameters of stages before any of them runs: `python -m tasks.steering.check STAGE ...`.
 
-DVC removes a stage's output before it starts the stage, and hours may pass until a stage's turn comes: a misspelt or
+DVC removes a stage's output before it starts the stage, and a stage's turn may come only after hours: a misspelt or
 impossible value is better found at once.
 """
 
@@ -17,12 +17,12 @@ from tasks.running.places import section_of
 
 
 def problems(stages: Sequence[str]) -> list[str]:
-    """Return what is wrong in the sections of params.yaml that stages read; `ppo@v5` reads the section `ppo`."""
+    """Return the errors in the sections of params.yaml that stages read; `ppo@v5` reads section `ppo`."""
     values = read_params()
     models: dict[str, type[BaseModel]] = {"machine": Machine, "tracking": Tracking}
     for name in dict.fromkeys(map(section_of, stages)):
         module = importlib.import_module(f"tasks.{name}")
-        if not hasattr(module, "Params"):  # a package: its stage is its __main__
+        if not hasattr(module, "Params"):  # a package: the stage is its __main__
             module = importlib.import_module(f"tasks.{name}.__main__")
         models[name] = module.Params
     found = []

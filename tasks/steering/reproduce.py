@@ -1,7 +1,7 @@
 """The one Prefect task: bring one stage up to date.
 
-Runs `dvc --wait-for-lock repro --single-item STAGE` as a child process and passes its output on to Prefect's log. DVC
-is the only cache, so the task is never cached; what is out of date and what a stage needs stays DVC's to say.
+Runs `dvc --wait-for-lock repro --single-item STAGE` as a child process and passes its output to Prefect's log. DVC is
+the only cache, so the task is never cached; DVC alone decides what is out of date and what a stage needs.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ DVC_ADVICE = (
     "dvc config core.autostage",
     "Use `dvc push`",
 )
-WAITING = "Waiting"  # name of the state of a task, and of a flow, that waits for people
+WAITING = "Waiting"  # name of the state of a task or flow that waits for people
 
 _children: set[subprocess.Popen[str]] = set()
-_starting = threading.Lock()  # held while a child starts: none is overlooked by those who stop all
+_starting = threading.Lock()  # held while a child starts, so that `stop_all` overlooks none
 _stopping = threading.Event()
 _seats = threading.Semaphore()  # of stages on the accelerators: two would share a machine's only one
 
@@ -43,9 +43,9 @@ _seats = threading.Semaphore()  # of stages on the accelerators: two would share
 def reproduce(stage_name: str, address: str, seat: str | None) -> str | State[Any]:
     """Bring one stage up to date; return "ran in N s", "restored" (from DVC's run cache) or "up to date".
 
-    `address` is what DVC calls the stage; of those whose `seat` is "accelerator" as many run at once as `allow_stages`
-    says. A stage that waits for people ends in a state of that name with the stage's line, which keeps those that need
-    it from starting.
+    `address` is DVC's name for the stage. Of the stages whose `seat` is "accelerator", at most as many run at once as
+    `allow_stages` was told. A stage that waits for people ends in the state `Waiting` with the stage's line, so that
+    stages that need it don't start.
     Raises RuntimeError with the stage's own message.
     """
     if seat == "accelerator":
@@ -58,7 +58,7 @@ def _run_dvc(stage_name: str, address: str) -> str | State[Any]:
     started = time.time()
     logger = get_run_logger()
     waiting = SCRATCH / place_of(stage_name) / WAITING_FILE
-    waiting.unlink(missing_ok=True)  # of a run before
+    waiting.unlink(missing_ok=True)  # left by an earlier run
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", address]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # dvc.yaml says `python`
     with _starting:
@@ -100,9 +100,9 @@ def _run_dvc(stage_name: str, address: str) -> str | State[Any]:
 
 
 def failure(stage_name: str, since: float) -> str | None:
-    """Return how the stage ended, from the record that it opened since a time (seconds of the epoch), if it did.
+    """Return how the stage failed, from the record that it opened after `since` (seconds since the epoch), or None.
 
-    DVC passes on neither a stage's exit status nor its words.
+    DVC passes on neither a stage's exit status nor its message.
     """
     for path in (RUNS / place_of(stage_name)).glob("*/run.json"):
         if path.stat().st_mtime < since:
@@ -114,16 +114,19 @@ def failure(stage_name: str, since: float) -> str | None:
 
 
 def allow_stages(num_seats: int) -> None:
-    """Let stages start, so many on the accelerators at once; also in a process that stopped a flow before."""
+    """Let stages start, at most `num_seats` of them on the accelerators at once.
+
+    A process that has stopped a flow must call it again before it runs another.
+    """
     global _seats
     _seats = threading.Semaphore(num_seats)
     _stopping.clear()
 
 
 def stop_all(seconds: float = 25.0) -> None:
-    """End every stage that runs, with all its processes: asked first, killed when the time is up.
+    """End every running stage with all its processes: terminated first, killed when the time is up.
 
-    DVC dies of SIGTERM at once and leaves its child behind, so the whole tree is told.
+    DVC dies of SIGTERM at once and leaves its child behind, so every process of the tree gets the signal.
     """
     import psutil
 
@@ -142,7 +145,7 @@ def stop_all(seconds: float = 25.0) -> None:
     _, alive = psutil.wait_procs(descendants, timeout=seconds)
     for process in alive:
         process.kill()
-    for child in children:  # by Popen and not psutil, which would take the exit status away from it
+    for child in children:  # with Popen, not psutil, which would collect the exit status in its place
         try:
             child.wait(timeout=max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

@@ -1,15 +1,15 @@
 """Send the records of stage runs to MLflow.
 
 A stage writes what happened into .runs/<stage>/<fingerprint>/ (tasks/running/record.py) and never talks to MLflow
-itself: a server that is away, slow or restarted can't disturb training, and nothing is lost. This module reads a record
+itself: a server that is down, slow or restarted can't disturb training, and nothing is lost. This module reads a record
 and makes MLflow agree with it; sending twice changes nothing. It has two callers:
 
 - `python -m tasks.steering.tracking RECORD STARTED`, a process beside each running stage, so that curves grow while a
-  model trains. It ends when the stage does: the stage holds the other end of its standard input, and when that closes,
-  however the stage ended, the run gets its true state (a stage that left no state behind was killed).
+  model trains. It ends with the stage, which holds the other end of its standard input: when that closes, however the
+  stage ended, the run gets its final status (a stage that has recorded none was killed).
 - the stage `publish`, which sends what could not be sent before.
 
-MLflow holds one parent run per pipeline run and below it one run per stage run, known by the tags `stage`,
+MLflow holds one parent run per pipeline run and below it one run per stage run, identified by the tags `stage`,
 `fingerprint` and `begun` (when the stage was first started; a resumed run keeps it).
 """
 
@@ -43,9 +43,9 @@ LONGEST_DIGEST = 36  # MLflow's limit on the characters of a dataset's digest
 
 
 def connect(experiment: str) -> tuple[MlflowClient, str]:
-    """Return a client and the id of the experiment, created at need.
+    """Return a client and the id of the experiment, created if needed.
 
-    MLFLOW_TRACKING_URI chooses the server. Without it, runs go to mlflow.db and mlartifacts/ in the working directory.
+    MLFLOW_TRACKING_URI selects the server. Without it, runs go to mlflow.db and mlartifacts/ in the working directory.
     Raises MlflowException when the server does not answer.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -62,30 +62,30 @@ def connect(experiment: str) -> tuple[MlflowClient, str]:
         uri = f"sqlite:///{Path('mlflow.db').absolute()}"
         artifacts = Path("mlartifacts").absolute().as_uri()
     SCRATCH.mkdir(exist_ok=True)
-    # A new SQLite store is set up by whoever opens it first, and two at once would spoil it.
+    # Whoever opens a new SQLite store first sets it up; two at once would corrupt it.
     with FileLock(SCRATCH / "mlflow.lock"):
         set_tracking_uri(uri)
         client = MlflowClient()
         found = client.get_experiment_by_name(experiment)
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # the page opens on training runs
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page then opens on training runs
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts, kind)
     return client, experiment_id
 
 
 def without_password(error: Exception) -> str:
-    """Return an error's first line; MLflow quotes the server's whole address, which may hold a password."""
+    """Return an error's first line without a password: MLflow quotes the server's whole address."""
     return re.sub(r"://[^/\s]*@", "://", str(error).splitlines()[0][:200])
 
 
 def find_run(client: MlflowClient, experiment_id: str, tags: dict[str, str], condition: str = "") -> str | None:
-    """Return the id of the newest run with these tags for which MLflow's search condition holds, or None."""
+    """Return the id of the newest run that has these tags and meets MLflow's search condition, or None."""
     query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in sorted(tags.items())) + condition
     runs = client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"])
     return runs[0].info.run_id if runs else None
 
 
 def parent_run(client: MlflowClient, experiment_id: str, pipeline: str, started_ms: int) -> str:
-    """Return the id of the pipeline run's own MLflow run, created at need (once, however many stages ask)."""
+    """Return the id of the pipeline run's own MLflow run, created if needed (once, however many stages ask)."""
     from filelock import FileLock
 
     with FileLock(SCRATCH / "mlflow.lock"):
@@ -98,9 +98,9 @@ def parent_run(client: MlflowClient, experiment_id: str, pipeline: str, started_
 
 
 def send(record: Path) -> None:
-    """Make MLflow agree with one record; call it as often as you like.
+    """Make MLflow agree with one record; it can be called any number of times.
 
-    What was sent is remembered in mlflow.json beside it, so that only what is new travels.
+    mlflow.json in the record remembers what was sent, so that only new data is sent.
     """
     from filelock import FileLock
     from mlflow.entities import Metric
@@ -132,7 +132,7 @@ def send(record: Path) -> None:
 
 
 def _axes(name: str, line: dict[str, Any]) -> list[tuple[str, int]]:
-    """Each metric is shown against steps, and once more against tokens where they are known."""
+    """Return a metric's name and step, and another such pair against tokens if they are known."""
     axes = [(name, line["step"])]
     if line["tokens"] is not None:
         axes.append((f"by_tokens/{name}", line["tokens"]))
@@ -140,13 +140,13 @@ def _axes(name: str, line: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
-    """The last step that MLflow has of each metric, asked for when our own note of what was sent is lost."""
+    """Return the last step that MLflow has of each metric; needed when our note of what was sent is lost."""
     keys = client.get_run(run_id).data.metrics
     return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
 
 
 def _open_run(client: MlflowClient, experiment_id: str, run: dict[str, Any], state: dict[str, Any]) -> tuple[str, str]:
-    """Find or create the stage's run and its parent; a resumed run goes on in the pipeline that resumed it."""
+    """Find or create the stage's run and its parent; a resumed run moves to the pipeline run that resumed it."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     parent = parent_run(client, experiment_id, run["pipeline"], int(run["started"] * 1000))
@@ -195,7 +195,7 @@ def _end_run(
     run_id: str,
     lines: list[dict[str, Any]],
 ) -> None:
-    """Send figures, tables, files and the checkpoint of a run that ended, and its state."""
+    """Send the figures, tables, files, checkpoint and status of a run that has ended."""
     import mlflow
     from mlflow.entities import Metric
 
@@ -217,7 +217,7 @@ def _end_run(
     for first in range(0, len(final), LINES_PER_BATCH):
         client.log_batch(run_id, metrics=final[first : first + LINES_PER_BATCH])
     shown = []
-    for table in sorted((record / "tables").glob("*.csv")):  # log_table would append the rows when it is sent again
+    for table in sorted((record / "tables").glob("*.csv")):  # log_table would append the rows again when resent
         shown.append({"path": f"tables/{table.stem}.json", "type": "table"})
         client.log_text(run_id, read_table(table).to_json(orient="split", index=False), shown[-1]["path"])
     if shown:
@@ -230,14 +230,14 @@ def _end_run(
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Return a table of a record: only an empty cell is nothing, as people's texts may say `None` or `NA`."""
+    """Return a table of a record; only empty cells are missing values, as texts may be `None` or `NA`."""
     import pandas as pd
 
     return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def _end_parent(client: MlflowClient, experiment_id: str, parent: str, ended_ms: int) -> None:
-    """The pipeline's run ends when none of its stages is left running: as badly as the worst of them."""
+    """End the pipeline's run when none of its stages is running any more, with the worst of their statuses."""
     stages = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     states = {stage.info.status for stage in stages}
     if "RUNNING" not in states:
@@ -245,19 +245,19 @@ def _end_parent(client: MlflowClient, experiment_id: str, parent: str, ended_ms:
 
 
 def end_killed(record: Path) -> None:
-    """Note that the stage which wrote a record died without a word."""
+    """Record that the stage was killed: it died without closing its record."""
     run = read_run(record)
     write_json(record / "run.json", {**run, "status": "KILLED", "error": "killed", "ended": time.time()})
 
 
 def forget(record: Path) -> None:
-    """Remove a record that MLflow has whole."""
+    """Remove a record that MLflow has completely."""
     shutil.rmtree(record)
     (record.parent / f"{record.name}.lock").unlink(missing_ok=True)
 
 
 def fully_sent(record: Path) -> bool:
-    """Return whether MLflow has all of a record, its end included."""
+    """Return whether MLflow has all of a record, including its end."""
     state_file = record / "mlflow.json"
     if not state_file.exists():
         return False
@@ -267,7 +267,7 @@ def fully_sent(record: Path) -> bool:
 
 
 def follow(record: Path, started: float) -> None:
-    """Send the record of the stage that started then, again and again until it ends, then once more."""
+    """Send the record of the stage that started at `started`, repeatedly until it ends, then once more."""
     from mlflow.exceptions import MlflowException
 
     ended = False
@@ -276,7 +276,7 @@ def follow(record: Path, started: float) -> None:
         ended = bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
         run = read_run(record)
         if run["started"] != started:
-            return  # the stage died and was started again: the newer run has its own sender
+            return  # the stage died and was restarted: the newer run has its own sender
         if ended and run["status"] == "RUNNING":
             end_killed(record)
         try:

@@ -1,1 +1,1 @@
-"""More processes than one: the ranks of a stage that trains, Dask's workers for the corpus."""
+"""Work in several processes: the ranks of a training stage, Dask's workers for the corpus."""

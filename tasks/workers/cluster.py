@@ -1,4 +1,4 @@
-"""Dask workers for the corpus: processes of this machine, or a cluster that is there already. The only such place."""
+"""Dask workers for the corpus: local processes, or an existing cluster. Nothing else starts or connects to Dask."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SECONDS_TO_CONNECT = 30
 
 @contextmanager
 def dask_client(machine: Machine, scratch: Path, num_tasks: int) -> Iterator[Any]:
-    """Give a Dask client of the cluster at `machine.scheduler`, or of local processes that end with the block.
+    """Yield a Dask client of the cluster at `machine.scheduler`, or of local processes that end with the block.
 
-    No more local processes start than there are tasks. Workers of a cluster must run in this directory, on a file
-    system that all share, with this project installed. Raises ValueError when nobody answers at the address.
+    No more local processes start than there are tasks. Workers of a cluster must run in this directory, on a shared
+    file system, with this project installed. Raises ValueError when no scheduler answers at the address.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -36,7 +36,7 @@ def dask_client(machine: Machine, scratch: Path, num_tasks: int) -> Iterator[Any
             local_directory=str(scratch / "dask"),
             security=True,  # other users of this machine can't send it code
         )
-    # A worker gets a task when it is free, not before: what waits for it must not fill its memory.
+    # A worker gets a task only when it is free: tasks that wait must not fill its memory.
     settings = {"distributed.scheduler.worker-saturation": 1.0}
     with dask.config.set(settings), cluster as address:
         try:

@@ -1,4 +1,4 @@
-"""Finished pieces of work, kept over a kill: each is there in full, or not at all."""
+"""Finished pieces of work that survive a kill: each is complete or absent."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from uuid import uuid4
 
 
 def finish_once(directory: Path, fill: Callable[[Path], None]) -> None:
-    """Have `fill` write a directory's files; do nothing where an earlier run has finished that.
+    """Have `fill` write a directory's files; do nothing if an earlier run has finished it.
 
-    It fills a new directory, which gets its name in one rename. Of two that fill it at once (a cluster's worker may go
-    on when its run was killed) the first to end wins: both write the same bytes.
+    It fills a temporary directory, which gets its name in one rename. If two fill it at once (a cluster's worker may
+    continue after its run was killed), the first to finish wins: both write the same bytes.
     """
     if directory.exists():
         return
@@ -31,9 +31,9 @@ def finish_once(directory: Path, fill: Callable[[Path], None]) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a finished file a second name in the output, so that it is kept until the stage has succeeded.
+    """Hard-link a finished file into the output, so that the original is kept until the stage has succeeded.
 
-    It is copied where the file system has no hard links, or the two lie on different ones.
+    It is copied if the file system has no hard links, or the two are on different ones.
     """
     try:
         os.link(source, target)

@@ -1,10 +1,10 @@
 """Start a stage on the accelerators: `python -m tasks.workers.launch <stage> [item]`, the command of all that use them.
 
-`machine` in params.yaml says how many processes, and where. Several are started by DeepSpeed's launcher, on the hosts
-of `machine.hostfile` or on this one. A single process needs of it only four variables in its environment, and not the
-seconds that the launcher takes to start: this process becomes that rank.
+`machine` in params.yaml says how many processes to start, and where. DeepSpeed's launcher starts several, on the hosts
+of `machine.hostfile` or on this one. For a single process, four environment variables replace the launcher, which takes
+seconds to start: this process becomes that rank.
 
-Ranks of one host are heard on its loopback interface only, and find each other through a private file. On hosts of a
+Ranks on one host listen only on its loopback interface, and find each other through a private file. On the hosts of a
 hostfile DeepSpeed starts `python -m tasks.workers.launch --rank FILE <stage> [item]`, which becomes the rank.
 """
 
@@ -47,7 +47,7 @@ PORTS = range(20000, 32000)
 def free_port() -> int:
     """Return a port of 127.0.0.1 on which nothing listens.
 
-    It is none of those that systems give to outgoing connections: one of these could take it before a server does.
+    It is outside the range for outgoing connections, one of which could otherwise take it before a server does.
     """
     while True:
         port = secrets.choice(PORTS)
@@ -57,13 +57,13 @@ def free_port() -> int:
 
 
 def identify(name: str) -> str:
-    """Find out a stage's identity once for all its ranks, leave it in the scratch, and return its digest.
+    """Determine a stage's identity once for all its ranks, write it to the scratch, and return its digest.
 
-    Every rank hashing all the data by itself would keep rank 0 waiting. Raises ValueError as `fingerprint` does.
+    If every rank hashed all the data itself, rank 0 would have to wait. Raises ValueError as `fingerprint` does.
     """
     identity = fingerprint(name)
     scratch = SCRATCH / place_of(name) / identity.digest
-    for failure in scratch.glob(FAILURES):  # of a run before
+    for failure in scratch.glob(FAILURES):  # left by an earlier run
         failure.unlink()
     write_json(scratch / IDENTITY, identity._asdict())
     return identity.digest
@@ -74,16 +74,16 @@ def read_machine() -> Machine:
     machine = parse_section(Machine, read_params(), "machine")
     if machine.hostfile is not None and not Path(machine.hostfile).exists():
         raise ValueError(
-            f"params.yaml: `machine.hostfile` is {machine.hostfile}, which does not exist: write one line a host, "
+            f"params.yaml: `machine.hostfile` is {machine.hostfile}, which does not exist: write one line per host, "
             "for instance `node-1 slots=8`, or set null to train on this host"
         )
     return machine
 
 
 def launcher_arguments(stage: str, items: Sequence[str], machine: Machine, private: Path) -> list[str]:
-    """Return DeepSpeed's launcher, a module, and its arguments; `private` is a folder that only this user reads.
+    """Return DeepSpeed's launcher, a module, and its arguments; `private` is a folder that only this user can read.
 
-    The launcher stands between the ranks and the pipeline, so they are told which pipeline run they belong to.
+    The launcher stands between the ranks and the pipeline, so an argument tells them which pipeline run they belong to.
     """
     told = [*items, f"{PIPELINE_ARGUMENT}{pipeline_id()}"]
     if PIPELINE_VARIABLE in os.environ:
@@ -98,9 +98,9 @@ def launcher_arguments(stage: str, items: Sequence[str], machine: Machine, priva
 
 
 def hide_tracking(path: Path) -> None:
-    """Move MLflow's variables, which may hold a password, from the environment into a file of this user's.
+    """Move MLflow's variables, which may hold a password, from the environment into a file private to this user.
 
-    DeepSpeed's runner writes those that it finds into command lines, which everyone on the hosts can read.
+    DeepSpeed's runner would write them into command lines, which everyone on the hosts can read.
     """
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("MLFLOW")}
     path.touch(mode=0o600)
@@ -108,28 +108,28 @@ def hide_tracking(path: Path) -> None:
 
 
 def become_rank(stage: str, items: Sequence[str]) -> None:
-    """Become a rank of a stage; its environment is ready."""
+    """Become a rank of a stage; its environment must be ready."""
     os.execv(sys.executable, [sys.executable, "-m", f"tasks.{stage}", *items])  # noqa: S606 - a list, no shell
 
 
 def become_launcher(stage: str, items: Sequence[str], machine: Machine) -> None:
-    """Become DeepSpeed's launcher, on this host or for those of the hostfile; what was private goes when it ends."""
+    """Become DeepSpeed's launcher, on this host or for those of the hostfile; remove private files when it ends."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until DeepSpeed has its own handler
     several_hosts = machine.hostfile is not None
     if several_hosts:
-        SCRATCH.mkdir(exist_ok=True)  # all of them see it
+        SCRATCH.mkdir(exist_ok=True)  # all hosts see it
     else:
         os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     with TemporaryDirectory(prefix="launch-", dir=SCRATCH if several_hosts else None) as private:
         sys.argv = launcher_arguments(stage, items, machine, Path(private))
         if several_hosts:
             hide_tracking(Path(private, TRACKING_FILE))
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed's autotuner, unused, takes seconds for it
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed's unused autotuner would import it: slow
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def main() -> None:
-    """Become the launcher, the only rank, or one that the launcher has started on some host."""
+    """Become the launcher, the only rank, or a rank that the launcher has started on some host."""
     die_with_parent()
     arguments = sys.argv[1:]
     if not arguments:
@@ -144,13 +144,13 @@ def main() -> None:
     except ValueError as error:
         sys.stderr.write(f"{stage}: {error}\n")
         sys.exit(1)
-    # Read when torch is imported, never later. Threads that wait give way at once: spinning, as OpenMP does by itself,
-    # slows training several times as soon as another program needs one of the processors.
+    # torch reads these only when it is imported. Waiting threads yield at once: spinning, OpenMP's default, slows
+    # training several times as soon as another program needs one of the processors.
     os.environ.update(OMP_NUM_THREADS=str(machine.threads), OMP_WAIT_POLICY="passive")
     if machine.hostfile is None:
         os.environ.update(GLOO_SOCKET_IFNAME=LOOPBACK, NCCL_SOCKET_IFNAME=LOOPBACK)
     if is_rank:
-        if os.environ["RANK"] == "0":  # the one that tells MLflow
+        if os.environ["RANK"] == "0":  # the one that reports to MLflow
             tracking = Path(arguments[1])
             os.environ.update(json.loads(tracking.read_text(encoding="utf-8")))
             tracking.unlink()
