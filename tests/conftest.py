@@ -154,7 +154,7 @@ QUIET = {
 # What tests that join ranks, and MLflow, leave in this process's environment: a stage must not find it.
 LEFT_BEHIND = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "ARRIERO_PIPELINE",
-    "MLFLOW_TRACKING_URI", "PREFECT_API_URL",
+    "GLOO_SOCKET_IFNAME", "MLFLOW_TRACKING_URI", "PREFECT_API_URL",
 )  # fmt: skip
 
 
@@ -185,6 +185,16 @@ def empty_repository() -> Path:
     ):
         subprocess.run(command, check=True, cwd=root, env=environment)
     return root
+
+
+@cache
+def migrated_prefect() -> Path:
+    """A home of Prefect whose database has its tables: a server that starts in an empty one makes them first."""
+    home = once("prefect")
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+    environment = {**os.environ, **QUIET, "PREFECT_HOME": str(home)}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    return home
 
 
 @cache

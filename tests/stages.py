@@ -168,7 +168,7 @@ class Workspace:
             if self.output.exists():
                 assert self.files == whole
                 shutil.rmtree(self.output)
-                shutil.rmtree(self.root / ".scratch")
+                shutil.rmtree(self.root.joinpath(".scratch", *self.arguments))
 
     def errors(self, rank: int) -> str:
         return (self.root / f"errors{rank}.txt").read_text()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import TOY_DVC, repro
+from conftest import TOY_DVC, migrated_prefect, repro
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 from test_stage import processes_in, set_value, wait_for
@@ -20,6 +21,11 @@ from flows.graph import find_stale, read_graph
 from flows.summary import format_number, main_figures, summarize
 from tasks.running.record import metric_lines
 from tasks.workers.launch import free_port
+
+
+@pytest.fixture(autouse=True)
+def prefect_home(tmp_path: Path) -> None:
+    shutil.copytree(migrated_prefect(), tmp_path / "prefect")
 
 
 def recipe(*arguments: str) -> subprocess.CompletedProcess[str]:

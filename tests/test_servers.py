@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import migrated_prefect
 
 from flows import servers
 from tasks.workers.launch import free_port
@@ -50,6 +52,7 @@ def test_two_flows_do_not_share_a_server_that_ends_with_one_of_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    shutil.copytree(migrated_prefect(), tmp_path / "prefect")
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(servers, "PREFECT_PORT", free_port())
     with servers.prefect_server() as first, servers.prefect_server() as second:
@@ -95,6 +98,7 @@ def test_a_server_lives_as_long_as_its_block_and_not_longer_than_its_starter(
 def test_both_pages_answer_on_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
+    shutil.copytree(migrated_prefect(), tmp_path / "prefect")
     with (
         servers.start_mlflow(free_port()) as mlflow,
         servers.start_prefect(free_port()) as prefect,
