@@ -403,3 +403,23 @@ def flow_run_states(port: int) -> dict[str, str]:
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         return {run["state_type"]: run["id"] for run in json.load(response)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_seats", [1, 2])
+def test_as_many_stages_are_on_the_accelerators_as_there_are_seats(workspace: Path, num_seats: int) -> None:
+    stages, params = "stages:\n", Path("params.yaml").read_text()
+    for name in ("left", "right"):
+        shutil.copy("tasks/grow.py", f"tasks/{name}.py")
+        params += f"{name}: {{num_steps: 8, seconds: 1.0, fail_at: null}}\n"
+        stages += (
+            f"  {name}:\n    cmd: exec {sys.executable} -m tasks.{name}\n    params: [seed, {name}]\n"
+            f"    outs: [data/{name}]\n    meta: {{seat: accelerator}}\n"
+        )
+    Path("dvc.yaml").write_text(stages)
+    Path("params.yaml").write_text(params.replace("num_seats: 1", f"num_seats: {num_seats}"))
+    done = recipe()
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(path.read_text()) for path in Path(".runs").glob("*/*/run.json")]
+    first, second = sorted(runs, key=lambda run: float(run["started"]))
+    assert (second["started"] < first["ended"]) == (num_seats == 2)
