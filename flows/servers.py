@@ -6,24 +6,37 @@ All listen on 127.0.0.1 only and die with the process that started them.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
 from tasks.running.places import SCRATCH
 from tasks.running.processes import die_with_parent
-from tasks.workers.launch import free_port
 
 # Prefect's own variable and default, where its commands look for a server.
 PREFECT_PORT = int(os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
 MLFLOW_PORT = 5000
 SECONDS_TO_START = 120
+PORTS = range(20000, 32000)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 on which nothing listens.
+
+    It is outside the range for outgoing connections, one of which could otherwise take it before a server does.
+    """
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def answers(url: str) -> bool:

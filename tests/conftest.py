@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tasks.workers.launch import free_port
+from flows.servers import free_port
 
 # Examples are drawn anew at each run by hand, and are the same in CI. No deadline: a machine that stalls is no failure.
 settings.register_profile("arriero", deadline=None, derandomize="CI" in os.environ)

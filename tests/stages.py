@@ -24,9 +24,9 @@ from conftest import LEFT_BEHIND, QUIET, empty_repository
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from flows.servers import free_port
 from tasks.running.params import Machine
 from tasks.running.stage import Stage
-from tasks.workers.launch import free_port
 
 REPOSITORY = Path(__file__).parent.parent
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # as tasks.workers.launch sets them

@@ -18,9 +18,9 @@ from ruamel.yaml import YAML
 from test_stage import processes_in, set_value, wait_for
 
 from flows.graph import find_stale, read_graph
+from flows.servers import free_port
 from flows.summary import format_number, main_figures, summarize
 from tasks.running.record import metric_lines
-from tasks.workers.launch import free_port
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,7 @@ from test_stage import processes_in, set_value, wait_for
 from tasks.running.fingerprint import fingerprint
 from tasks.running.params import Machine
 from tasks.running.processes import PIPELINE_VARIABLE
-from tasks.workers import launch as launch_module
-from tasks.workers.launch import LOOPBACK, PORTS, free_port, launcher_arguments, read_machine
+from tasks.workers.launch import LOOPBACK, launcher_arguments, read_machine
 
 SECRET = "http://someone:password@mlflow"
 
@@ -214,14 +212,3 @@ def test_a_missing_hostfile_is_named(workspace: Path) -> None:
         ValueError, match=r"`machine.hostfile` is nowhere, which does not exist: write one line per host"
     ):
         read_machine()
-
-
-def test_a_port_is_free_and_no_outgoing_connection_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    assert not set(PORTS) & set(range(first, last + 1))
-    one = free_port()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", one))
-        other = free_port()
-        monkeypatch.setattr(launch_module, "PORTS", [one, other])
-        assert {free_port() for _ in range(20)} == {other}

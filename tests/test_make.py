@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from stages import REPOSITORY
 
-from tasks.workers.launch import free_port
+from flows.servers import free_port
 
 
 @pytest.fixture

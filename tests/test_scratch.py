@@ -13,13 +13,13 @@ from conftest import repro
 from test_stage import processes_in, set_value, wait_for
 
 from flows import states
+from flows.servers import free_port
 from tasks.publish import send_waiting_records
 from tasks.running.places import SCRATCH
 from tasks.running.processes import PIPELINE_VARIABLE
 from tasks.running.record import metric_lines, open_record, read_run
 from tasks.running.scratch import FINISHED, in_use, is_running, kept_states
 from tasks.running.stage import put_in_place
-from tasks.workers.launch import free_port
 
 
 def grow(*arguments: str) -> subprocess.CompletedProcess[str]:

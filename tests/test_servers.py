@@ -13,7 +13,7 @@ import pytest
 from conftest import migrated_prefect
 
 from flows import servers
-from tasks.workers.launch import free_port
+from flows.servers import PORTS, free_port
 
 
 def test_a_busy_port_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +108,14 @@ def test_both_pages_answer_on_this_machine_only(tmp_path: Path, monkeypatch: pyt
         ports = {int(url.split(":")[2].split("/")[0]) for url in (mlflow, prefect)}
         listening = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port in ports]
         assert {connection.laddr.ip for connection in listening} == {"127.0.0.1"}
+
+
+def test_a_port_is_free_and_no_outgoing_connection_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert not set(PORTS) & set(range(first, last + 1))
+    one = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", one))
+        other = free_port()
+        monkeypatch.setattr(servers, "PORTS", [one, other])
+        assert {free_port() for _ in range(20)} == {other}

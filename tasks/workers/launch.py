@@ -14,12 +14,9 @@ import base64
 import json
 import os
 import runpy
-import secrets
 import signal
-import socket
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,19 +38,6 @@ from tasks.running.scratch import FAILURES, IDENTITY
 RANK_ARGUMENT = "--rank"
 TRACKING_FILE = "tracking.json"
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-PORTS = range(20000, 32000)
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 on which nothing listens.
-
-    It is outside the range for outgoing connections, one of which could otherwise take it before a server does.
-    """
-    while True:
-        port = secrets.choice(PORTS)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def identify(name: str) -> str:
