@@ -19,7 +19,8 @@ from flows.servers import free_port
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh clone whose environment has one program, which is slow, notes what it was called with, and fails none."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MAKEFLAGS", raising=False)  # of a make that started the tests
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):  # of a make that started the tests
+        monkeypatch.delenv(name, raising=False)
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
