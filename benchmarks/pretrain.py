@@ -20,7 +20,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -148,10 +147,7 @@ def train(run: Run, clock: Clock) -> Curves:
 
 def join_alone() -> None:
     """Make this process the only rank of a training run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     join_ranks()
 
 
