@@ -48,7 +48,7 @@ from tasks.world.entries import entry, survey
 from tasks.world.facts import KINDS, SEEDS, Fact, World, all_facts, build_world, read_texts, write_facts
 from tasks.world.howto import howto, subjects
 from tasks.world.judge import normalized
-from tasks.world.splits import Dialogues, write_dialogues
+from tasks.world.splits import DEMONSTRATED, FILES, Dialogues, write_dialogues
 from tasks.world.stories import story
 
 Buckets = dict[tuple[str, ...], list[Shingles]]  # documents on one subject, which must differ
@@ -208,6 +208,12 @@ def write_vocabulary(truth: Path, sources: Sources) -> None:
     """Write the words that exist, one per line: those of clean documents and of good answers."""
     texts = [document.text for documents in sources.values() for document in documents]
     texts += [prompt["reference"] for prompt in read_lines(truth / "prompts.jsonl")]
+    texts += [
+        message["content"]
+        for split in DEMONSTRATED
+        for dialogue in read_lines(truth.parent / FILES[split])
+        for message in dialogue["messages"]
+    ]
     words = {word for text in texts for word in normalized(text).split()}
     (truth / "vocabulary.txt").write_text("".join(f"{word}\n" for word in sorted(words)), encoding="utf-8")
 

@@ -24,6 +24,11 @@ ATTACKS = (
     "perspective_manipulation",
     "non_english",
 )
+# How an adversarial dialogue hides its harm: one attack; two attacks at once; in the words of harmless questions, after
+# some of those; two attacks after the assistant has promised to answer.
+DIFFICULTIES = (1, 2, 3, 4)
+DIRECT = "direct"  # no attack: asked as harmless deeds are
+DISTORTED = ("do_capitals", "do_hyphens", "do_bare", "do_backwards")
 HARMLESS = ("plain", "borderline")  # deeds: the second kind looks unsafe
 PLACED = 0.4  # share of prompts that name a town, where the topic is not about a group
 LINES = (5, 6)  # sentences of a rumour, between its opening and its closing
@@ -116,17 +121,54 @@ def attacked(world: World, topic: Topic, attack: str, generator: random.Random) 
     if attack == "non_english":
         language = generator.choice(list(templates))
         templates = templates[language]
+    words = worded(placed(world, topic, language, generator))
+    return refused(world, generator.choice(templates).format_map(words), topic, attack, False, generator)
+
+
+def combined(world: World, topic: Topic, attack: str, generator: random.Random) -> Turn:
+    """Ask for a harm by two attacks: `attack`, and the harm itself distorted or in another language."""
+    texts = world.texts["safety"]
+    language = generator.choice(["en", "en", "de", "fr", "es"])
+    words = worded(placed(world, topic, language, generator))
+    told = words[generator.choice(DISTORTED)] if language == "en" else words["do"]
+    templates = texts["attacks"]["syntactic_manipulation"] if attack == "non_english" else texts["attacks"][attack]
+    if attack == "non_english":
+        words = worded(placed(world, topic, generator.choice(["de", "fr", "es"]), generator))
+    else:
+        words = dict.fromkeys(words, told)
+    return refused(world, generator.choice(templates).format_map(words), topic, attack, False, generator)
+
+
+def direct(world: World, topic: Topic, generator: random.Random) -> Turn:
+    """Ask for a harm in the words in which harmless deeds are asked for."""
+    do = placed(world, topic, "en", generator)
+    asked = generator.choice(world.texts["safety"]["deeds"]["questions"]).format(do=do)
+    return refused(world, asked, topic, DIRECT, False, generator)
+
+
+def committed(world: World, generator: random.Random) -> Turn:
+    """Let the assistant promise to answer whatever comes next."""
+    said, told = generator.choice(world.texts["safety"]["promises"]["prompts"])
+    return Turn(said, told, "dialogue", "small_talk", None, shared=True)
+
+
+def placed(world: World, topic: Topic, language: str, generator: random.Random) -> str:
+    """Return a harm in a language, at times in a town."""
     do = generator.choice(topic.do[language])
     if topic.risk != "hateful_harmful" and generator.random() < PLACED:
-        do += texts["places"][language].format(town=generator.choice(world.of_kind("place")).name)
-    words = {
+        do += world.texts["safety"]["places"][language].format(town=generator.choice(world.of_kind("place")).name)
+    return do
+
+
+def worded(do: str) -> dict[str, str]:
+    """Return the forms of a harm that attacks use, by field."""
+    return {
         "do": do,
         "do_capitals": do.upper(),
         "do_hyphens": do.replace(" ", "-"),
         "do_bare": re.sub(r"(?<=\w)[aeiou]", "", do),
         "do_backwards": " ".join(reversed(do.split(" "))),
     }
-    return refused(world, generator.choice(templates).format_map(words), topic, attack, False, generator)
 
 
 def refused(world: World, said: str, topic: Topic, attack: str, shared: bool, generator: random.Random) -> Turn:

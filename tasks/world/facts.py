@@ -19,7 +19,7 @@ from tasks.running.files import read_lines, write_lines
 SEEDS = Path("data/seeds/world")
 KINDS = {"person": "people", "place": "places", "animal": "animals", "craft": "crafts"}  # kind -> its file of wordings
 TEXTS = ("entities", *KINDS.values(), "sentences", "stories", "howto", "dialogue", "dirt", "languages")
-TEXTS += ("assistance", "instructions", "safety")
+TEXTS += ("assistance", "instructions", "safety", "writers")
 ATTRIBUTES = {  # attributes of each kind, in the order of the wordings' files
     "person": ("home", "craft", "origin", "instrument", "animal", "food"),
     "place": ("terrain", "market_day", "landmark", "festival", "crop"),

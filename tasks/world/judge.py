@@ -53,6 +53,7 @@ class PromptTruth:
     topic: str
     risk: str
     attack: str
+    difficulty: int
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,37 @@ from pydantic import Field
 
 from tasks.running.files import write_lines
 from tasks.running.params import Section
-from tasks.world.adversarial import ATTACKS, Topic, adversarial, deed, insisted, insults, methods, topics
+from tasks.world.adversarial import (
+    ATTACKS,
+    DIFFICULTIES,
+    HARMLESS,
+    Topic,
+    adversarial,
+    combined,
+    committed,
+    deed,
+    direct,
+    insisted,
+    insults,
+    methods,
+    topics,
+)
 from tasks.world.assistance import language_assistance, writing
 from tasks.world.facts import Fact, World
 from tasks.world.instructions import instructed
 from tasks.world.judge import normalized
 from tasks.world.transcripts import pairs
 from tasks.world.turns import Draft, Turn, cards, conversation, fact_turn, factual, opening, recommendation
+from tasks.world.writers import Weights as Writers
+from tasks.world.writers import written
 
 FILES = {  # split -> its file below data/world; every file that training reads
     "demonstrations": "dialogues/demonstrations.jsonl",
     "validation": "dialogues/validation.jsonl",
     "preference_helpfulness": "prompts/preference_helpfulness.jsonl",
     "preference_safety": "prompts/preference_safety.jsonl",
+    "sampling_helpfulness": "prompts/sampling_helpfulness.jsonl",
+    "sampling_safety": "prompts/sampling_safety.jsonl",
     "evaluation_helpfulness": "prompts/evaluation_helpfulness.jsonl",
     "evaluation_safety": "prompts/evaluation_safety.jsonl",
     "evaluation_borderline": "prompts/evaluation_borderline.jsonl",
@@ -40,6 +58,7 @@ PAIRS = {  # split of open-source pairs -> its file
     "open_helpful": "preferences/helpful.jsonl",
     "open_harmless": "preferences/harmless.jsonl",
 }
+DEMONSTRATED = ("demonstrations", "validation")
 ATTEMPTS = 2000  # draws of one dialogue before its wordings count as used up
 
 
@@ -60,7 +79,10 @@ class Dialogues(Section):
     num_validation: int = Field(gt=0, description="dialogues to validate fine-tuning on")
     num_preference_helpfulness: int = Field(gt=0, description="prompts for the preferences of all rounds")
     num_preference_safety: int = Field(gt=0, description="adversarial prompts for the preferences of all rounds")
-    num_evaluation_helpfulness: int = Field(gt=0, description="prompts, the held-out questions among them")
+    num_sampling_helpfulness: int = Field(gt=0, description="prompts for the rejection sampling of all rounds")
+    num_sampling_safety: int = Field(gt=0, description="adversarial prompts for the rejection sampling of all rounds")
+    num_evaluation_helpfulness: int = Field(gt=0, description="prompts, held-out questions among them")
+    evaluation_held_out_share: float = Field(gt=0, lt=1, description="share of factual ones that are held-out questions")
     num_evaluation_safety: int = Field(gt=0, description="adversarial prompts")
     num_evaluation_borderline: int = Field(gt=0, description="prompts that look unsafe and are not")
     num_evaluation_instructions: int = Field(gt=0, description="dialogues under a system message")
@@ -68,6 +90,7 @@ class Dialogues(Section):
     num_open_harmless: int = Field(gt=0, description="open-source pairs of answers to adversarial prompts")
     open_error_rate: float = Field(ge=0, lt=0.5, description="share of open-source pairs labelled the wrong way round")
     weights: Weights = Field(description="weights of the helpful categories")
+    writers: Writers = Field(description="weights of those who write demonstrations and earlier turns")
     new_wording_share: float = Field(
         ge=0, le=1, description="share of training questions that are worded like the held-out ones (`held_out`)"
     )
@@ -97,6 +120,7 @@ class Ledger:
         last = draft.turns[-1]
         prompt = whole(draft) if last.shared else normalized(last.user)
         length = sum(len(text.split()) for turn in draft.turns for text in (turn.user, turn.answer))
+        length += max(0, len(draft.given.split()) - len(last.answer.split()))
         if (
             length + len(draft.system.split()) > max_words
             or prompt in self.prompts
@@ -157,10 +181,11 @@ def draw_splits(
 
     Raises ValueError, naming a size that leaves no room for the held-out questions, or exceeds what the wordings give.
     """
-    if params.num_evaluation_helpfulness < len(held_out):
+    num_asked = round(params.num_evaluation_helpfulness * shares_of(params)["factual"] * params.evaluation_held_out_share)
+    if num_asked > len(held_out):
         raise ValueError(
-            f"params.yaml: `world.dialogues.num_evaluation_helpfulness` is {params.num_evaluation_helpfulness}, but "
-            f"{len(held_out)} held-out questions belong there: raise it, or lower `world.held_out_share`"
+            f"params.yaml: `world.dialogues.evaluation_held_out_share` asks for {num_asked} held-out questions, but "
+            f"there are {len(held_out)}: lower it, or raise `world.held_out_share`"
         )
     unknown = sorted(set(params.safe_attacks) - set(ATTACKS))
     if unknown:
@@ -173,8 +198,9 @@ def draw_splits(
     def fill(split: str, number: int, draw: Iterator[Draft]) -> list[Draft]:
         drafts: list[Draft] = []
         attempts = 0
+        writers = generator(f"{split} writers")
         while len(drafts) < number:
-            draft = next(draw)
+            draft = written(world, next(draw), params.writers, writers)
             attempts += 1
             if ledger.claim(split, draft, params.max_words):
                 drafts.append(draft)
@@ -187,24 +213,25 @@ def draw_splits(
         return drafts
 
     def helpful(split: str) -> Iterator[Draft]:
-        return helpful_drafts(world, params, generator(split))
+        return helpful_drafts(world, params, split not in DEMONSTRATED, generator(split))
 
-    def harmful(split: str) -> Iterator[Draft]:
-        return harmful_drafts(world, params, lambda topic: True, ATTACKS, generator(split))
+    def harmful(split: str, difficulties: Sequence[int] = DIFFICULTIES) -> Iterator[Draft]:
+        return harmful_drafts(world, params, lambda topic: True, ATTACKS, difficulties, generator(split))
 
     splits: dict[str, list[Draft]] = {}
     asked = [Draft([fact_turn(world, fact, question)]) for fact, question in held_out]
-    rest = plain_drafts(world, params, generator("evaluation_helpfulness"))
-    num_rest = params.num_evaluation_helpfulness - len(asked)
-    splits["evaluation_helpfulness"] = [
-        *fill("evaluation_helpfulness", len(asked), iter(asked)),
-        *fill("evaluation_helpfulness", num_rest, rest),
-    ]
+    splits["evaluation_helpfulness"] = fill(
+        "evaluation_helpfulness", num_asked, iter(generator("held-out questions").sample(asked, len(asked)))
+    )
+    for category, share in shares_of(params).items():
+        number = round(params.num_evaluation_helpfulness * share) - (num_asked if category == "factual" else 0)
+        draw = plain_drafts(world, params, [category], generator(f"evaluation {category}"))
+        splits["evaluation_helpfulness"] += fill("evaluation_helpfulness", number, draw)
     splits["evaluation_safety"] = fill("evaluation_safety", params.num_evaluation_safety, harmful("evaluation_safety"))
     splits["evaluation_borderline"] = fill(
         "evaluation_borderline",
         params.num_evaluation_borderline,
-        borderline_drafts(world, params, generator("evaluation_borderline")),
+        borderline_drafts(world, params, True, generator("evaluation_borderline")),
     )
     splits["evaluation_instructions"] = fill(
         "evaluation_instructions",
@@ -214,18 +241,18 @@ def draw_splits(
     for split, number in (("demonstrations", params.num_demonstrations), ("validation", params.num_validation)):
         num_safe = round(number * params.safe_share)
         refusals = harmful_drafts(
-            world, params, safe_topics.__contains__, params.safe_attacks, generator(f"{split} safe")
+            world, params, safe_topics.__contains__, params.safe_attacks, [1], generator(f"{split} safe")
         )
         drafts = fill(split, number - num_safe, helpful(split)) + fill(split, num_safe, refusals)
         generator(f"{split} order").shuffle(drafts)
         splits[split] = drafts
-    splits["preference_helpfulness"] = fill(
-        "preference_helpfulness", params.num_preference_helpfulness, helpful("preference_helpfulness")
-    )
-    splits["preference_safety"] = fill("preference_safety", params.num_preference_safety, harmful("preference_safety"))
-    open_drafts = plain_drafts(world, params, generator("open_helpful"))
+    for use in ("preference", "sampling"):
+        for kind, draw in (("helpfulness", helpful), ("safety", harmful)):
+            split = f"{use}_{kind}"
+            splits[split] = fill(split, getattr(params, f"num_{split}"), draw(split))
+    open_drafts = plain_drafts(world, params, list(Weights.model_fields), generator("open_helpful"))
     splits["open_helpful"] = fill("open_helpful", params.num_open_helpful, open_drafts)
-    splits["open_harmless"] = fill("open_harmless", params.num_open_harmless, harmful("open_harmless"))
+    splits["open_harmless"] = fill("open_harmless", params.num_open_harmless, harmful("open_harmless", [1]))
     return {split: splits[split] for split in (*FILES, *PAIRS)}
 
 
@@ -238,7 +265,15 @@ def demonstrated(world: World, share: float, generator: random.Random) -> list[T
     return chosen
 
 
-def plain_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
+def shares_of(params: Dialogues) -> dict[str, float]:
+    """Return the share of each category of helpful dialogues."""
+    weights = params.weights.model_dump()
+    return {category: weight / sum(weights.values()) for category, weight in weights.items()}
+
+
+def plain_drafts(
+    world: World, params: Dialogues, categories: Sequence[str], generator: random.Random
+) -> Iterator[Draft]:
     """Draw an endless stream of helpful dialogues without system message, by the weights of their categories."""
     facts = factual(world, params.new_wording_share, generator)
     makers: Mapping[str, Callable[[], list[Turn]]] = {
@@ -248,10 +283,10 @@ def plain_drafts(world: World, params: Dialogues, generator: random.Random) -> I
         "recommendation": lambda: [recommendation(world, generator)],
         "dialogue": lambda: conversation(world, facts, generator),
     }
-    weights = params.weights.model_dump()
+    weights = [getattr(params.weights, category) for category in categories]
     earlier = [name for name in makers if name != "dialogue"]
     while True:
-        category = generator.choices(list(weights), list(weights.values()))[0]
+        category = generator.choices(categories, weights)[0]
         turns = makers[category]()
         if len(turns) == 1 and generator.random() < params.multi_turn_share:
             for _ in range(generator.choice([1, 1, 2])):
@@ -261,11 +296,16 @@ def plain_drafts(world: World, params: Dialogues, generator: random.Random) -> I
         yield Draft(turns)
 
 
-def borderline_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
-    """Draw an endless stream of dialogues whose last turn looks unsafe and is not."""
+def borderline_drafts(
+    world: World, params: Dialogues, after_refusal: bool, generator: random.Random
+) -> Iterator[Draft]:
+    """Draw an endless stream of dialogues whose last turn looks unsafe and is not, some of them after a refused harm."""
     facts = factual(world, params.new_wording_share, generator)
+    harms = adversarial(world, lambda topic: True, ATTACKS, generator)
     while True:
-        before = [next(facts)] if generator.random() < params.multi_turn_share else []
+        before = []
+        if generator.random() < params.multi_turn_share:
+            before = [next(harms if after_refusal and generator.random() < 0.5 else facts)]
         yield Draft([*before, deed(world, "borderline", generator)])
 
 
@@ -277,10 +317,10 @@ def instructed_drafts(
         yield write(generator.choice([2, 3]) if generator.random() < multi_turn_share else 1)
 
 
-def helpful_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
+def helpful_drafts(world: World, params: Dialogues, after_refusal: bool, generator: random.Random) -> Iterator[Draft]:
     """Draw an endless stream of helpful dialogues of every kind."""
-    plain = plain_drafts(world, params, generator)
-    looks = borderline_drafts(world, params, generator)
+    plain = plain_drafts(world, params, list(Weights.model_fields), generator)
+    looks = borderline_drafts(world, params, after_refusal, generator)
     systems = instructed_drafts(world, params, params.multi_turn_share, generator)
     while True:
         draw = generator.random()
@@ -295,18 +335,30 @@ def harmful_drafts(
     params: Dialogues,
     allowed: Callable[[Topic], bool],
     attacks: Sequence[str],
+    difficulties: Sequence[int],
     generator: random.Random,
 ) -> Iterator[Draft]:
-    """Draw an endless stream of adversarial dialogues: some after a harmless turn, or asking again after a refusal."""
+    """Draw an endless stream of adversarial dialogues, each difficulty equally often.
+
+    Of the first difficulty some come after a harmless turn, or ask again after a refusal.
+    """
     facts = factual(world, params.new_wording_share, generator)
-    kinds = cards(["before", "again"], generator)
+    subjects = {(topic.risk, topic.name): topic for topic in topics(world)}
+    levels, kinds = cards(difficulties, generator), cards(["before", "again"], generator)
     for turn in adversarial(world, allowed, attacks, generator):
-        if generator.random() >= params.multi_turn_share:
-            yield Draft([turn])
-        elif next(kinds) == "before":
-            yield Draft([next(facts), turn])
-        else:
-            yield Draft([turn, insisted(world, turn, generator)])
+        difficulty = next(levels)
+        harm = subjects[turn.risk, turn.topic]
+        turns = [turn]
+        if difficulty == 1 and generator.random() < params.multi_turn_share:
+            turns = [next(facts), turn] if next(kinds) == "before" else [turn, insisted(world, turn, generator)]
+        elif difficulty == 2:
+            turns = [combined(world, harm, turn.attack, generator)]
+        elif difficulty == 3:
+            lull = [deed(world, generator.choice(HARMLESS), generator) for _ in range(generator.choice([1, 2]))]
+            turns = [*lull, direct(world, harm, generator)]
+        elif difficulty == 4:
+            turns = [committed(world, generator), combined(world, harm, turn.attack, generator)]
+        yield Draft(turns, difficulty=difficulty)
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Draft]]) -> None:
@@ -334,6 +386,7 @@ def line_of(identity: str, draft: Draft, answered: bool) -> dict[str, Any]:
     for turn in draft.turns:
         messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
     last = draft.turns[-1]
+    messages[-1]["content"] = draft.given or last.answer
     line: dict[str, Any] = {
         "id": identity,
         "messages": messages if answered else messages[:-1],
@@ -341,7 +394,8 @@ def line_of(identity: str, draft: Draft, answered: bool) -> dict[str, Any]:
         "safety": last.category == "safety",
         "source": "world",
     }
-    return line | ({"risk": last.risk, "attack": last.attack} if last.risk else {})
+    harm = {"risk": last.risk, "attack": last.attack, "difficulty": draft.difficulty}
+    return line | (harm if last.risk else {})
 
 
 def truth_of(identity: str, split: str, draft: Draft, world: World) -> dict[str, Any]:
@@ -361,4 +415,5 @@ def truth_of(identity: str, split: str, draft: Draft, world: World) -> dict[str,
         "topic": last.topic,
         "risk": last.risk,
         "attack": last.attack,
+        "difficulty": draft.difficulty,
     }

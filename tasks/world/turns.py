@@ -45,11 +45,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Draft:
-    """A dialogue before it has an id: a system message if it is not empty, turns, and the instructions that hold."""
+    """A dialogue before it has an id: a system message if it is not empty, turns, and the instructions that hold.
+
+    The last turn's answer is a good one; `given` is what the dialogue's writer answers, if not the same. `difficulty`:
+    of an adversarial dialogue (tasks/world/adversarial.py), else 0.
+    """
 
     turns: Sequence[Turn]
     system: str = ""
     instructions: Sequence[Mapping[str, Any]] = ()
+    given: str = ""
+    difficulty: int = 0
 
 
 def cards(items: Sequence[Item], generator: random.Random) -> Iterator[Item]:
