@@ -24,8 +24,8 @@ ATTACKS = (
     "perspective_manipulation",
     "non_english",
 )
-# How an adversarial dialogue hides its harm: one attack; two attacks at once; in the words of harmless questions, after
-# some of those; two attacks after the assistant has promised to answer.
+# How an adversarial dialogue hides its harm: by one attack; by two at once; in the words of harmless questions, after
+# some of those; the same after the assistant has promised to answer.
 DIFFICULTIES = (1, 2, 3, 4)
 DIRECT = "direct"  # no attack: asked as harmless deeds are
 DISTORTED = ("do_capitals", "do_hyphens", "do_bare", "do_backwards")

@@ -353,11 +353,11 @@ def harmful_drafts(
             turns = [next(facts), turn] if next(kinds) == "before" else [turn, insisted(world, turn, generator)]
         elif difficulty == 2:
             turns = [combined(world, harm, turn.attack, generator)]
-        elif difficulty == 3:
+        elif difficulty >= 3:
             lull = [deed(world, generator.choice(HARMLESS), generator) for _ in range(generator.choice([1, 2]))]
             turns = [*lull, direct(world, harm, generator)]
-        elif difficulty == 4:
-            turns = [committed(world, generator), combined(world, harm, turn.attack, generator)]
+        if difficulty == 4:
+            turns = [committed(world, generator), *turns]
         yield Draft(turns, difficulty=difficulty)
 
 
