@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5%: for two-sided 95% intervals
@@ -23,3 +24,12 @@ def student_quantile(degrees_of_freedom: int) -> float:
     from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
 
     return float(t.ppf((1 + CONFIDENCE) / 2, degrees_of_freedom))
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """Return Student's interval for a mean, given two values or more."""
+    assert len(values) > 1, "one value has no interval"
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    reach = student_quantile(len(values) - 1) * math.sqrt(variance / len(values))
+    return mean - reach, mean + reach
