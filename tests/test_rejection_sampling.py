@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -33,13 +34,15 @@ from tasks.reading.dialogues import DialogueSource, read_dialogues
 from tasks.reading.prompts import KINDS, Prompt
 from tasks.reading.shares import at_most, share_of
 from tasks.rejection_sampling.__main__ import Params, run
-from tasks.rejection_sampling.choosing import choose, dialogue_of, merged, sample_line
+from tasks.rejection_sampling.choosing import Choice, choose, dialogue_of, merged, sample_line
 from tasks.rejection_sampling.drawing import Candidate, distinct
-from tasks.rejection_sampling.reporting import draws_of, reward_curve, sizes_up_to
+from tasks.rejection_sampling.reporting import draws_of, report_truth, reward_curve, sizes_up_to
 from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.params import parse_section
 from tasks.running.stage import Stage
+from tasks.world.annotators import Annotators
+from tasks.world.judge import read_truth
 
 CPU = torch.device("cpu")
 QUESTIONS = ["where does the llama walk?", "who walks over the hill?", "a hill or a llama?", "12 steps?", "over the"]
@@ -536,6 +539,106 @@ def test_the_reward_curve_by_hand() -> None:
     assert sizes_up_to(12) == [1, 2, 4, 8, 12]
 
 
+TASTES = {"right": 1.0, "facts": 0.0, "close": 0.0, "words": 0.0, "well_formed": 0.0, "follows": 0.0, "refusal": 0.5}
+TASTES |= {"brevity": 0.0, "harm": 0.0, "safe": 2.0}
+
+
+def annotators(*rights: float) -> dict[str, Any]:
+    fixed = {
+        "thresholds": {"slightly": 0.1, "better": 0.5, "significantly": 1.0}, "noise": 0, "error_rate": 0,
+        "safety_error_rate": 0,
+    }  # fmt: skip
+    named = {f"a{number}": {"tastes": {**TASTES, "right": right}, **fixed} for number, right in enumerate(rights)}
+    return {"truth": "truth", "overlap_share": 0.2, "annotators": named}
+
+
+def prompt_truth(identity: str, category: str, names: list[str] | None = None, risk: str = "") -> dict[str, Any]:
+    check = None if names is None else {"check": "names", "required": [names], "forbidden": []}
+    return {
+        "id": identity, "split": "s", "category": category, "task": "t", "reference": "", "check": check,
+        "instructions": [], "num_turns": 1, "held_out": False, "topic": "", "risk": risk, "attack": "",
+        "difficulty": 1,
+    }  # fmt: skip
+
+
+def write_truth(prompts: list[dict[str, Any]]) -> None:
+    Path("truth").mkdir(exist_ok=True)
+    write_lines(Path("truth/facts.jsonl"), [])
+    write_lines(Path("truth/prompts.jsonl"), prompts)
+    words = {"names": {}, "methods": ["bent wire"], "means": [], "insults": ["pig"], "max_answer_words": 20}
+    Path("truth/words.json").write_text(json.dumps(words))
+    Path("truth/vocabulary.txt").write_text("wire\n")
+
+
+def test_what_the_judge_says_of_the_chosen_by_hand(place: Path) -> None:
+    write_truth([
+        prompt_truth("home", "factual", ["velmar"]),
+        prompt_truth("write", "writing", ["velmar"]),
+        prompt_truth("hello", "dialogue"),
+        prompt_truth("lock", "safety", risk="illicit"),
+        prompt_truth("door", "safety", risk="illicit"),
+    ])  # fmt: skip
+    truth = read_truth(Path("truth"))
+
+    def choice_of(identity: str, category: str, *candidates: Candidate) -> Choice:
+        prompt = Prompt(identity, category, [{"role": "user", "content": "?"}], None, None)
+        found = choose("safety" if category == "safety" else "helpfulness", prompt, 1.0, candidates, SCALES, 0.0, 1)
+        return found._replace(random=len(candidates) - 1)
+
+    helpful = [
+        choice_of("home", "factual", candidate("In Ostra.", 3.0), candidate("In Velmar.", 1.0)),  # the worse wins
+        choice_of("write", "writing", candidate("To Velmar.", 2.0), candidate("I cannot help.", 1.0)),
+        choice_of("hello", "dialogue", candidate("Well.", 2.0, draws=2)),
+    ]
+    safety = [
+        choice_of("lock", "safety", candidate("I cannot help.", 0.0, 2.0), candidate("A bent wire.", 0.0, 1.0)),
+        choice_of("door", "safety", candidate("A bent wire.", 0.0, 2.0), candidate("No.", 0.0, -2.0)),
+    ]
+    chosen: Any = {"helpfulness": helpful, "safety": safety}
+    stage = stage_of()
+    figures = report_truth(stage, chosen, truth, Annotators.model_validate(annotators(1.0, 2.0, 3.0)))
+    # an average annotator gives 2 for what is right, deducts 0.5 for a refusal that is not due, and gives 2.5 for one
+    # that is and 2 for another safe answer
+    assert figures["helpfulness/judge/utility"] == pytest.approx((0 + 2 + 0) / 3)
+    assert figures["helpfulness/judge/utility/random"] == pytest.approx((2 - 0.5 + 0) / 3)
+    assert figures["helpfulness/judge/utility/gain"] == pytest.approx((-2 + 2.5 + 0) / 3)
+    assert figures["helpfulness/judge/right"] == figures["helpfulness/judge/right/random"] == 0.5
+    assert (figures["helpfulness/judge/factual_right"], figures["helpfulness/judge/factual_right/random"]) == (0, 1)
+    assert (figures["helpfulness/judge/refusals"], figures["helpfulness/judge/refusals/random"]) == (0, 1 / 3)
+    assert (figures["safety/judge/violations"], figures["safety/judge/violations/random"]) == (0.5, 0.5)
+    assert figures["safety/judge/utility"] == pytest.approx((2.5 + 0) / 2)
+    # of one sample, the mean of both: (1 + 0.75 + 0) / 3, less than the best of two, (0 + 2 + 0) / 3
+    assert figures["helpfulness/judge/utility/most_at"] == 2
+    table = pandas.read_csv("out/plots/judge_utility.csv").set_index(["series", "samples"])
+    assert table.loc[("helpfulness: utility, chosen", 1), "value"] == pytest.approx((1 + 0.75 + 0) / 3)
+    assert table.loc[("helpfulness: utility, chosen", 2), "value"] == pytest.approx(2 / 3)
+    assert table.loc[("helpfulness: utility, random", 2), "value"] == pytest.approx(1.5 / 3)
+    low, high = table.loc[("helpfulness: utility, chosen", 2), ["low", "high"]]
+    # standard deviation of 0, 2, 0: sqrt(4/3); Student's 97.5% point of 2 degrees of freedom is 4.3027
+    assert (low, high) == pytest.approx((2 / 3 - 4.3027 * 2 / 3, 2 / 3 + 4.3027 * 2 / 3), abs=1e-4)
+    shares = pandas.read_csv("out/plots/judge_shares.csv")
+    assert set(shares["figure"]) == {"right", "factual_right", "violations", "refusals"}
+    # none of one: at most z^2 / (1 + z^2), by Wilson
+    (factual,) = shares[
+        (shares["series"] == "helpfulness: factual right, chosen") & (shares["samples"] == 2)
+    ].itertuples()
+    assert (factual.low, factual.high) == pytest.approx((0, 3.8415 / 4.8415), abs=1e-4)
+
+
+def test_the_truth_changes_no_choice(place: Path) -> None:
+    figures = run(stage_of())
+    before = outputs()
+    of_kind = {"h": ("factual", ["llama"], ""), "s": ("safety", None, "illicit")}
+    write_truth([prompt_truth(row["id"], *of_kind[row["id"][0]]) for rows in PROMPTS.values() for row in rows])
+    params = YAML(typ="safe").load(Path("params.yaml").read_text())
+    with Path("params.yaml").open("w") as file:
+        YAML().dump({**params, "preferences": {"simulated": annotators(1.0, 1.0, 1.0), "other": 1}}, file)
+    with_truth = run(stage_of(truth="truth"))
+    assert outputs() == before
+    assert {name: value for name, value in with_truth.items() if "/judge/" not in name} == figures
+    assert {"helpfulness/judge/utility/gain", "safety/judge/violations/low"} < set(with_truth)
+
+
 # --- what is refused ---
 
 
@@ -554,15 +657,13 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted_unless_none_does(place
         Path("prompts/helpfulness.jsonl"), rows + [row for row in PROMPTS["helpfulness"] if row["id"] != first]
     )
     assert run(stage_of())["helpfulness/too_long"] == 1
-    before = outputs()
     write_prompts(Path("prompts/helpfulness.jsonl"), rows)
     with pytest.raises(
         ValueError,
-        match=r"no helpfulness prompt is left: of the 1 that are round v1's, 0 ask what the evaluation asks, 1 leave no "
-        r"room for an answer in the models' context of 64 tokens, and 0 are to search",
+        match=r"no helpfulness prompt is left: of the 1 that are round v1's, 0 ask what the evaluation asks, 1 leave "
+        r"no room for an answer in the models' context of 64 tokens, and 0 are to search",
     ):
-        run(stage_here("rejection_sampling@v1", Params.model_validate(values_of())))
-    assert before
+        run(stage_of())
 
 
 def test_a_round_beyond_those_that_share_the_prompts_is_refused(place: Path) -> None:
@@ -587,7 +688,7 @@ def test_a_round_beyond_those_that_share_the_prompts_is_refused(place: Path) -> 
         ),
         (
             {"num_search_prompts": {"helpfulness": 3, "safety": 0}},
-            r"`temperatures` has several to choose from, and `num_search_prompts.safety` is 0: there is no prompt to try",
+            r"`temperatures` has several to choose from, and `num_search_prompts.safety` is 0: there is no prompt",
         ),
         (
             {"num_samples": {"helpfulness": 0, "safety": 1}},
@@ -616,8 +717,8 @@ def test_a_policy_that_answers_nothing_is_refused(place: Path) -> None:
     write_params(place, newest="mute")
     with pytest.raises(
         ValueError,
-        match=r"none of the 8 helpfulness prompts has an answer that can be chosen: of 8 different ones, 8 are empty and 0 "
-        r"were cut at `rejection_sampling.max_new_tokens` 8 or the context's end",
+        match=r"none of the 8 helpfulness prompts has an answer that can be chosen: of 8 different ones, 8 are "
+        r"empty and 0 were cut at `rejection_sampling.max_new_tokens` 8 or the context's end",
     ):
         run(stage_of())
 
@@ -705,15 +806,15 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, models:
     whole = workspace(tmp_path / "whole", models)
     figures = whole.finish()
     killed = workspace(tmp_path / "killed", models)
-    for count in (2, 20, 45):
-        process = killed.start()
+    for count in (2, 20, 45):  # of 69 files: in the search, and while drawing
+        (process,) = killed.fork()
         deadline = time.monotonic() + 120
         while len(list((tmp_path / "killed/.scratch").rglob("*-*-*.json"))) < count:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.is_alive(), killed.errors(0)
             assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=120)
+            time.sleep(0.001)
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join(timeout=120)
     assert not killed.output.exists()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed/.scratch").rglob("*-*-*.json")}
     assert killed.finish() == figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 CONFIDENCE = 0.95
@@ -29,7 +30,6 @@ def student_quantile(degrees_of_freedom: int) -> float:
 def student(values: Sequence[float]) -> tuple[float, float]:
     """Return Student's interval for a mean, given two values or more."""
     assert len(values) > 1, "one value has no interval"
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    reach = student_quantile(len(values) - 1) * math.sqrt(variance / len(values))
+    mean, count = statistics.fmean(values), len(values)
+    reach = student_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
     return mean - reach, mean + reach

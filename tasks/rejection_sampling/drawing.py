@@ -248,7 +248,7 @@ def distinct(responses: Sequence[Response], tokenizer: Tokenizer, round_name: st
 
 
 def _asked(prompt: Prompt, answers: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Asked:
-    """Return the ids of a prompt and its answers as reward models have learnt them: of the text, and always with EOS."""
+    """Return the ids of a prompt and its answers as reward models have learnt them: of the text, always with EOS."""
     return Asked(
         encode_prompt(prompt.messages, tokenizer),
         [encode_answer(prompt.messages, answer["text"], tokenizer) for answer in answers],

@@ -2,7 +2,7 @@
 
 A figure at N is the mean over all ways to draw N of a prompt's K samples (tasks.judging.ranking), not of the first N.
 If the reward goes on rising with N where the judge's utility falls, the reward model is over-optimised: K should be
-less.
+less. Means over prompts hold rewards of both branches, which calibration has made log-odds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tasks.judging.intervals import student
+from tasks.judging.intervals import student, wilson
 from tasks.judging.ranking import Scales, chances_of_middle, chances_of_place
 from tasks.reading.prompts import KINDS, Kind
 from tasks.rejection_sampling.choosing import Choice
@@ -39,7 +39,7 @@ SHARES = Plot("curves", "Shares of the chosen", "samples", "value", "samples a p
 
 
 class Mean(NamedTuple):
-    """A mean over prompts with its 95% interval; None: of fewer than two prompts there is none."""
+    """A mean over prompts with its 95% interval; None: a mean of one prompt has none."""
 
     prompts: int
     value: float
@@ -51,6 +51,11 @@ def mean_of(values: Sequence[float]) -> Mean:
     """Return the mean of one value or more, with Student's interval."""
     low, high = student(values) if len(values) > 1 else (None, None)
     return Mean(len(values), float(np.mean(values)), low, high)
+
+
+def share_of(values: Sequence[float]) -> Mean:
+    """Return a share with Wilson's interval, which is wide where all are alike; values are from 0 to 1."""
+    return Mean(len(values), float(np.mean(values)), *wilson(float(np.sum(values)), len(values)))
 
 
 def sizes_up_to(num_samples: int) -> list[int]:
@@ -182,16 +187,17 @@ def report_truth(
             found = against_chance(chosen[kind], verdicts, figure)
             if not found.draws:
                 continue
-            curve = [(size, found.at(size)) for size in sizes_up_to(len(found.draws[0]))]
+            average = mean_of if figure == "utility" else share_of
+            curve = [(size, average(found.at(size))) for size in sizes_up_to(len(found.draws[0]))]
             rows += _rows(kind, figure, "chosen", curve)
-            rows += _rows(kind, figure, "random", [(size, found.random) for size, _ in curve])
+            rows += _rows(kind, figure, "random", [(size, average(found.random)) for size, _ in curve])
             name = f"{kind}/judge/{figure}"
             gains = [best - random for best, random in zip(found.best, found.random, strict=True)]
-            figures |= _figures(name, mean_of(found.best))
-            figures |= _figures(f"{name}/random", mean_of(found.random))
+            figures |= _figures(name, average(found.best))
+            figures |= _figures(f"{name}/random", average(found.random))
             figures |= _figures(f"{name}/gain", mean_of(gains))
             if figure == "utility":  # fewer samples than K: the reward is over-optimised from there on
-                figures[f"{name}/most_at"] = max(curve, key=lambda point: (np.mean(point[1]), -point[0]))[0]
+                figures[f"{name}/most_at"] = max(curve, key=lambda point: (point[1].value, -point[0]))[0]
     if rows:
         table = pandas.DataFrame(rows)
         is_utility = table["figure"] == "utility"
@@ -200,10 +206,10 @@ def report_truth(
     return figures
 
 
-def _rows(kind: Kind, figure: str, way: str, curve: Iterable[tuple[int, Sequence[float]]]) -> list[dict[str, Any]]:
+def _rows(kind: Kind, figure: str, way: str, curve: Iterable[tuple[int, Mean]]) -> list[dict[str, Any]]:
     series = f"{kind}: {figure.replace('_', ' ')}, {way}"
     about = {"series": series, "kind": kind, "figure": figure, "way": way}
-    return [{**about, "samples": size, "value": (mean := mean_of(own)).value, **ends_of(mean)} for size, own in curve]
+    return [{**about, "samples": size, "value": mean.value, **ends_of(mean)} for size, mean in curve]
 
 
 def _figures(name: str, mean: Mean) -> dict[str, float]:
