@@ -823,10 +823,20 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, models:
 
 
 @pytest.mark.slow
-def test_two_ranks_draw_what_one_does(tmp_path: Path, models: Path) -> None:
+def test_two_ranks_draw_what_one_does_even_if_one_has_finished_more(tmp_path: Path, models: Path) -> None:
     alone = workspace(tmp_path / "alone", models)
     figures = alone.finish()
     shared = workspace(tmp_path / "shared", models, num_ranks=2)
+    processes = shared.fork()
+    deadline = time.monotonic() + 120
+    while not (found := list((tmp_path / "shared/.scratch").rglob("draw-helpfulness-*-5.json"))):
+        assert processes[0].is_alive() and time.monotonic() < deadline, shared.errors(0)
+        time.sleep(0.001)
+    for process in processes:
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join(timeout=120)
+    for path in found[0].parent.glob("draw-helpfulness-*-[024].json"):  # those of rank 0
+        path.unlink()
     assert shared.finish() == figures
     assert shared.files == alone.files
 

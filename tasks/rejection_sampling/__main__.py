@@ -7,7 +7,7 @@ of all earlier rounds are kept beside the round's own. Where there is a truth, t
 it decides nothing. With `distil_from`, another model's chosen samples take the place of own ones, and nothing is drawn.
 
 An answer that was cut is scored as if the model had ended it, as reward models know no other answers; it ranks below
-every finished one, and is never chosen. Prompts that ask what the evaluation asks are left out.
+every one that can be chosen, and never is. Prompts that ask what the evaluation asks are left out.
 
 Run once for each round (`rejection_sampling@v1`). Reads the newest checkpoint, both reward models, the prompt files,
 the earlier samples, the evaluation's prompts, the truth.
