@@ -25,26 +25,13 @@ from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
 from tasks.judging.label_studio import batch_of, read_guidelines, write_project
-from tasks.reading.prompts import KINDS, Answer, Kind, Prompt, ResponsePair, as_text, read_prompts
+from tasks.reading.prompts import KINDS, Answer, Kind, Prompt, ResponsePair, as_text
 from tasks.reading.rounds import Place, round_of
+from tasks.reading.shares import Asked, Files, Numbers, at_most, shares_of
 from tasks.running.digests import number_of
 from tasks.running.files import write_lines
 from tasks.running.params import Section
 from tasks.running.stage import Stage, start
-
-
-class Files(Section):
-    """The prompt file of each kind."""
-
-    helpfulness: str = Field(min_length=1, description="JSON lines of prompts")
-    safety: str = Field(min_length=1, description="JSON lines of adversarial prompts")
-
-
-class Numbers(Section):
-    """How many prompts of each kind."""
-
-    helpfulness: int = Field(ge=0, description="maximum prompts; 0: none, and their file is not read")
-    safety: int = Field(ge=0, description="maximum prompts; 0: none, and their file is not read")
 
 
 class Temperatures(Section):
@@ -76,13 +63,6 @@ class Variant(NamedTuple):
     name: Literal["newest", "earlier"]
     model: str
     temperature: float
-
-
-class Asked(NamedTuple):
-    """A prompt and the kind of preference that its answers are for."""
-
-    kind: Kind
-    prompt: Prompt
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -141,31 +121,11 @@ def variants_of(place: Place, params: Params) -> tuple[Variant, Variant]:
 
 
 def prompts_of(place: Place, params: Params) -> list[Asked]:
-    """Return the round's prompts of all kinds, in their files' order.
-
-    Raises ValueError for a round beyond those that share the prompts, and as `read_prompts` does.
-    """
-    if place.number >= params.num_rounds:
-        raise ValueError(
-            f"params.yaml: `rounds.{place.name}`: the prompts are divided among `responses.num_rounds` "
-            f"{params.num_rounds} rounds: raise it, which gives every round other prompts"
-        )
-    asked = []
-    for kind in KINDS:
-        limit = getattr(params.max_prompts, kind)
-        if limit:
-            path, parameter = Path(getattr(params.prompts, kind)), f"responses.prompts.{kind}"
-            own = slice_of(read_prompts([path], parameter), place.number, params.num_rounds, limit)
-            asked += [Asked(kind, prompt) for prompt in own]
-    return asked
-
-
-def slice_of(prompts: Sequence[Prompt], number: int, num_rounds: int, limit: int) -> list[Prompt]:
-    """Return the prompts of round `number` in their order; if more than `limit`, the first by another hash."""
-    own = [prompt for prompt in prompts if number_of(f"round {prompt.id}") % num_rounds == number]
-    drawn = sorted(own, key=lambda prompt: number_of(f"use {prompt.id}"))[:limit]
-    ids = {prompt.id for prompt in drawn}
-    return [prompt for prompt in own if prompt.id in ids]
+    """Return the round's prompts of all kinds, in their files' order. Raises ValueError as `shares_of` does."""
+    shares = shares_of(place, params.prompts, params.max_prompts, params.num_rounds, "responses")
+    return [
+        Asked(kind, prompt) for kind in KINDS for prompt in at_most(shares[kind], getattr(params.max_prompts, kind))
+    ]
 
 
 def with_room(asked: Sequence[Asked], variant: Variant) -> list[Asked]:

@@ -27,9 +27,10 @@ MAIN = sorted(DVC["stages"])
 DVC["stages"].update(STUDIES)
 STAGES = sorted(DVC["stages"])
 TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety"}
-LEAVE_OUT = {"sft", "preferences"}  # read what the evaluation asks, to leave it out
+LEAVE_OUT = {"sft", "preferences", "rejection_sampling"}  # read what the evaluation asks, to leave it out
 LAUNCHED = TRAINING | {
     "evaluate",
+    "rejection_sampling",
     "responses",
     "reward_drift",
     "reward_scaling",
@@ -158,6 +159,8 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     others = {param for param in definition["params"] if param.startswith("reward_${")}  # whose training is studied
     if name == "report":  # what is gone from them leaves the report
         others = {stage["foreach"].strip("${}") for stage in DVC["stages"].values() if "foreach" in stage}
+    if name == "rejection_sampling":  # what the judge's verdict is worth to them
+        others |= {"preferences.simulated"}
     if name in LEAVE_OUT:
         others |= {"evaluate.prompts", "evaluate.root"}
         assert others <= set(definition["params"])

@@ -23,11 +23,13 @@ from model.text.dialogue import decode_answer, encode_prompt
 from tasks.judging.label_studio import batch_of, configuration, read_guidelines, task_of
 from tasks.reading.prompts import DEGREES, Prompt, ResponsePair, parse_prompt, read_prompts
 from tasks.reading.rounds import Place, Round, round_of
-from tasks.responses import Params, prompts_of, run, slice_of
+from tasks.reading.shares import at_most, share_of
+from tasks.responses import Params, prompts_of, run
 from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.stage import Stage
 
+NO_SAMPLES = {"samples": "data/seeds/none", "distil_from": "data/seeds/none"}
 GUIDELINES = REPOSITORY / "data" / "seeds" / "guidelines"
 
 
@@ -59,7 +61,7 @@ def stage_of(name: str = "responses@v1", **changes: Any) -> Stage[Params]:
 
 
 def write_rounds(newest: Path, earlier: Path, **others: Any) -> None:
-    own = {"newest": str(newest), "earlier": str(earlier), "batches": "data/preferences"}
+    own = {"newest": str(newest), "earlier": str(earlier), "batches": "data/preferences", **NO_SAMPLES}
     with Path("params.yaml").open("w") as file:
         YAML().dump({"rounds": {"v1": own, **others}}, file)
 
@@ -91,22 +93,23 @@ def prompts(ids: list[str]) -> list[Prompt]:
 
 @given(st.lists(st.text(), unique=True), st.integers(1, 6))
 def test_the_rounds_slices_are_disjoint_and_together_everything(ids: list[str], num_rounds: int) -> None:
-    slices = [slice_of(prompts(ids), number, num_rounds, limit=10**6) for number in range(num_rounds)]
+    slices = [share_of(prompts(ids), number, num_rounds) for number in range(num_rounds)]
     assert Counter(prompt.id for own in slices for prompt in own) == Counter(ids)
 
 
 def test_a_limit_takes_a_part_of_the_slice_and_a_higher_one_adds_to_it() -> None:
     everything = prompts([str(number) for number in range(200)])
-    whole = slice_of(everything, 1, 2, limit=10**6)
-    few, more = slice_of(everything, 1, 2, limit=10), slice_of(everything, 1, 2, limit=30)
+    whole = share_of(everything, 1, 2)
+    few, more = at_most(whole, 10), at_most(whole, 30)
     assert (len(few), len(more)) == (10, 30)
     assert set(map(id, few)) < set(map(id, more)) < set(map(id, whole))
     assert [whole.index(prompt) for prompt in more] == sorted(whole.index(prompt) for prompt in more)
+    assert at_most(whole, 10, "search") != few
 
 
 def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
     params = Params.model_validate(values_of())
-    own = Round(newest="a", earlier="b", batches="c")
+    own = Round(newest="a", earlier="b", batches="c", **NO_SAMPLES)
     before = [each.prompt.id for each in prompts_of(Place("v1", 0, own), params)]
     second = [each.prompt.id for each in prompts_of(Place("v2", 1, own), params)]
     assert sorted(before + second) == sorted([f"p{number}" for number in range(12)] + [f"s{n}" for n in range(6)])
@@ -117,7 +120,9 @@ def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
 
 
 def test_a_round_is_found_by_the_name_of_the_entry(place: Path) -> None:
-    write_rounds(Path("a"), Path("b"), v2={"newest": "c", "earlier": "a", "batches": "data/preferences/v1"})
+    write_rounds(
+        Path("a"), Path("b"), v2={"newest": "c", "earlier": "a", "batches": "data/preferences/v1", **NO_SAMPLES}
+    )
     found = round_of("responses@v2")
     assert (found.name, found.number, found.round.newest) == ("v2", 1, "c")
     with pytest.raises(ValueError, match=r"section `rounds.v3` is missing; did you mean to rename `rounds.v\d`"):
@@ -131,9 +136,13 @@ def test_a_round_is_found_by_the_name_of_the_entry(place: Path) -> None:
 
 
 def test_a_rounds_number_is_in_its_name(place: Path) -> None:
-    write_rounds(Path("a"), Path("b"), v4={"newest": "c", "earlier": "a", "batches": "data/preferences/v1"})
+    write_rounds(
+        Path("a"), Path("b"), v4={"newest": "c", "earlier": "a", "batches": "data/preferences/v1", **NO_SAMPLES}
+    )
     assert round_of("responses@v4").number == 3  # whichever rounds stand before it
-    write_rounds(Path("a"), Path("b"), final={"newest": "c", "earlier": "a", "batches": "data/preferences/v1"})
+    write_rounds(
+        Path("a"), Path("b"), final={"newest": "c", "earlier": "a", "batches": "data/preferences/v1", **NO_SAMPLES}
+    )
     with pytest.raises(ValueError, match=r"`final` is not a round's name: call rounds v1, v2 and so on"):
         round_of("responses@final")
 
@@ -203,7 +212,7 @@ def test_each_prompt_of_the_slice_gets_an_answer_of_each_variant(place: Path, ch
     figures = run(stage_of())
     helpful, safety = pairs_in("out/helpfulness.jsonl"), pairs_in("out/safety.jsonl")
     assert (figures["helpfulness/pairs"], figures["safety/pairs"]) == (len(helpful), len(safety))
-    expected = [p.id for p in slice_of(prompts([f"p{number}" for number in range(12)]), 0, 2, 100)]
+    expected = [p.id for p in share_of(prompts([f"p{number}" for number in range(12)]), 0, 2)]
     assert [pair["id"] for pair in helpful] == expected
     assert figures["helpfulness/prompts"] == len(expected)
     responders = {(r["responder"]["model"], r["responder"]["temperature"]) for r in helpful[0]["responses"]}
@@ -378,7 +387,7 @@ def test_ranks_share_the_prompts(place: Path, checkpoints: Path) -> None:
     newest, earlier = Path("data/sft"), Path("data/sft/early")
     shutil.copytree(checkpoints / "sft", newest)
     shutil.copytree(checkpoints / "early", earlier)
-    own = {"newest": str(newest), "earlier": str(earlier), "batches": "data/pairs"}
+    own = {"newest": str(newest), "earlier": str(earlier), "batches": "data/pairs", **NO_SAMPLES}
     shared = Workspace(Path(), "responses v1", DVC_STAGE, num_ranks=2, rounds={"v1": own}, responses=values_of())
     assert shared.repro() == alone
     texts = [[r["text"] for r in pair["responses"]] for pair in pairs_in("data/responses/v1/helpfulness.jsonl")]

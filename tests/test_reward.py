@@ -36,7 +36,8 @@ WATCHED: dict[str, Any] = {
     "margins": "small", "safety_loss_weight": 0.0, "own_public": False, "other_share": 0.5, "context": 64, "epochs": 4,
     "num_bins": 5, "log_every": 5, "save_every": 4, "max_shard_bytes": 10**9,
 }  # fmt: skip
-ROUNDS = {"v1": {"newest": "chat", "earlier": "early", "batches": "public"}}
+NO_SAMPLES = {"samples": "data/seeds/none", "distil_from": "data/seeds/none"}
+ROUNDS = {"v1": {"newest": "chat", "earlier": "early", "batches": "public", **NO_SAMPLES}}
 
 
 def params_of(**changes: Any) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Scoring answers: the reward model, and how it learns from pairs."""
+"""Scoring answers: the reward model, how it learns from pairs, and many answers to one prompt at once."""

@@ -95,6 +95,18 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int
     return ids + tokenizer.encode(prompt, bos=True, eos=False)
 
 
+def encode_answer(messages: Sequence[Message], answer: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that an answer adds to those of `encode_prompt`, as `encode_dialogue` has them, EOS included.
+
+    Any text will do, even one that no dialogue can hold.
+    """
+    *_, (prompt, _) = _exchanges(messages)
+    asked = tokenizer.encode(prompt, bos=True, eos=False)
+    both = tokenizer.encode(f"{prompt} {answer.strip()} ", bos=True, eos=True)
+    assert both[: len(asked)] == asked, f"{tokenizer.path} has a piece that joins `]` and a space"
+    return both[len(asked) :]
+
+
 def decode_answer(ids: Sequence[int], tokenizer: Tokenizer) -> str:
     """Return the text of an answer's ids, up to EOS if there is one."""
     end = ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids)

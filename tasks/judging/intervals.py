@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5%: for two-sided 95% intervals
@@ -23,3 +25,11 @@ def student_quantile(degrees_of_freedom: int) -> float:
     from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
 
     return float(t.ppf((1 + CONFIDENCE) / 2, degrees_of_freedom))
+
+
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """Return Student's interval for a mean, given two values or more."""
+    assert len(values) > 1, "one value has no interval"
+    mean, count = statistics.fmean(values), len(values)
+    reach = student_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
+    return mean - reach, mean + reach

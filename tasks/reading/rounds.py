@@ -19,6 +19,10 @@ class Round(Section):
     newest: str = Field(min_length=1, description="checkpoint of the newest chat model")
     earlier: str = Field(min_length=1, description="checkpoint of an earlier one, for answers to compare with")
     batches: str = Field(min_length=1, description="preferences of the round before, or a directory of public pairs")
+    samples: str = Field(min_length=1, description="rejection samples of the round before; data/seeds/none: none")
+    distil_from: str = Field(
+        min_length=1, description="a larger model's rejection samples, in place of own ones; data/seeds/none: draw own"
+    )
 
 
 class Place(NamedTuple):
@@ -38,7 +42,8 @@ def round_of(stage_name: str) -> Place:
     rounds = read_params().get("rounds")
     if not isinstance(rounds, dict) or not rounds:
         raise ValueError(
-            "params.yaml: `rounds` names no round: it needs at least one, such as `v1: {newest, earlier, batches}`"
+            "params.yaml: `rounds` names no round: it needs at least one, such as "
+            "`v1: {newest, earlier, batches, samples, distil_from}`"
         )
     own = parse_section(Round, {f"rounds.{key}": value for key, value in rounds.items()}, f"rounds.{name}")
     return Place(name, round_number(name), own)

@@ -145,6 +145,12 @@ def utility_of(truth: Truth, tastes: Tastes, prompt_id: str, answer: str, finish
     )
 
 
+def average_tastes(annotators: Mapping[str, Annotator]) -> Tastes:
+    """Return the tastes of an average annotator, whose utility of an answer is the mean of theirs."""
+    given = [annotator.tastes.model_dump() for annotator in annotators.values()]
+    return Tastes(**{name: sum(tastes[name] for tastes in given) / len(given) for name in Tastes.model_fields})
+
+
 def closeness(answer: str, reference: str) -> float:
     """Return the harmonic mean of the shares of words that two texts have in common (F1): 1 for the same words."""
     said, good = Counter(normalized(answer).split()), Counter(normalized(reference).split())
