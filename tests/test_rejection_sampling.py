@@ -205,7 +205,8 @@ def test_the_best_is_chosen_and_a_random_one_beside_it(place: Path) -> None:
     for line in samples:
         possible = [n for n, each in enumerate(line["candidates"]) if each["finished"] and each["text"]]
         assert line["best"] in possible
-        assert line["random"] == possible[number_of(f"1 random {line['id']}") % len(possible)]
+        drawn = [n for n in possible for _ in range(line["candidates"][n]["draws"])]
+        assert line["random"] == drawn[number_of(f"1 random {line['id']}") % len(drawn)]
         for each in line["candidates"]:
             assert each["safe_probability"] == pytest.approx(safety.probability(each["safety"]))
             is_safety = line["kind"] == "safety" or each["safe_probability"] < threshold
@@ -375,6 +376,10 @@ def test_ties_go_to_the_first_and_chance_reaches_all() -> None:
     candidates = [candidate("a", 1.0), candidate("b", 2.0), candidate("c", 2.0)]
     assert chosen_of(candidates).best == 1
     assert {chosen_of(candidates, seed).random for seed in range(50)} == {0, 1, 2}
+    often = [candidate("a", 1.0, draws=97), candidate("b", 2.0), candidate("c", 2.0, draws=0)]
+    picks = [chosen_of(often, seed).random for seed in range(200)]
+    assert picks.count(0) > 180  # chance gives what the model says often
+    assert 2 not in picks  # an earlier round's answer, which nobody drew
     assert chosen_of([candidate("a", 1.0, draws=8)]).best == 0  # all the same: that one
 
 

@@ -7,7 +7,8 @@ What is chosen, by these rules:
   chat format. A prompt without such a candidate is left out.
 - The best is the first by `tasks.judging.ranking`; ties go to the lower number. Candidate 0 is the best of the earlier
   rounds, where they had one: prompts are the same if their ids are, never by their texts.
-- The random one is drawn among the same candidates, by a hash of seed and prompt: it shows what chance gives.
+- The random one is drawn among this round's samples that can be chosen, by a hash of seed and prompt: it shows what
+  chance gives.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def choose(
     eligible = [can_be_chosen(prompt.messages, each) for each in candidates]
     order = ranked(rewards, eligible)
     possible = [number for number, fits in enumerate(eligible) if fits] or order
-    random = possible[number_of(f"{seed} random {prompt.id}") % len(possible)]
+    # one of the samples, not of the different answers: what the model says often is what chance gives
+    drawn = [number for number in possible for _ in range(candidates[number]["draws"])] or possible
+    random = drawn[number_of(f"{seed} random {prompt.id}") % len(drawn)]
     return Choice(kind, prompt, temperature, candidates, rewards, order, eligible, order[0], random)
 
 
