@@ -107,10 +107,8 @@ def write_labels(round_name: str, pairs: dict[str, list[dict[str, Any]]]) -> Non
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a round's pairs of responses, public pairs and an evaluation."""
     monkeypatch.chdir(tmp_path)
-    rounds = {
-        "v1": {"newest": "data/sft", "earlier": "data/early", "batches": "public"},
-        "v2": {"newest": "data/sft", "earlier": "data/early", "batches": "data/preferences/v1"},
-    }
+    models = {"newest": "data/sft", "earlier": "data/early", "samples": "none", "distil_from": "none"}
+    rounds = {"v1": {**models, "batches": "public"}, "v2": {**models, "batches": "data/preferences/v1"}}
     with Path("params.yaml").open("w") as file:
         YAML().dump({"rounds": rounds, "evaluate": EVALUATE}, file)
     Path("public").mkdir()
