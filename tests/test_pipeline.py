@@ -26,9 +26,18 @@ STUDIES = YAML(typ="safe").load((ROOT / "studies" / "dvc.yaml").read_text())["st
 MAIN = sorted(DVC["stages"])
 DVC["stages"].update(STUDIES)
 STAGES = sorted(DVC["stages"])
-TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety", "fine_tuning", "controls"}
-LEAVE_OUT = {"sft", "preferences", "fine_tuning", "controls"}  # read what the evaluation asks, to leave it out
-AS_OTHERS = {"controls": {"fine_tuning"}}  # stages that train as another one does: that one's section
+TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety", "fine_tuning", "controls", "distillation"}
+LEAVE_OUT = {
+    "sft",
+    "preferences",
+    "fine_tuning",
+    "controls",
+    "distillation",
+}  # read what the evaluation asks, to leave it out
+AS_OTHERS = {
+    "controls": {"fine_tuning"},
+    "distillation": {"fine_tuning"},
+}  # stages that train as another one does: that one's section
 LAUNCHED = TRAINING | {
     "evaluate",
     "responses",
