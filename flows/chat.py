@@ -266,8 +266,9 @@ def show(text: str) -> None:
 
 
 def newest_checkpoint() -> Path:
-    """Return the newest checkpoint in data/ of a model that answers; one inside another checkpoint doesn't count.
+    """Return the newest checkpoint in data/ of a model that answers.
 
+    One inside another checkpoint doesn't count, nor one that is there only for a version to be compared with.
     Raises ValueError when there is none.
     """
     checkpoints = [path.parent for path in (*DATA.glob("*/training.json"), *DATA.glob("*/*/training.json"))]
@@ -278,9 +279,11 @@ def newest_checkpoint() -> Path:
 
 
 def answers(checkpoint: Path) -> bool:
-    """Return whether a checkpoint's model answers; a reward model only scores."""
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return "LlamaForCausalLM" in config["architectures"]
+    """Return whether a checkpoint's model is one to talk to; a reward model only scores."""
+    config, training = (
+        json.loads((checkpoint / name).read_text(encoding="utf-8")) for name in ("config.json", "training.json")
+    )
+    return "LlamaForCausalLM" in config["architectures"] and "control_of" not in training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -317,11 +317,12 @@ def test_the_newest_checkpoint_is_the_last_that_answers(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     places = (
         (3000, "data/sft"), (6000, "data/sft/early"), (5000, "data/ppo/v5"), (4000, "data/pretrain"),
-        (7000, "data/reward_safety/v1"),
+        (7000, "data/reward_safety/v1"), (8000, "data/controls/v5_random"),
     )  # fmt: skip
     for seconds, place in places:
         Path(place).mkdir(parents=True)
-        Path(place, "training.json").touch()
+        training = {"step": 1, "control_of": "v5"} if "controls" in place else {"step": 1}
+        Path(place, "training.json").write_text(json.dumps(training))
         kind = "SequenceClassification" if "reward" in place else "CausalLM"
         Path(place, "config.json").write_text(json.dumps({"architectures": [f"LlamaFor{kind}"]}))
         os.utime(Path(place, "training.json"), (seconds, seconds))

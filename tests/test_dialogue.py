@@ -109,44 +109,47 @@ def test_ids_are_those_of_metas_release(messages: list[Message], tokenizer: Toke
 
 
 def test_a_dialogue_of_llama_2_by_hand(llama: Tokenizer) -> None:
-    ids, is_answer = encode_dialogue(dialogue("Hi", "Yes"), llama)
+    ids, is_learnt = encode_dialogue(dialogue("Hi", "Yes"), llama)
     pieces = ["<s>", "▁[", "INST", "]", "▁Hi", "▁[", "/", "INST", "]", "▁Yes", "▁", "</s>"]
     assert [llama.piece(token) for token in ids] == pieces
-    assert is_answer == [False] * 9 + [True] * 3
+    assert is_learnt == [False] * 9 + [True] * 3
 
 
 @settings(max_examples=150)
 @given(messages=dialogues(PARTS + SPECIALS, "assistant"))
 def test_laws_of_any_dialogue(small: Tokenizer, messages: list[Message]) -> None:
-    ids, is_answer = encode_dialogue(messages, small)
+    ids, is_learnt = encode_dialogue(messages, small)
     assert ids == ids_of_reference(messages, small)
     prompt = encode_prompt(messages[:-1], small)
     assert prompt == ids[: len(prompt)] == ids_of_reference(messages[:-1], small)
-    assert is_answer[len(prompt) :] == [True] * (len(ids) - len(prompt))
-    assert not is_answer[len(prompt) - 1]
+    assert is_learnt[len(prompt) :] == [True] * (len(ids) - len(prompt))
+    assert not is_learnt[len(prompt) - 1]
     # each exchange: BOS, a prompt, an answer, EOS; nothing that was said adds another
     num_exchanges = sum(message["role"] == "user" for message in messages)
     assert (ids.count(small.bos_id), ids.count(small.eos_id)) == (num_exchanges, num_exchanges)
     ends = [place for place, token in enumerate(ids) if token == small.eos_id]
-    assert all(is_answer[end] for end in ends) and ends[-1] == len(ids) - 1
+    assert all(is_learnt[end] for end in ends) and ends[-1] == len(ids) - 1
     begins = [place for place, token in enumerate(ids) if token == small.bos_id]
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     for begin, end, answer in zip(begins, ends, answers, strict=True):
-        first = is_answer.index(True, begin)
-        assert not any(is_answer[begin:first]) and all(is_answer[first : end + 1])
+        first = is_learnt.index(True, begin)
+        assert not any(is_learnt[begin:first]) and all(is_learnt[first : end + 1])
         said = answer.replace("▁", " ").strip()
         assert decode_answer(ids[first : end + 1], small) == decode_answer(ids[first:end], small) == said
         assert decode_answer(ids[first:], small) == said
+    # of the last answer alone, the same ids are read, and nothing before it is learnt
+    only_last = encode_dialogue(messages, small, loss="last")
+    assert only_last == (ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt)))
 
 
 def test_the_mask_of_llama_2s_tokenizer_begins_where_the_prompt_ends(llama: Tokenizer) -> None:
     @settings(max_examples=100)
     @given(messages=dialogues(PARTS + SPECIALS, "assistant"))
     def holds(messages: list[Message]) -> None:
-        ids, is_answer = encode_dialogue(messages, llama)
+        ids, is_learnt = encode_dialogue(messages, llama)
         prompt = encode_prompt(messages[:-1], llama)
         assert ids[: len(prompt)] == prompt
-        assert is_answer[len(prompt) - 1 :] == [False] + [True] * (len(ids) - len(prompt))
+        assert is_learnt[len(prompt) - 1 :] == [False] + [True] * (len(ids) - len(prompt))
 
     holds()
 

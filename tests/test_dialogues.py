@@ -18,7 +18,8 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the public data sets
 
 def source(*files: str, **changes: Any) -> DialogueSource:
     values = {"files": list(files), "format": "auto", "max_dialogues": None, "validation_share": 0.0}
-    return DialogueSource.model_validate({**values, **changes})
+    weight = {"weight": float(changes.get("validation_share") != 1), "loss": "all"}
+    return DialogueSource.model_validate({**values, **weight, **changes})
 
 
 def lines(*rows: Any) -> bytes:
@@ -266,6 +267,12 @@ def test_dialogues_are_held_out_by_their_opening_and_drawn_by_seed(tmp_path: Pat
     for share, num_held_out in ((0.0, 0), (1.0, 400)):
         whole = {"own": source("file.jsonl", validation_share=share)}
         assert len(split_dialogues(found, whole, seed=1)[1]) == num_held_out
+
+
+def test_a_source_for_validation_only_has_no_weight() -> None:
+    assert source("file.jsonl", validation_share=1, weight=0).weight == 0
+    with pytest.raises(ValueError, match=r"a source for validation only \(validation_share 1\) has weight 0: nothing"):
+        source("file.jsonl", validation_share=1, weight=0.5)
 
 
 @needs_real

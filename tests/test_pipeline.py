@@ -26,8 +26,19 @@ STUDIES = YAML(typ="safe").load((ROOT / "studies" / "dvc.yaml").read_text())["st
 MAIN = sorted(DVC["stages"])
 DVC["stages"].update(STUDIES)
 STAGES = sorted(DVC["stages"])
-TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety"}
-LEAVE_OUT = {"sft", "preferences", "rejection_sampling"}  # read what the evaluation asks, to leave it out
+TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety", "fine_tuning", "controls", "distillation"}
+LEAVE_OUT = {  # read what the evaluation asks, to leave it out
+    "sft",
+    "preferences",
+    "rejection_sampling",
+    "fine_tuning",
+    "controls",
+    "distillation",
+}
+AS_OTHERS = {  # stages that train as another one does: that one's section
+    "controls": {"fine_tuning"},
+    "distillation": {"fine_tuning"},
+}
 LAUNCHED = TRAINING | {
     "evaluate",
     "rejection_sampling",
@@ -157,6 +168,7 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
         else [place(f"{name}@${{key}}" if "do" in DVC["stages"][name] else name)]
     )
     others = {param for param in definition["params"] if param.startswith("reward_${")}  # whose training is studied
+    others |= AS_OTHERS.get(name, set())
     if name == "report":  # what is gone from them leaves the report
         others = {stage["foreach"].strip("${}") for stage in DVC["stages"].values() if "foreach" in stage}
     if name == "rejection_sampling":  # what the judge's verdict is worth to them
@@ -168,6 +180,8 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     if DVC["stages"][name].get("foreach", "").startswith(f"${{{name}."):  # entries of its own
         (items,) = set(PARAMS[name]) - {param.partition(".")[2] for param in definition["params"]}
         assert DVC["stages"][name]["foreach"] == f"${{{name}.{items}}}"
+    elif DVC["stages"][name].get("foreach") == f"${{{name}}}":  # nothing but entries: each depends on its own
+        assert f"{name}.${{key}}" in definition["params"]
     else:
         assert name in definition["params"]
 

@@ -107,11 +107,8 @@ def write_labels(round_name: str, pairs: dict[str, list[dict[str, Any]]]) -> Non
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a round's pairs of responses, public pairs and an evaluation."""
     monkeypatch.chdir(tmp_path)
-    no_samples = {"samples": "data/seeds/none", "distil_from": "data/seeds/none"}
-    rounds = {
-        "v1": {"newest": "data/sft", "earlier": "data/early", "batches": "public", **no_samples},
-        "v2": {"newest": "data/sft", "earlier": "data/early", "batches": "data/preferences/v1", **no_samples},
-    }
+    models = {"newest": "data/sft", "earlier": "data/early", "samples": "none", "distil_from": "none"}
+    rounds = {"v1": {**models, "batches": "public"}, "v2": {**models, "batches": "data/preferences/v1"}}
     with Path("params.yaml").open("w") as file:
         YAML().dump({"rounds": rounds, "evaluate": EVALUATE}, file)
     Path("public").mkdir()

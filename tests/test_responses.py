@@ -29,7 +29,6 @@ from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.stage import Stage
 
-NO_SAMPLES = {"samples": "data/seeds/none", "distil_from": "data/seeds/none"}
 GUIDELINES = REPOSITORY / "data" / "seeds" / "guidelines"
 
 
@@ -58,6 +57,9 @@ def values_of(**changes: Any) -> dict[str, Any]:
 
 def stage_of(name: str = "responses@v1", **changes: Any) -> Stage[Params]:
     return stage_here(name, Params.model_validate(values_of(**changes)))
+
+
+NO_SAMPLES = {"samples": "none", "distil_from": "none"}
 
 
 def write_rounds(newest: Path, earlier: Path, **others: Any) -> None:
@@ -109,7 +111,7 @@ def test_a_limit_takes_a_part_of_the_slice_and_a_higher_one_adds_to_it() -> None
 
 def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
     params = Params.model_validate(values_of())
-    own = Round(newest="a", earlier="b", batches="c", **NO_SAMPLES)
+    own = Round(newest="a", earlier="b", batches="c", samples="d", distil_from="e")
     before = [each.prompt.id for each in prompts_of(Place("v1", 0, own), params)]
     second = [each.prompt.id for each in prompts_of(Place("v2", 1, own), params)]
     assert sorted(before + second) == sorted([f"p{number}" for number in range(12)] + [f"s{n}" for n in range(6)])
@@ -120,9 +122,8 @@ def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
 
 
 def test_a_round_is_found_by_the_name_of_the_entry(place: Path) -> None:
-    write_rounds(
-        Path("a"), Path("b"), v2={"newest": "c", "earlier": "a", "batches": "data/preferences/v1", **NO_SAMPLES}
-    )
+    second = {"newest": "c", "earlier": "a", "batches": "data/preferences/v1", **NO_SAMPLES}
+    write_rounds(Path("a"), Path("b"), v2=second)
     found = round_of("responses@v2")
     assert (found.name, found.number, found.round.newest) == ("v2", 1, "c")
     with pytest.raises(ValueError, match=r"section `rounds.v3` is missing; did you mean to rename `rounds.v\d`"):
@@ -136,13 +137,10 @@ def test_a_round_is_found_by_the_name_of_the_entry(place: Path) -> None:
 
 
 def test_a_rounds_number_is_in_its_name(place: Path) -> None:
-    write_rounds(
-        Path("a"), Path("b"), v4={"newest": "c", "earlier": "a", "batches": "data/preferences/v1", **NO_SAMPLES}
-    )
+    later = {"newest": "c", "earlier": "a", "batches": "data/preferences/v1", **NO_SAMPLES}
+    write_rounds(Path("a"), Path("b"), v4=later)
     assert round_of("responses@v4").number == 3  # whichever rounds stand before it
-    write_rounds(
-        Path("a"), Path("b"), final={"newest": "c", "earlier": "a", "batches": "data/preferences/v1", **NO_SAMPLES}
-    )
+    write_rounds(Path("a"), Path("b"), final=later)
     with pytest.raises(ValueError, match=r"`final` is not a round's name: call rounds v1, v2 and so on"):
         round_of("responses@final")
 

@@ -36,8 +36,8 @@ WATCHED: dict[str, Any] = {
     "margins": "small", "safety_loss_weight": 0.0, "own_public": False, "other_share": 0.5, "context": 64, "epochs": 4,
     "num_bins": 5, "log_every": 5, "save_every": 4, "max_shard_bytes": 10**9,
 }  # fmt: skip
-NO_SAMPLES = {"samples": "data/seeds/none", "distil_from": "data/seeds/none"}
-ROUNDS = {"v1": {"newest": "chat", "earlier": "early", "batches": "public", **NO_SAMPLES}}
+ROUND = {"newest": "chat", "earlier": "early", "batches": "public", "samples": "none", "distil_from": "none"}
+ROUNDS = {"v1": ROUND}
 
 
 def params_of(**changes: Any) -> dict[str, Any]:
@@ -156,9 +156,9 @@ def test_a_reward_model_comes_out_that_tells_better_answers(kind: str, place: Pa
         assert row.items() >= {k: v for k, v in given.items() if k not in ("messages", "chosen", "rejected")}.items()
         for side in SIDES:
             answer = {"role": "assistant", "content": given[side]}
-            ids, is_answer = encode_dialogue([*given["messages"], answer], tokenizer)  # type: ignore[list-item]
+            ids, is_learnt = encode_dialogue([*given["messages"], answer], tokenizer)  # type: ignore[list-item]
             assert row[f"{side}_score"] == pytest.approx(score(model, [ids], 1)[0], abs=1e-5)
-            assert row[f"num_tokens_{side}"] == sum(is_answer)
+            assert row[f"num_tokens_{side}"] == sum(is_learnt)
 
 
 def test_the_safety_head_learns_what_is_safe(place: Path) -> None:

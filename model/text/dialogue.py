@@ -20,6 +20,7 @@ from model.text.tokenizer import Tokenizer
 
 TAGS = re.compile(r"\[/?INST\]|<</?SYS>>")
 LONE_SURROGATES = re.compile(r"[\ud800-\udfff]")
+Loss = Literal["all", "last"]  # which answers of a dialogue are learnt
 
 
 class Message(TypedDict):
@@ -30,10 +31,10 @@ class Message(TypedDict):
 
 
 class Encoded(NamedTuple):
-    """A dialogue's token ids, and which of them the assistant writes: each answer, the space after it and its EOS."""
+    """A dialogue's token ids, and which of them are learnt: of an answer also the space after it and its EOS."""
 
     ids: list[int]
-    is_answer: list[bool]
+    is_learnt: list[bool]
 
 
 def check(messages: Sequence[Message]) -> None:
@@ -63,23 +64,26 @@ def check(messages: Sequence[Message]) -> None:
             raise ValueError(f"{where} contains half a character (a lone surrogate): it was cut or decoded wrongly")
 
 
-def encode_dialogue(messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
-    """Return the ids of a dialogue that ends with an answer, and which of them belong to answers.
+def encode_dialogue(messages: Sequence[Message], tokenizer: Tokenizer, loss: Loss = "all") -> Encoded:
+    """Return the ids of a dialogue that ends with an answer, and which of them are learnt.
 
-    They begin with `encode_prompt` of all but the last answer. Raises ValueError as `check` does.
+    They begin with `encode_prompt` of all but the last answer. With a `loss` of `last` only the last answer is learnt;
+    earlier ones, which another model or a person wrote, are only read. Raises ValueError as `check` does.
     """
     check(messages)
     if messages[-1]["role"] != "assistant":
         raise ValueError("the dialogue ends with the user's turn: it has no answer to learn from")
     ids: list[int] = []
-    is_answer: list[bool] = []
-    for prompt, answer in _exchanges(messages):
+    is_learnt: list[bool] = []
+    exchanges = _exchanges(messages)
+    for place, (prompt, answer) in enumerate(exchanges, start=1):
         asked = tokenizer.encode(prompt, bos=True, eos=False)
         both = tokenizer.encode(f"{prompt} {answer} ", bos=True, eos=True)
         assert both[: len(asked)] == asked, f"{tokenizer.path} has a piece that joins `]` and a space"
         ids += both
-        is_answer += [False] * len(asked) + [True] * (len(both) - len(asked))
-    return Encoded(ids, is_answer)
+        learnt = loss == "all" or place == len(exchanges)
+        is_learnt += [False] * len(asked) + [learnt] * (len(both) - len(asked))
+    return Encoded(ids, is_learnt)
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:

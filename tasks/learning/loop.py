@@ -6,7 +6,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,15 @@ def run_steps(
     take_step: Callable[[], Taken],
     *,
     validate: Callable[[], None] | None = None,
+    validate_at: Collection[int] = (),
     after: Mapping[int, Callable[[], None]] | None = None,
     flops_per_token: int | None = None,
 ) -> None:
     """Take a run's remaining steps; log, validate and save on the way, as the stage's parameters say.
 
-    `validate` is also called before the first step; `after` maps step numbers to what is called after that step. Every
-    count is also logged as a speed, per second of the steps alone; `flops_per_token`, of all engines, adds MFU.
+    `validate` is also called before the first step, and after the steps in `validate_at`; `after` maps step numbers to
+    what is called after that step. Every count is also logged as a speed, per second of the steps alone;
+    `flops_per_token`, of all engines, adds MFU.
     Raises ValueError when a metric of a step is not finite (`note_step`).
     """
     params = stage.params
@@ -138,7 +140,7 @@ def run_steps(
                 shown = {name: f"{progress.train[-1][name]:.3f}" for name in taken.found if name != "learning_rate"}
                 bar.set_postfix(shown, tokens_per_second=f"{speeds['tokens_per_second']:.0f}", refresh=False)
                 seconds, before = 0.0, dict(progress.counts)
-            if validate and (step % params.validate_every == 0 or is_last):
+            if validate and (step % params.validate_every == 0 or step in validate_at or is_last):
                 validate()
             if after and step in after:
                 after[step]()

@@ -21,11 +21,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from model.text.dialogue import Message, check
+from model.text.dialogue import Loss, Message, check
 from tasks.reading import sources
 from tasks.reading.sources import File, Malformed, Object
 from tasks.running.digests import fraction_of, number_of
@@ -41,13 +41,26 @@ CALCULATION = re.compile(r"<<.*?>>")
 ROLES: Mapping[str, Literal["user", "assistant"]] = {"prompter": "user", "assistant": "assistant"}
 
 
-class DialogueSource(Section):
+class Use(Section):
+    """What is learnt from a source of dialogues, and how often."""
+
+    max_dialogues: int | None = Field(gt=0, description="dialogues taken from it; null: all")
+    validation_share: float = Field(ge=0, le=1, description="share of its prompts that is held out")
+    weight: float = Field(ge=0, description="relative share of the dialogues that are learnt; 0: none of its")
+    loss: Loss = Field(description="which answers of a dialogue are learnt: all, or the last only")
+
+    @model_validator(mode="after")
+    def _has_what_it_draws(self) -> Self:
+        if self.validation_share == 1 and self.weight > 0:
+            raise ValueError("a source for validation only (validation_share 1) has weight 0: nothing of it is learnt")
+        return self
+
+
+class DialogueSource(Use):
     """One source of dialogues."""
 
     files: list[str] = Field(min_length=1, description="globs below the root, or http(s) URLs")
     format: Format = Field(description="format of its rows; auto: inferred from their columns")
-    max_dialogues: int | None = Field(gt=0, description="dialogues drawn from it; null: all")
-    validation_share: float = Field(ge=0, le=1, description="share of its prompts that is held out")
 
 
 class Dialogue(TypedDict):

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import Field
 
 from tasks.running.params import Section, parse_section, read_params
-from tasks.running.places import entry_of
+from tasks.running.places import DATA, NOTHING, entry_of
 
 NAME = re.compile(r"v([1-9][0-9]*)")
 
 
 class Round(Section):
-    """What one round of preferences starts from."""
+    """What one round starts from; a path of data/seeds/none stands for nothing."""
 
     newest: str = Field(min_length=1, description="checkpoint of the newest chat model")
     earlier: str = Field(min_length=1, description="checkpoint of an earlier one, for answers to compare with")
     batches: str = Field(min_length=1, description="preferences of the round before, or a directory of public pairs")
-    samples: str = Field(min_length=1, description="rejection samples of the round before; data/seeds/none: none")
+    samples: str = Field(min_length=1, description=f"samples of the round before, whose best are kept; or {NOTHING}")
     distil_from: str = Field(
-        min_length=1, description="a larger model's rejection samples, in place of own ones; data/seeds/none: draw own"
+        min_length=1, description=f"samples of a larger model, to be learnt in place of own ones; or {NOTHING}"
     )
 
 
@@ -36,17 +38,26 @@ class Place(NamedTuple):
 def round_of(stage_name: str) -> Place:
     """Return the round that an entry of a stage is about: `responses@v1` is about v1.
 
-    Raises ValueError when params.yaml has no such round or an invalid one, and as `round_number` does.
+    Raises ValueError as `round_named` does.
     """
-    name = entry_of(stage_name)
+    return round_named(entry_of(stage_name))
+
+
+def round_named(name: str) -> Place:
+    """Return a round of params.yaml.
+
+    Raises ValueError when there is no such round or an invalid one, and as `round_number` and `check_sources` do.
+    """
     rounds = read_params().get("rounds")
     if not isinstance(rounds, dict) or not rounds:
         raise ValueError(
-            "params.yaml: `rounds` names no round: it needs at least one, such as "
-            "`v1: {newest, earlier, batches, samples, distil_from}`"
+            "params.yaml: `rounds` names no round: it needs at least one, such as `v1: {newest, earlier, batches, "
+            "samples, distil_from}`"
         )
     own = parse_section(Round, {f"rounds.{key}": value for key, value in rounds.items()}, f"rounds.{name}")
-    return Place(name, round_number(name), own)
+    place = Place(name, round_number(name), own)
+    check_sources(place, rounds)
+    return place
 
 
 def round_number(name: str) -> int:
@@ -58,3 +69,21 @@ def round_number(name: str) -> int:
     if found is None:
         raise ValueError(f"params.yaml: `{name}` is not a round's name: call rounds v1, v2 and so on, in their order")
     return int(found[1]) - 1
+
+
+def check_sources(place: Place, names: Iterable[str]) -> None:
+    """Raise ValueError when a round starts from what it makes itself, or from a round that isn't before it or missing.
+
+    What a stage of a round writes is data/<stage>/<round>; any other path is not looked at.
+    """
+    for field, path in place.round.model_dump().items():
+        parts = Path(path).parts
+        if len(parts) < 3 or parts[0] != str(DATA) or not NAME.fullmatch(parts[2]):
+            continue
+        source, where = parts[2], f"params.yaml: `rounds.{place.name}.{field}` is {path}"
+        if source == place.name:
+            raise ValueError(f"{where}, which the round makes itself: name what an earlier round has made")
+        if round_number(source) > place.number:
+            raise ValueError(f"{where}, which a later round makes: name what an earlier round has made")
+        if source not in names:
+            raise ValueError(f"{where}, but `rounds` has no {source}: add that round, or name what another has made")

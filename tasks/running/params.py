@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -102,7 +102,7 @@ def _explain(model: type[BaseModel], section: str, detail: Any) -> str:
 
 def _model_at(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None:
     """Return the pydantic model at a dotted path of keys, through nested models and dictionaries of models."""
-    current: Any = model
+    current: Any = _content(model)
     for key in keys:
         if isinstance(current, type) and issubclass(current, BaseModel) and key in current.model_fields:
             current = current.model_fields[key].annotation
@@ -110,6 +110,11 @@ def _model_at(model: type[BaseModel], keys: list[str]) -> type[BaseModel] | None
         if arguments and not (isinstance(current, type) and issubclass(current, BaseModel)):
             current = arguments[0]
     return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def _content(model: type[BaseModel]) -> Any:
+    """Return what a model holds: itself, or the dictionary of a section whose keys are names that users choose."""
+    return model.model_fields["root"].annotation if issubclass(model, RootModel) else model
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 from tasks.running.files import read_json, write_json
 from tasks.running.fingerprint import Identity, fingerprint
@@ -73,7 +73,6 @@ class Stage(Generic[ParamsType]):
     record: Path
     rank: int = 0
     _last_step: dict[str, int] = field(default_factory=dict)
-    _metrics: IO[str] | None = None
 
     @property
     def section(self) -> str:
@@ -101,11 +100,9 @@ class Stage(Generic[ParamsType]):
         if not fresh:
             return
         self._last_step.update(dict.fromkeys(fresh, step))
-        if self._metrics is None:
-            self._metrics = (self.record / "metrics.jsonl").open("a", encoding="utf-8")
         line = {"step": step, "tokens": tokens, "time": time.time(), "metrics": fresh}
-        self._metrics.write(json.dumps(line) + "\n")
-        self._metrics.flush()
+        with (self.record / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def plot(self, name: str, table: pd.DataFrame, plot: Plot) -> None:
         """Write a table to plots/NAME.csv, with the way `report` and `dvc plots show` plot it."""
@@ -270,8 +267,6 @@ def _run_as_rank_0(
             close_record(record, "FAILED", f"{type(error).__name__}: {error}", traceback.format_exc())
         raise
     finally:
-        if stage._metrics is not None:
-            stage._metrics.close()
         end_sender(sender)
 
 

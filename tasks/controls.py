@@ -1,0 +1,99 @@
+"""Train what a version of the chat model is compared with: same start, same number of steps, other answers.
+
+A gain over the version's start may come from further steps alone, or from any samples. A control tells: it learns from
+demonstrations alone, from one random sample of each prompt in place of the best, or once more from the best samples
+that the version before learnt from.
+
+Run once for each control (`controls@v1_random`), with the parameters of section `fine_tuning`; the code is in
+tasks/learning/answers.py. Reads the start, the samples, demonstrations, the evaluation's prompts, and the version's
+metrics.json for its number of steps. Writes a chat model like that of `sft`, whose training.json says `control_of`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import ConfigDict, Field, RootModel, model_validator
+
+from tasks.learning import versions
+from tasks.learning.answers import train
+from tasks.learning.versions import folders_of
+from tasks.reading.rounds import round_named
+from tasks.running.files import read_json
+from tasks.running.params import Section, parse_section, read_params
+from tasks.running.places import DATA, NOTHING
+from tasks.running.stage import Stage, start
+
+
+class Control(Section):
+    """One control of a version."""
+
+    version: str = Field(min_length=1, description="round of the version that it is compared with")
+    start: str = Field(min_length=1, description="checkpoint to start from: the version's")
+    samples: str = Field(min_length=1, description="directory of a round's samples; data/seeds/none: no samples")
+    answers: Literal["none", "random", "best"] = Field(description="samples that are learnt beside demonstrations")
+
+    @model_validator(mode="after")
+    def _has_what_it_learns(self) -> Self:
+        if (self.answers == "none") != (Path(self.samples) == NOTHING):
+            raise ValueError(
+                f"answers {self.answers} with samples {self.samples}: `none` goes with {NOTHING}, `random` and `best` "
+                "with the directory of a round's samples"
+            )
+        return self
+
+
+class Params(RootModel[dict[str, Control]]):
+    """The controls, by the name of the stage's entry."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Train as the version was, on other answers."""
+    control = control_of(stage)
+    params = parse_section(versions.Params, read_params(), versions.SECTION)
+    samples = None if control.answers == "none" else Path(control.samples) / f"{control.answers}.jsonl"
+    # messages then name the section whose values are used
+    as_version: Stage[versions.Params] = replace(stage, name=f"{versions.SECTION}@{stage.entry}", params=params)  # type: ignore[arg-type, assignment]
+    notes = {"control_of": control.version}
+    return train(as_version, Path(control.start), folders_of(params, samples), steps_of(control.version), notes)
+
+
+def control_of(stage: Stage[Params]) -> Control:
+    """Return the control that this run of the stage is about.
+
+    Raises ValueError when params.yaml doesn't have it, and when its version is no round or has another start.
+    """
+    name, known = stage.entry, stage.params.root
+    if name not in known:
+        entries = ", ".join(f"controls@{entry}" for entry in known) or "none"
+        raise ValueError(f"params.yaml: `controls` has no `{name}`: it has {entries}")
+    found = known[name]
+    rounds = read_params().get("rounds") or {}
+    if found.version not in rounds:
+        raise ValueError(
+            f"params.yaml: `controls.{name}.version` is {found.version}, which `rounds` does not have: name one of "
+            f"{', '.join(rounds) or 'none'}, or remove the control"
+        )
+    newest = round_named(found.version).round.newest
+    if Path(found.start) != Path(newest):
+        raise ValueError(
+            f"params.yaml: `controls.{name}.start` is {found.start}, but {found.version} starts from {newest}: a "
+            "control has the version's start"
+        )
+    return found
+
+
+def steps_of(version: str) -> int:
+    """Return how many steps a version was trained. Raises ValueError when it has not been trained."""
+    path = DATA / versions.SECTION / version / "metrics.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: a control takes as many steps as its version; run fine_tuning@{version}")
+    return int(read_json(path)["steps"])
+
+
+if __name__ == "__main__":
+    start(Params, run)

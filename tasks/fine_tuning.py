@@ -1,0 +1,27 @@
+"""Make a round's version of the chat model: learn the best samples, with demonstrations (Llama 2, section 3.2.3).
+
+Run once for each round (`fine_tuning@v1`); the code is in tasks/learning/answers.py. Starts from the round's newest
+model. Reads best.jsonl of the round's rejection sampling, the best samples of all rounds so far, demonstrations, and
+the evaluation's prompts. Writes the version, a chat model like that of `sft`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.learning.answers import train
+from tasks.learning.versions import Params, folders_of
+from tasks.reading.rounds import round_of
+from tasks.running.places import DATA
+from tasks.running.stage import Stage, start
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Train, validate, sample, save."""
+    place = round_of(stage.name)
+    samples = DATA / "rejection_sampling" / place.name / "best.jsonl"
+    return train(stage, Path(place.round.newest), folders_of(stage.params, samples), num_steps=None, notes={})
+
+
+if __name__ == "__main__":
+    start(Params, run)
