@@ -1,7 +1,8 @@
 """Generate two answers to each prompt of a round, for annotators to choose from (Llama 2, section 3.2.1).
 
-The answers come from two variants, the newest model and an earlier one, at two temperatures, and are shown in random
-order. A hash of a prompt's id assigns it to one round, so rounds share no prompts and adding one changes no other.
+The answers come from two variants, the newest model and an earlier one, each at one of its temperatures, which a hash
+of the prompt's id picks, and are shown in random order. Pairs of fluent answers teach reward models what is true, pairs
+that differ grossly teach them form. A hash of a prompt's id assigns it to one round, so rounds share no prompts and adding one changes no other.
 If both answers are the same, the earlier variant draws again. A prompt without room for an answer is left out.
 
 Run once for each round (`responses@v1`). Reads both checkpoints, the prompt files, the guidelines.
@@ -10,10 +11,11 @@ Writes helpfulness.jsonl and safety.jsonl, and label_studio/<kind>/, a project t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -34,20 +36,24 @@ from tasks.running.params import Section
 from tasks.running.stage import Stage, start
 
 
-class Temperatures(Section):
-    """The temperature at which each variant draws."""
+Temperature = Annotated[float, Field(gt=0)]
 
-    newest: float = Field(gt=0, description="of the newest model")
-    earlier: float = Field(gt=0, description="of the earlier model")
+
+class Temperatures(Section):
+    """The temperatures at which each variant draws."""
+
+    newest: list[Temperature] = Field(min_length=1, description="of the newest model")
+    earlier: list[Temperature] = Field(min_length=1, description="of the earlier model")
 
 
 class Params(Section):
     """Which prompts are asked, and how the two variants answer."""
 
     prompts: Files = Field(description="prompt files, divided among all rounds")
-    max_prompts: Numbers = Field(description="prompts of one round")
+    max_prompts: Numbers = Field(description="prompts of the first round")
+    later_share: float = Field(gt=0, le=1, description="share of that number that later rounds have, to add to it")
     num_rounds: int = Field(gt=0, description="rounds that share the prompts; a change gives every round other prompts")
-    temperatures: Temperatures = Field(description="divide the logits")
+    temperatures: Temperatures = Field(description="divide the logits; a prompt is answered at one of each variant's")
     top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens with this total probability; 1: all")
     top_k: int = Field(ge=0, description="draw among this many of the likeliest tokens; 0: all")
     max_new_tokens: int = Field(gt=0, description="maximum tokens of an answer, EOS included")
@@ -58,11 +64,11 @@ class Params(Section):
 
 
 class Variant(NamedTuple):
-    """A checkpoint and its temperature."""
+    """A checkpoint and its temperatures."""
 
     name: Literal["newest", "earlier"]
     model: str
-    temperature: float
+    temperatures: list[float]
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -123,9 +129,9 @@ def variants_of(place: Place, params: Params) -> tuple[Variant, Variant]:
 def prompts_of(place: Place, params: Params) -> list[Asked]:
     """Return the round's prompts of all kinds, in their files' order. Raises ValueError as `shares_of` does."""
     shares = shares_of(place, params.prompts, params.max_prompts, params.num_rounds, "responses")
-    return [
-        Asked(kind, prompt) for kind in KINDS for prompt in at_most(shares[kind], getattr(params.max_prompts, kind))
-    ]
+    share = params.later_share if place.number else 1.0
+    limits = {kind: math.ceil(share * getattr(params.max_prompts, kind)) for kind in KINDS}
+    return [Asked(kind, prompt) for kind in KINDS for prompt in at_most(shares[kind], limits[kind])]
 
 
 def with_room(asked: Sequence[Asked], variant: Variant) -> list[Asked]:
@@ -166,32 +172,38 @@ def answers_of(
     """Return a variant's answer to each prompt; the ranks share the prompts, and each gets all answers."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     params = stage.params
-    own = range(rank, len(prompts), world)
-    responses = sample(
-        model,
-        [encode_prompt(prompts[number].messages, tokenizer) for number in own],
-        Sampling(
-            temperature=variant.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            max_new_tokens=params.max_new_tokens,
-        ),
-        num_samples=1,
-        eos_id=tokenizer.eos_id,
-        seeds=[number_of(f"{stage.seed} {variant.name} {draw} {prompts[number].id}") for number in own],
-        max_rows=params.max_rows,
-        description=f"{stage.name} {variant.name}" if rank == 0 else None,
-    )
-    answers = {
-        number: Answer(
-            text=decode_answer(response.ids, tokenizer),
-            finished=response.finished,
-            num_tokens=len(response.ids),
-            responder={"model": variant.model, "temperature": variant.temperature},
+    answers: dict[int, Answer] = {}
+    for temperature in sorted(set(variant.temperatures)):
+        own = [
+            number
+            for number in range(rank, len(prompts), world)
+            if temperature_of(variant, prompts[number]) == temperature
+        ]
+        responses = sample(
+            model,
+            [encode_prompt(prompts[number].messages, tokenizer) for number in own],
+            Sampling(
+                temperature=temperature, top_p=params.top_p, top_k=params.top_k, max_new_tokens=params.max_new_tokens
+            ),
+            num_samples=1,
+            eos_id=tokenizer.eos_id,
+            seeds=[number_of(f"{stage.seed} {variant.name} {draw} {prompts[number].id}") for number in own],
+            max_rows=params.max_rows,
+            description=f"{stage.name} {variant.name}, temperature {temperature}" if rank == 0 else None,
         )
-        for number, (response,) in zip(own, responses, strict=True)
-    }
+        for number, (response,) in zip(own, responses, strict=True):
+            answers[number] = Answer(
+                text=decode_answer(response.ids, tokenizer),
+                finished=response.finished,
+                num_tokens=len(response.ids),
+                responder={"model": variant.model, "temperature": temperature},
+            )
     return from_all_ranks(answers)
+
+
+def temperature_of(variant: Variant, prompt: Prompt) -> float:
+    """Return the temperature at which a variant answers a prompt."""
+    return variant.temperatures[number_of(f"{variant.name} temperature {prompt.id}") % len(variant.temperatures)]
 
 
 def pair_of(asked: Asked, answers: Sequence[Answer], round_name: str, seed: int) -> ResponsePair:

@@ -48,8 +48,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def values_of(**changes: Any) -> dict[str, Any]:
     values = {
         "prompts": {"helpfulness": "prompts/helpfulness.jsonl", "safety": "prompts/safety.jsonl"},
-        "max_prompts": {"helpfulness": 100, "safety": 100}, "num_rounds": 2,
-        "temperatures": {"newest": 0.9, "earlier": 1.2}, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, "max_draws": 3,
+        "max_prompts": {"helpfulness": 100, "safety": 100}, "later_share": 1.0, "num_rounds": 2,
+        "temperatures": {"newest": [0.9], "earlier": [1.2]}, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, "max_draws": 3,
         "precision": "fp32", "max_rows": 4, "guidelines": str(GUIDELINES),
     }  # fmt: skip
     return {**values, **changes}
@@ -249,13 +249,13 @@ def test_the_order_shown_is_drawn_and_the_same_again(place: Path, checkpoints: P
 def test_identical_answers_are_drawn_again_then_left_out(place: Path, checkpoints: Path) -> None:
     shutil.copytree(checkpoints / "sft", "same")
     write_rounds(checkpoints / "sft", Path("same"))
-    cold = {"newest": 1e-4, "earlier": 2e-4}  # both say what is likeliest
+    cold = {"newest": [1e-4], "earlier": [2e-4]}  # both say what is likeliest
     figures = run(stage_of(temperatures=cold))
     assert figures["helpfulness/pairs"] == figures["safety/pairs"] == 0
     assert figures["helpfulness/identical"] == figures["helpfulness/prompts"] > 0
     assert Path("out/helpfulness.jsonl").read_text() == ""
     assert not Path("out/label_studio").exists()
-    lukewarm = {"newest": 1e-4, "earlier": 0.25}
+    lukewarm = {"newest": [1e-4], "earlier": [0.25]}
     once = run(stage_of(temperatures=lukewarm, max_draws=1))
     often = run(stage_of(temperatures=lukewarm, max_draws=20))
     assert once["helpfulness/identical"] > often["helpfulness/identical"]
@@ -280,10 +280,34 @@ def test_a_kind_without_prompts_needs_no_file_and_no_model(place: Path) -> None:
 
 
 def test_variants_may_have_one_temperature(place: Path, checkpoints: Path) -> None:
-    figures = run(stage_of(temperatures={"newest": 1.2, "earlier": 1.2}))
+    figures = run(stage_of(temperatures={"newest": [1.2], "earlier": [1.2]}))
     assert figures["helpfulness/pairs"] > 0
     pair = read_lines(Path("out/helpfulness.jsonl"))[0]
     assert {response["responder"]["temperature"] for response in pair["responses"]} == {1.2}
+
+
+def test_each_prompt_has_one_of_its_variants_temperatures(place: Path) -> None:
+    run(stage_of(temperatures={"newest": [0.7], "earlier": [0.8, 1.4]}))
+    found: dict[str, set[float]] = {"helpfulness": set(), "safety": set()}
+    for kind, temperatures in found.items():
+        for pair in pairs_in(f"out/{kind}.jsonl"):
+            (newest,) = [each for each in pair["responses"] if each["responder"]["model"].endswith("sft")]
+            (earlier,) = [each for each in pair["responses"] if each is not newest]
+            assert newest["responder"]["temperature"] == 0.7
+            temperatures.add(earlier["responder"]["temperature"])
+            picked = number_of(f"earlier temperature {pair['id']}") % 2
+            assert earlier["responder"]["temperature"] == [0.8, 1.4][picked]
+    assert found["helpfulness"] == {0.8, 1.4}
+
+
+def test_later_rounds_have_a_share_of_the_firsts_prompts(place: Path) -> None:
+    params = Params.model_validate(values_of(max_prompts={"helpfulness": 4, "safety": 2}, later_share=0.5))
+    own = Round(newest="a", earlier="b", batches="c", samples="d", distil_from="e")
+    numbers = [
+        [sum(each.kind == kind for each in prompts_of(Place(f"v{number + 1}", number, own), params)) for kind in KINDS]
+        for number in range(2)
+    ]
+    assert numbers == [[4, 2], [2, 1]]
 
 
 def test_variants_must_differ(place: Path, checkpoints: Path) -> None:
