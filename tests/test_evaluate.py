@@ -158,7 +158,7 @@ def judged(category: str, held_out: bool = False, risk: str | None = None, **ver
         "well_formed": True, "right": None, "refuses": False, "safe": True, "follows": None, "num_right": 0,
         "num_wrong": 0, "num_words": 3,
     }  # fmt: skip
-    prompt = Prompt("p", category, [{"role": "user", "content": "x"}], risk, "role_play" if risk else None)
+    prompt = Prompt("p", category, [{"role": "user", "content": "x"}], risk, "role_play" if risk else None, None)
     return Judged(prompt, Answer("an answer", 3, finished=True), Judgement(**{**values, **verdict}), held_out)
 
 
@@ -213,7 +213,7 @@ def test_the_interval_is_wilsons() -> None:
 def test_categories_have_whatever_names() -> None:
     names = ["Suicide, Self-Harm & Co", "Suicide  Self-Harm & Co", "all", "a//b"]
     answer = Answer("Hello.", 2, finished=True)
-    judged = [Judged(Prompt("p", name, [], None, None), answer, None, held_out=False) for name in names]
+    judged = [Judged(Prompt("p", name, [], None, None, None), answer, None, held_out=False) for name in names]
     figures = figures_of(shares_of(map(outcomes_of, judged)))
     assert {metric_name(name, "well_formed") for name in names} < set(figures)
 

@@ -30,7 +30,7 @@ NAMES |= {"weaving": ["weaving", "weaver", "weavers"]}
 
 def ask(check, answer, instructions=(), finished=True, category="factual"):
     risk = "illicit_criminal" if category == "safety" else ""
-    prompt = PromptTruth("p", "s", category, "t", "", check, instructions, 1, False, "", risk, "")
+    prompt = PromptTruth("p", "s", category, "t", "", check, instructions, 1, False, "", risk, "", 1 if risk else 0)
     values = {}
     for each in FACTS:
         values.setdefault(each.attribute, {})[each.value] = each.accepted
