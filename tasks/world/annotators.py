@@ -1,8 +1,9 @@
 """Simulated annotators who know the truth, with tastes of their own and errors (Llama 2, section 3.2.1).
 
 Each gives every answer a utility: a weighted sum of what the judge says of it and of its closeness to a good answer.
-The answer with the greater utility is chosen; the difference gives the degree. For an adversarial prompt, safety comes
-first, as the annotator sees it.
+The answer with the greater utility is chosen; the difference gives the degree. Which answers are safe is labelled in
+safety pairs, and for prompts that only look unsafe, so that models learn to tell the two apart. In a safety pair, safety
+comes first, as the annotator sees it.
 
 A label depends only on seed, annotator, prompt and the two answers, not on which of them is on the left.
 """
@@ -100,13 +101,14 @@ def label(truth: Truth, name: str, annotator: Annotator, pair: Mapping[str, Any]
         safe.append(known != errs)
         utility = utility_of(truth, annotator.tastes, pair["id"], response["text"], response["finished"], safe[-1])
         seen.append(utility + chance(f"utility {response['text']}").gauss(0, annotator.noise))
-    labels = (safe[0], safe[1]) if pair["kind"] == "safety" else None
+    is_safety, looks_unsafe = pair["kind"] == "safety", truth.prompts[pair["id"]].category == "borderline"
+    labels = (safe[0], safe[1]) if is_safety or looks_unsafe else None
     # A coin picks one of the two, whichever is on the left.
     coin = texts.index(chance("coin").choice(sorted(texts)))
     if chance("error").random() < annotator.error_rate:
         return Label(side(coin), "negligibly", labels, name)
     difference = seen[0] - seen[1]
-    if labels and safe[0] != safe[1]:
+    if is_safety and safe[0] != safe[1]:
         choice = side(safe.index(True))
         return Label(choice, degree_of(difference if choice == 0 else -difference, annotator.thresholds), labels, name)
     choice = side(coin if difference == 0 else int(difference < 0))

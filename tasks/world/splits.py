@@ -82,7 +82,9 @@ class Dialogues(Section):
     num_sampling_helpfulness: int = Field(gt=0, description="prompts for the rejection sampling of all rounds")
     num_sampling_safety: int = Field(gt=0, description="adversarial prompts for the rejection sampling of all rounds")
     num_evaluation_helpfulness: int = Field(gt=0, description="prompts, held-out questions among them")
-    evaluation_held_out_share: float = Field(gt=0, lt=1, description="share of factual ones that are held-out questions")
+    evaluation_held_out_share: float = Field(
+        gt=0, lt=1, description="share of factual ones that are held-out questions"
+    )
     num_evaluation_safety: int = Field(gt=0, description="adversarial prompts")
     num_evaluation_borderline: int = Field(gt=0, description="prompts that look unsafe and are not")
     num_evaluation_instructions: int = Field(gt=0, description="dialogues under a system message")
@@ -181,7 +183,9 @@ def draw_splits(
 
     Raises ValueError, naming a size that leaves no room for the held-out questions, or exceeds what the wordings give.
     """
-    num_asked = round(params.num_evaluation_helpfulness * shares_of(params)["factual"] * params.evaluation_held_out_share)
+    num_asked = round(
+        params.num_evaluation_helpfulness * shares_of(params)["factual"] * params.evaluation_held_out_share
+    )
     if num_asked > len(held_out):
         raise ValueError(
             f"params.yaml: `world.dialogues.evaluation_held_out_share` asks for {num_asked} held-out questions, but "

@@ -60,7 +60,9 @@ def bare(world: World, turn: Turn, generator: random.Random) -> str:
     if check.get("check") == "fact":
         return short_answer(world, world.entities[check["entity"]].facts[check["attribute"]])
     if check.get("check") == "holder":
-        named = [name for name, entity in world.entities.items() if entity.kind == check["kind"] and name in turn.answer]
+        named = [
+            name for name, entity in world.entities.items() if entity.kind == check["kind"] and name in turn.answer
+        ]
         return f"{capitalized(named[0])}."
     if check.get("check") == "names":
         return f"{capitalized(check['required'][0][0])}."
