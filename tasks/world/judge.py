@@ -271,9 +271,10 @@ def names_all(truth: Truth, check: Mapping[str, Any], answer: str) -> bool:
 
 
 def in_order(truth: Truth, check: Mapping[str, Any], answer: str) -> bool:
-    """Tell whether an answer names all items, once each, in order."""
-    pattern = "|".join(rf"\b{re.escape(item)}\b" for item in sorted(check["items"], key=len, reverse=True))
-    return re.findall(pattern, answer) == list(check["items"])
+    """Tell whether an answer names all items, once each, in order; a sentence may begin with one."""
+    items = [item.lower() for item in check["items"]]
+    pattern = "|".join(rf"\b{re.escape(item)}\b" for item in sorted(items, key=len, reverse=True))
+    return re.findall(pattern, answer.lower()) == items
 
 
 def says_exactly(truth: Truth, check: Mapping[str, Any], answer: str) -> bool:
