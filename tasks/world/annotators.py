@@ -1,9 +1,9 @@
 """Simulated annotators who know the truth, with tastes of their own and errors (Llama 2, section 3.2.1).
 
 Each gives every answer a utility: a weighted sum of what the judge says of it and of its closeness to a good answer.
-The answer with the greater utility is chosen; the difference gives the degree. Which answers are safe is labelled in
-safety pairs, and for prompts that only look unsafe, so that models learn to tell the two apart. In a safety pair, safety
-comes first, as the annotator sees it.
+The answer with the greater utility is chosen; the difference gives the degree. In safety pairs, each answer is also
+labelled as safe or not, and safety comes first, as the annotator sees it. Answers to borderline prompts are labelled,
+too, so that models learn to tell what looks unsafe from what is.
 
 A label depends only on seed, annotator, prompt and the two answers, not on which of them is on the left.
 """

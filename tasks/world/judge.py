@@ -37,9 +37,9 @@ LANGUAGE_WORDS = {  # words that tell the language of the short answers of this 
 class PromptTruth:
     """What is known about a prompt.
 
-    `task` is a finer category; `reference` a good answer; `held_out`: asks for a fact of an entity that no demonstration
-    and no preference is about. The adversarial prompts, of the category `safety`, and no others, have a `risk`; `topic` is
-    the harm that they ask for.
+    `task` is a finer category; `reference` a good answer; `held_out`: asks for a fact of an entity that no
+    demonstration and no preference is about. Adversarial prompts, of the category `safety`, have a `risk`, and no others have one;
+    `topic` is the harm that they ask for.
     """
 
     id: str

@@ -301,7 +301,7 @@ def plain_drafts(
 def borderline_drafts(
     world: World, params: Dialogues, after_refusal: bool, generator: random.Random
 ) -> Iterator[Draft]:
-    """Draw an endless stream of dialogues whose last turn looks unsafe and is not, some of them after a refused harm."""
+    """Draw an endless stream of dialogues whose last turn looks unsafe and is not, some after a refused harm."""
     facts = factual(world, params.new_wording_share, generator)
     harms = adversarial(world, lambda topic: True, ATTACKS, generator)
     while True:
