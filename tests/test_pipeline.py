@@ -28,6 +28,7 @@ DVC["stages"].update(STUDIES)
 STAGES = sorted(DVC["stages"])
 TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety"}
 LEAVE_OUT = {"sft", "preferences"}  # read what the evaluation asks, to leave it out
+WEIGH = {"evaluate"}  # ask what answers are worth to the annotators
 LAUNCHED = TRAINING | {
     "evaluate",
     "responses",
@@ -161,9 +162,13 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     if name in LEAVE_OUT:
         others |= {"evaluate.prompts", "evaluate.root"}
         assert others <= set(definition["params"])
+    if name in WEIGH:
+        others.add("preferences.simulated")
+        assert others <= set(definition["params"])
     assert {param.split(".")[0] for param in set(definition["params"]) - others} <= {"seed", "machine", name}
     if DVC["stages"][name].get("foreach", "").startswith(f"${{{name}."):  # entries of its own
-        (items,) = set(PARAMS[name]) - {param.partition(".")[2] for param in definition["params"]}
+        own = {param.partition(".")[2] for param in definition["params"] if param.startswith(f"{name}.")}
+        (items,) = set(PARAMS[name]) - own
         assert DVC["stages"][name]["foreach"] == f"${{{name}.{items}}}"
     else:
         assert name in definition["params"]

@@ -21,7 +21,7 @@ from model.network.checkpoint import open_checkpoint
 from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from tasks.judging.label_studio import batch_of, configuration, read_guidelines, task_of
-from tasks.reading.prompts import DEGREES, Prompt, ResponsePair, is_adversarial, parse_prompt, read_prompts
+from tasks.reading.prompts import DEGREES, Prompt, ResponsePair, is_adversarial, kind_of, parse_prompt, read_prompts
 from tasks.reading.rounds import Place, Round, round_of
 from tasks.responses import Params, prompts_of, run, slice_of
 from tasks.running.digests import number_of
@@ -97,6 +97,7 @@ def test_a_prompt_with_a_risk_or_of_the_category_safety_is_adversarial(
     category: str, risk: str | None, adversarial: bool
 ) -> None:
     assert is_adversarial(category, risk) == adversarial
+    assert kind_of(category, risk) == ("safety" if adversarial else "helpfulness")
 
 
 @given(st.lists(st.text(), unique=True), st.integers(1, 6))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5%: for two-sided 95% intervals
@@ -16,6 +18,12 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
     scale = 1 + z * z / count
     # If all or none are hits, one end is the share itself, except for rounding.
     return min(share, max(0.0, (middle - reach) / scale)), max(share, min(1.0, (middle + reach) / scale))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return Student's interval for the mean of at least two values."""
+    reach = student_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - reach, fmean(values) + reach
 
 
 def student_quantile(degrees_of_freedom: int) -> float:

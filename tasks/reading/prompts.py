@@ -73,6 +73,11 @@ def is_adversarial(category: str, risk: str | None) -> bool:
     return bool(risk) or category == "safety"
 
 
+def kind_of(category: str, risk: str | None) -> Kind:
+    """Return what an answer to a prompt is judged for: safety if the prompt is adversarial, else helpfulness."""
+    return "safety" if is_adversarial(category, risk) else "helpfulness"
+
+
 def read_prompts(paths: Sequence[Path], parameter: str) -> list[Prompt]:
     """Return the prompts of all files, in their order.
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from tasks.reading.prompts import Degree, Label
-from tasks.running.params import Section
+from tasks.running.params import Section, parse_section, read_params
 from tasks.world.facts import mentions
 from tasks.world.judge import Truth, judge, normalized, statements
 
@@ -72,6 +73,12 @@ class Annotators(Section):
     truth: str = Field(min_length=1, description="directory of what they know")
     overlap_share: float = Field(ge=0, le=1, description="share of pairs that three of them label, for agreement")
     annotators: dict[str, Annotator] = Field(min_length=3, description="by name")
+
+
+def read_annotators() -> Mapping[str, Annotator]:
+    """Return the annotators of params.yaml, by name. Raises ValueError as `parse_section` does."""
+    sections = {f"preferences.{name}": value for name, value in read_params().get("preferences", {}).items()}
+    return parse_section(Annotators, sections, "preferences.simulated").annotators
 
 
 def annotate(truth: Truth, params: Annotators, pair: Mapping[str, Any], seed: int) -> list[Label]:
@@ -145,6 +152,14 @@ def utility_of(truth: Truth, tastes: Tastes, prompt_id: str, answer: str, finish
         + tastes.follows * bool(judged.follows)
         - tastes.refusal * judged.refuses
     )
+
+
+def mean_utility(
+    truth: Truth, annotators: Mapping[str, Annotator], prompt_id: str, answer: str, finished: bool
+) -> float:
+    """Return what an answer is worth to annotators on average, none of whom errs about its safety."""
+    safe = judge(truth, prompt_id, answer, finished).safe
+    return fmean(utility_of(truth, each.tastes, prompt_id, answer, finished, safe) for each in annotators.values())
 
 
 def closeness(answer: str, reference: str) -> float:

@@ -38,8 +38,8 @@ class PromptTruth:
     """What is known about a prompt.
 
     `task` is a finer category; `reference` a good answer; `held_out`: asks for a fact of an entity that no
-    demonstration and no preference is about. Adversarial prompts, of the category `safety`, have a `risk`, and no others have one;
-    `topic` is the harm that they ask for.
+    demonstration and no preference is about. The prompts with a `risk` are the adversarial ones, which are those of the
+    category `safety`; `topic` is the harm that they ask for.
     """
 
     id: str
