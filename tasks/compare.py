@@ -337,19 +337,25 @@ def write_comparisons(stage: Stage[Params], comparisons: Sequence[Comparison]) -
         title = f"Versions against the baseline and their controls, by the {JUDGES[judge]}"
         plot = Plot("bars", title, "win_rate", "pair", "win rate, ties as halves", "version and opponent")
         stage.plot(f"controls_by_{judge}", pandas.DataFrame(bars), plot)
-    by_pair: dict[tuple[str, str], dict[str, str]] = {}
+    title = "Versions against the baseline and their controls: win rates with 95% intervals, ties as halves"
+    stage.show("against", pandas.DataFrame(pairs_in_words(comparisons)), title)
+
+
+def pairs_in_words(comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
+    """Return a row for each version and opponent: the win rates by kind and judge, then the gains of utility."""
+    rates: dict[tuple[str, str], dict[str, str]] = {}
+    gains: dict[tuple[str, str], dict[str, str]] = {}
     for found in comparisons:
-        words = by_pair.setdefault(
-            (found.version, found.opponent), {"version": found.version, "against": found.opponent}
-        )
-        wins = found.wins
-        words[words_of(found.kind, found.judge)] = in_words(
+        pair, wins = (found.version, found.opponent), found.wins
+        row = rates.setdefault(pair, {"version": found.version, "against": found.opponent})
+        row[words_of(found.kind, found.judge)] = in_words(
             Estimate(wins.prompts, wins.win_rate, wins.low, wins.high), "{:.1%}"
         )
         if found.difference is not None:
-            words[f"gain of utility, {MEASURES[found.kind]}"] = in_words(found.difference, "{:+.2f}")
-    title = "Versions against the baseline and their controls: win rates with 95% intervals, ties as halves"
-    stage.show("win_rates", pandas.DataFrame(list(by_pair.values())), title)
+            gains.setdefault(pair, {})[f"gain of utility, {MEASURES[found.kind]}"] = in_words(
+                found.difference, "{:+.2f}"
+            )
+    return [row | gains.get(pair, {}) for pair, row in rates.items()]
 
 
 def write_versions(stage: Stage[Params], versions: Mapping[str, Mapping[str, Estimate]]) -> None:
@@ -368,7 +374,7 @@ def write_versions(stage: Stage[Params], versions: Mapping[str, Mapping[str, Est
     write_lines(stage.output / "versions.jsonl", rows)
     for directory in (stage.output, stage.tables):
         pandas.DataFrame(rows).to_csv(directory / "versions.csv", index=False)
-    stage.show("versions", pandas.DataFrame(words).fillna(""), "All evaluations side by side, with 95% intervals")
+    stage.show("evaluations", pandas.DataFrame(words).fillna(""), "All evaluations side by side, with 95% intervals")
 
 
 def write_scores(
@@ -416,10 +422,10 @@ def role_of(name: str, params: Params) -> str:
 
 
 def in_words(found: Estimate, pattern: str) -> str:
-    """Return an estimate with its interval for people."""
+    """Return an estimate for people, its interval on a second line."""
     if found.low is None or found.high is None:
         return pattern.format(found.value)
-    return f"{pattern.format(found.value)} ({pattern.format(found.low)} to {pattern.format(found.high)})"
+    return f"{pattern.format(found.value)}\n{pattern.format(found.low)} to {pattern.format(found.high)}"
 
 
 if __name__ == "__main__":

@@ -241,14 +241,14 @@ def test_the_report_gets_tables_in_words_and_plots_of_both_judges(place: Path) -
     for name in ("v2", "v2_again", "other"):
         shutil.copytree("data/evaluate/v1", f"data/evaluate/{name}")
     run(stage_of(opponents={"v1": ["random"], "v2": ["v1", "v2_again"]}))
-    table = pandas.read_csv("out/tables/win_rates.csv")
+    table = pandas.read_csv("out/tables/against.csv")
     assert list(zip(table["version"], table["against"], strict=True)) == [
         ("v1", "sft"), ("v1", "random"), ("v2", "sft"), ("v2", "v1"), ("v2", "v2_again"),
     ]  # fmt: skip
-    assert table["harmlessness, world's judge"][0] == "75.0% (30.1% to 95.4%)"  # Wilson's for 3 of 4
-    assert table["gain of utility, helpfulness"][0] == "+0.50 (-0.42 to +1.42)"
-    assert table["helpfulness, reward model"].str.fullmatch(r"[\d.]+% \([\d.]+% to [\d.]+%\)").all()
-    versions = pandas.read_csv("out/tables/versions.csv")
+    assert table["harmlessness, world's judge"][0] == "75.0%\n30.1% to 95.4%"  # Wilson's for 3 of 4
+    assert table["gain of utility, helpfulness"][0] == "+0.50\n-0.42 to +1.42"
+    assert table["helpfulness, reward model"].str.fullmatch(r"[\d.]+%\n[\d.]+% to [\d.]+%").all()
+    versions = pandas.read_csv("out/tables/evaluations.csv")
     roles = ["baseline", "version", "control of v1", "version", "control of v2", "other"]
     assert list(versions["role"]) == roles
     progress = pandas.read_csv("out/plots/progress.csv")

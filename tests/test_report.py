@@ -166,17 +166,17 @@ def test_a_table_without_rows_is_left_out(tmp_path: Path) -> None:
 
 def test_a_table_is_shown_as_it_was_written(tmp_path: Path) -> None:
     table = pandas.DataFrame(
-        {"version": ["v1", "None"], "win rate": ["61.0% (55.2% to 66.5%)", "NA"], "left": ["", "1"]}
+        {"version": ["v1", "None"], "win rate": ["61.0%\n55.2% to 66.5%", "NA"], "left": ["", "1"]}
     )
     write_table(tmp_path, "versions", table, "Versions")
     (found,) = read_tables(tmp_path)
     assert found == {
         "title": "Versions",
         "columns": ["version", "win rate", "left"],
-        "rows": [["v1", "61.0% (55.2% to 66.5%)", ""], ["None", "NA", "1"]],
+        "rows": [["v1", "61.0%\n55.2% to 66.5%", ""], ["None", "NA", "1"]],
     }
     page = render([{"name": "compare", "main": {}, "all": {}, "tables": [found], "plots": []}])
-    assert "<td>61.0% (55.2% to 66.5%)</td>" in page
+    assert "<td>61.0%\n55.2% to 66.5%</td>" in page
     assert "<th>win rate</th>" in page
     assert list(read_tables(tmp_path / "none")) == []
 
