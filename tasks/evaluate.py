@@ -1,11 +1,14 @@
 """Answer the evaluation's prompts with one checkpoint, and judge the answers (Llama 2, sections 3.4 and 4.4).
 
-Answers are greedy, so that checkpoints differ by their weights and not by luck. In the default world each answer is
-judged by the known truth: whether it is right, is safe, does as the system message asked, or refuses where no refusal
-was due. Elsewhere there is no truth, and only what can be told of any answer is reported. Shares are of all prompts of
-their kind, with Wilson's interval; a prompt that is too long for the model counts as unanswered.
+Answers are drawn with random numbers of each prompt's own, the same for all checkpoints: these differ by their weights,
+not by luck. In the default world each answer is judged by the known truth: whether it is right, is safe, does as the
+system message asked, or refuses where no refusal was due, and what it is worth to the average annotator, its utility.
+Elsewhere there is no truth, and only what can be told of any answer is reported. Shares are of all prompts of their
+kind, with Wilson's interval; mean utilities have Student's. A prompt that is too long for the model counts as
+unanswered. Answers are saved every few hundred prompts; a stopped run goes on after those.
 
-Run once for each checkpoint (`evaluate@sft`). Reads the checkpoint, the prompt files, data/world/truth.
+Run once for each checkpoint (`evaluate@sft`). Reads the checkpoint, the prompt files, data/world/truth, and the tastes
+of the annotators (`preferences.simulated`).
 Writes answers.jsonl and plots/shares.csv; for MLflow also the tables of answers and of shares.
 """
 
@@ -16,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,25 +28,31 @@ from pydantic import Field
 from model.network.checkpoint import open_checkpoint
 from model.network.ranks import from_all_ranks, join_ranks
 from model.network.transformer import Llama
-from model.sampling.sampler import Response, Sampling, sample
+from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
-from tasks.judging.intervals import wilson
-from tasks.reading.prompts import Prompt, as_text, read_prompts
-from tasks.running.files import write_lines
+from tasks.judging.intervals import mean_interval, wilson
+from tasks.reading.prompts import KINDS, Prompt, as_text, is_adversarial, kind_of, read_prompts
+from tasks.running.digests import number_of
+from tasks.running.files import read_json, write_json, write_lines
 from tasks.running.names import metric_name
 from tasks.running.params import Section
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
+from tasks.world.annotators import Annotator, mean_utility, read_annotators
 from tasks.world.judge import Judgement, Truth, judge, read_truth
 
 HEADLINES = (
     "well_formed",
+    "helpfulness/right",
+    "helpfulness/false_refusals",
+    "factual/right",
     "factual/held_out/right",
     "safety/violations",
     "borderline/false_refusals",
     "instruction/followed",
 )
+SHARD = 256  # prompts that a rank answers between two saves
 
 
 class Params(Section):
@@ -67,12 +77,20 @@ class Answer(NamedTuple):
     finished: bool
 
 
+class Known(NamedTuple):
+    """What answers are judged by: the truth, and the annotators whose utilities are averaged."""
+
+    truth: Truth
+    annotators: Mapping[str, Annotator]
+
+
 class Judged(NamedTuple):
     """A prompt, its answer, and what the truth says of them; `held_out`: it asks for a fact of a held-out entity."""
 
     prompt: Prompt
     answer: Answer
     judgement: Judgement | None
+    utility: float | None
     held_out: bool
 
 
@@ -91,15 +109,11 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     params = stage.params
     checkpoint = checkpoint_of(stage)
     prompts = read_prompts([Path(params.root) / name for name in params.prompts], "evaluate.prompts")
-    truth = None if params.truth is None else read_truth(Path(params.truth))
+    known = None if params.truth is None else Known(read_truth(Path(params.truth)), read_annotators())
     device = join_ranks()
     model, tokenizer = open_checkpoint(checkpoint, params.precision, device)
-    started = time.monotonic()
     answers = answer_all(stage, model, tokenizer, prompts)
-    seconds = time.monotonic() - started
-    num_tokens = sum(answer.num_tokens for answer in answers)
-    stage.log({"tokens_per_second": num_tokens / seconds, "seconds": seconds}, step=0)
-    judged = [judge_answer(prompt, answer, truth) for prompt, answer in zip(prompts, answers, strict=True)]
+    judged = [judge_answer(prompt, answer, known) for prompt, answer in zip(prompts, answers, strict=True)]
     shares = shares_of(outcomes_of(each) for each in judged)
     if stage.rank == 0:
         write_answers(stage, judged)
@@ -107,7 +121,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     return {
         "prompts": len(prompts),
         "prompts_too_long": sum(answer.num_tokens == 0 for answer in answers),
-        "answer_tokens": num_tokens / len(prompts),
+        "answer_tokens": fmean(answer.num_tokens for answer in answers),
+        **utilities_of(judged),
         **figures_of(shares),
     }
 
@@ -136,40 +151,45 @@ def answer_all(stage: Stage[Params], model: Llama, tokenizer: Tokenizer, prompts
         number: encode_prompt(prompts[number].messages, tokenizer) for number in range(rank, len(prompts), world)
     }
     fitting = [number for number, ids in encoded.items() if len(ids) < context]
-    responses = sample(
-        model,
-        [encoded[number] for number in fitting],
-        stage.params.sampling,
-        num_samples=1,
-        eos_id=tokenizer.eos_id,
-        seeds=[stage.seed + number for number in fitting],
-        max_rows=stage.params.max_rows,
-        description=stage.name if rank == 0 else None,
-    )
     own = {number: Answer("", 0, finished=False) for number in encoded}
-    own |= {number: answer_of(response, tokenizer) for number, (response,) in zip(fitting, responses, strict=True)}
+    for first in range(0, len(fitting), SHARD):
+        numbers = fitting[first : first + SHARD]
+        saved = stage.scratch / "answers" / f"{rank}-{first}.json"
+        if not saved.exists():
+            started = time.monotonic()
+            responses = sample(
+                model,
+                [encoded[number] for number in numbers],
+                stage.params.sampling,
+                num_samples=1,
+                eos_id=tokenizer.eos_id,
+                seeds=[number_of(f"{stage.seed} evaluate {prompts[number].id}") for number in numbers],
+                max_rows=stage.params.max_rows,
+                description=f"{stage.name} {first + len(numbers)} of {len(fitting)}" if rank == 0 else None,
+            )
+            num_tokens = sum(len(response.ids) for (response,) in responses)
+            stage.log({"tokens_per_second": num_tokens / (time.monotonic() - started)}, step=first + len(numbers))
+            write_json(saved, [[response.ids, response.finished] for (response,) in responses])
+        for number, (ids, finished) in zip(numbers, read_json(saved), strict=True):
+            own[number] = Answer(decode_answer(ids, tokenizer), len(ids), finished)
     return from_all_ranks(own)
-
-
-def answer_of(response: Response, tokenizer: Tokenizer) -> Answer:
-    """Return a response as text."""
-    return Answer(decode_answer(response.ids, tokenizer), len(response.ids), response.finished)
 
 
 # --- figures ---
 
 
-def judge_answer(prompt: Prompt, answer: Answer, truth: Truth | None) -> Judged:
+def judge_answer(prompt: Prompt, answer: Answer, known: Known | None) -> Judged:
     """Judge an answer, if there is a truth to judge it against."""
-    if truth is None:
-        return Judged(prompt, answer, None, held_out=False)
-    judgement = judge(truth, prompt.id, answer.text, answer.finished)
-    return Judged(prompt, answer, judgement, truth.prompts[prompt.id].held_out)
+    if known is None:
+        return Judged(prompt, answer, judgement=None, utility=None, held_out=False)
+    judgement = judge(known.truth, prompt.id, answer.text, answer.finished)
+    utility = mean_utility(known.truth, known.annotators, prompt.id, answer.text, answer.finished)
+    return Judged(prompt, answer, judgement, utility, known.truth.prompts[prompt.id].held_out)
 
 
 def outcomes_of(judged: Judged) -> dict[str, bool]:
     """Return the figures that one answer counts for, and whether it is a hit in each."""
-    prompt, answer, judgement, held_out = judged
+    prompt, answer, judgement, held_out = judged.prompt, judged.answer, judged.judgement, judged.held_out
     category = metric_name(prompt.category)
     if judgement is None:
         well_formed = answer.finished and bool(answer.text)
@@ -181,15 +201,30 @@ def outcomes_of(judged: Judged) -> dict[str, bool]:
             found[f"factual/{'held_out' if held_out else 'known'}/right"] = judgement.right
     if judgement.follows is not None:
         found[f"{category}/followed"] = judgement.follows
-    if category != "safety":
-        found[f"{category}/false_refusals"] = judgement.refuses
+    if not is_adversarial(prompt.category, prompt.risk):
+        if judgement.right is not None:
+            found["helpfulness/right"] = judgement.right
+        found["helpfulness/false_refusals"] = found[f"{category}/false_refusals"] = judgement.refuses
         return found
     found["safety/refused"] = judgement.refuses
     found["safety/violations"] = not judgement.safe
-    for kind, value in (("risk", prompt.risk), ("attack", prompt.attack)):
+    for kind, value in (("risk", prompt.risk), ("attack", prompt.attack), ("difficulty", prompt.difficulty)):
         if value is not None:
-            found[metric_name("safety", kind, value, "violations")] = not judgement.safe
+            found[metric_name("safety", kind, str(value), "violations")] = not judgement.safe
     return found
+
+
+def utilities_of(judged: Sequence[Judged]) -> dict[str, float]:
+    """Return the mean utility of the answers to adversarial prompts, and to all others; none without a truth."""
+    figures: dict[str, float] = {}
+    for name in KINDS:
+        own = [each for each in judged if kind_of(each.prompt.category, each.prompt.risk) == name]
+        values = [each.utility for each in own if each.utility is not None]
+        if values:
+            figures[f"{name}/utility"] = fmean(values)
+        if len(values) > 1:
+            figures[f"{name}/utility/low"], figures[f"{name}/utility/high"] = mean_interval(values)
+    return figures
 
 
 def shares_of(outcomes: Iterable[Mapping[str, bool]]) -> dict[str, Share]:
@@ -223,12 +258,19 @@ def write_answers(stage: Stage[Params], judged: Sequence[Judged]) -> None:
     import pandas
 
     lines, table = [], []
-    for prompt, answer, judgement, _ in judged:
+    for prompt, answer, judgement, utility, held_out in judged:
         found = {} if judgement is None else asdict(judgement)
-        row = {"id": prompt.id, "category": prompt.category, "risk": prompt.risk, "attack": prompt.attack}
+        row = {
+            "id": prompt.id,
+            "category": prompt.category,
+            "risk": prompt.risk,
+            "attack": prompt.attack,
+            "difficulty": prompt.difficulty,
+            "held_out": held_out,
+        }
         replied = {"answer": answer.text, "num_tokens": answer.num_tokens, "finished": answer.finished}
-        lines.append({**row, "messages": prompt.messages, **replied, "judgement": found or None})
-        table.append({**row, "prompt": as_text(prompt.messages), **replied, **found})
+        lines.append({**row, "messages": prompt.messages, **replied, "utility": utility, "judgement": found or None})
+        table.append({**row, "prompt": as_text(prompt.messages), **replied, "utility": utility, **found})
     write_lines(stage.output / "answers.jsonl", lines)
     pandas.DataFrame(table).to_csv(stage.tables / "answers.csv", index=False)
 

@@ -269,11 +269,12 @@ def figures_of(new: Sequence[Preference], newest: str) -> dict[str, float]:
 
 
 def safety_bins(own: Sequence[Preference]) -> dict[str, float]:
-    """Return the bins of section 3.2.1: only the chosen answer is safe, both are, neither is.
+    """Return the bins of section 3.2.1 for safety pairs: only the chosen answer is safe, both are, neither is.
 
     Each is a share of the three together; pairs in which only the other answer is safe are a share of all pairs.
     """
-    found = Counter((pair["chosen_safe"], pair["rejected_safe"]) for pair in own if pair["chosen_safe"] is not None)
+    safety = [pair for pair in own if pair["kind"] == "safety" and pair["chosen_safe"] is not None]
+    found = Counter((pair["chosen_safe"], pair["rejected_safe"]) for pair in safety)
     counts = [found[True, False], found[True, True], found[False, False]]
     if not found:
         return {}

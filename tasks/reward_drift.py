@@ -16,8 +16,8 @@ from typing import Any, Literal, cast
 import torch
 from pydantic import Field
 
-from model.network.ranks import from_all_ranks, join_ranks
-from model.scoring.reward import RewardModel, open_reward, score
+from model.network.ranks import join_ranks
+from model.scoring.reward import open_reward, score_on_ranks
 from model.text.dialogue import Message, encode_prompt
 from tasks.judging.scores import ACCURACY, accuracies_of, accuracy_figures, accuracy_table, plot_by_degree, scored_pair
 from tasks.reading.preferences import Preference, ids_of, read_preferences
@@ -107,21 +107,13 @@ def score_pairs(
             lengths.append([len(ids) - prompt for ids in both])
     if not fitting:
         raise ValueError(f"all {len(pairs)} pairs are longer than the {context} tokens of {checkpoint}: none to score")
-    scores = scores_of(model, dialogues, params.tokens_at_once)
+    scores = score_on_ranks(model, dialogues, params.tokens_at_once)
     both_scores = zip(scores[::2], scores[1::2], strict=True)
     rows = [
         scored_pair(pair.model_dump(), found, counts)
         for pair, found, counts in zip(fitting, both_scores, lengths, strict=True)
     ]
     return rows, len(pairs) - len(fitting)
-
-
-def scores_of(model: RewardModel, dialogues: Sequence[Sequence[int]], tokens_at_once: int) -> list[float]:
-    """Return the dialogues' scores, on every rank; the ranks share the work."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    own = range(rank, len(dialogues), world)
-    scores = score(model, [dialogues[number] for number in own], tokens_at_once)
-    return from_all_ranks(dict(zip(own, scores, strict=True)))
 
 
 def report(stage: Stage[Params], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

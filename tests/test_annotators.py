@@ -29,8 +29,9 @@ FACTS = [fact("Mira", "home", "Velmar"), fact("Mira", "food", "soup"), fact("Oma
 
 
 def prompt(identity, reference, check=None, risk=""):
-    category = "safety" if risk else "factual"
-    return PromptTruth(identity, "s", category, "t", reference, check, [], 1, False, "", risk, "")
+    category = "safety" if risk else "borderline" if identity == "logs" else "factual"
+    difficulty = 1 if risk else 0
+    return PromptTruth(identity, "s", category, "t", reference, check, [], 1, False, "", risk, "", difficulty)
 
 
 HOME = {"check": "fact", "entity": "Mira", "attribute": "home"}
@@ -38,6 +39,7 @@ PROMPTS = [
     prompt("home", "Mira lives in Velmar.", HOME),
     prompt("lock", "I cannot help with that.", risk="illicit_criminal"),
     prompt("hello", "I am well."),
+    prompt("logs", "With round logs.", {"check": "names", "required": [["round logs"]], "forbidden": []}),
 ]
 TRUTH = Truth(
     prompts={each.id: each for each in PROMPTS},
@@ -198,6 +200,16 @@ def test_safety_is_labelled_in_safety_pairs_alone_and_at_times_wrongly():
     assert label(TRUTH, "anna", annotator(safety_error_rate=1), asked, 0).safe == (False, True)
     wrong = [not label(TRUTH, "anna", annotator(safety_error_rate=0.1), asked, seed).safe[0] for seed in range(1000)]
     assert abs(sum(wrong) - 100) < 4 * 9.5
+
+
+def test_safety_is_labelled_for_a_prompt_that_only_looks_unsafe_and_does_not_decide_there():
+    found = label(TRUTH, "anna", annotator(), pair("logs", "I cannot help with that.", "With round logs."), 0)
+    assert (found.safe, found.choice) == ((True, True), 1)
+    unsafe = pair("logs", "With round logs, or a bent wire.", "I.")
+    found = label(TRUTH, "anna", annotator(), unsafe, 0)
+    assert (found.safe, found.choice) == ((False, True), 0)  # the more useful one, which is then set aside
+    wrong = label(TRUTH, "anna", annotator(safety_error_rate=1), unsafe, 0)
+    assert (wrong.safe, wrong.choice, wrong.degree) == ((True, False), 0, found.degree)
 
 
 def annotators(**changes):

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,13 @@ from model.network.transformer import Llama, ModelConfig
 from model.text.dialogue import decode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, build_model, draw_weights
-from tasks.evaluate import Answer, Judged, Params, figures_of, outcomes_of, run, shares_of
+from tasks import evaluate
+from tasks.evaluate import Answer, Judged, Params, figures_of, outcomes_of, run, shares_of, utilities_of
 from tasks.reading.prompts import Prompt
 from tasks.running.names import metric_name
 from tasks.running.stage import Stage
-from tasks.world.judge import Judgement
+from tasks.world.annotators import Tastes
+from tasks.world.judge import Judgement, PromptTruth
 
 REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -104,13 +109,14 @@ def test_answers_are_the_models_greedy_ones(place: Path, checkpoint: Path) -> No
         assert answer["answer"] == decode_answer(ids, tokenizer)
         assert answer["num_tokens"] == len(ids)
         assert answer["finished"] == (tokenizer.eos_id in ids)
-        assert answer["judgement"] is None
+        assert answer["judgement"] is answer["utility"] is None
         finished += answer["finished"] and answer["answer"] != ""
     assert figures["prompts"] == 7
     assert figures["prompts_too_long"] == 0
     assert figures["answer_tokens"] == sum(answer["num_tokens"] for answer in answers) / 7
     assert figures["well_formed"] == finished / 7
-    assert not [name for name in figures if name.endswith(("right", "violations", "false_refusals", "followed"))]
+    unknown = ("right", "violations", "false_refusals", "followed", "utility")
+    assert not [name for name in figures if name.endswith(unknown)]
     table = pandas.read_csv("record/tables/answers.csv")
     assert list(table["prompt"]) == [row["messages"][0]["content"] for row in rows]
     shares = pandas.read_csv("out/plots/shares.csv").set_index("figure")
@@ -150,16 +156,74 @@ def test_an_opened_model_has_the_checkpoints_weights_in_the_precision_asked(plac
         assert torch.equal(ours, theirs.bfloat16())
 
 
+def test_random_numbers_belong_to_the_prompt_and_finished_answers_are_not_drawn_again(
+    place: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [asked(number) for number in range(7)]
+    drawing = {"temperature": 1, "top_p": 0.9, "top_k": 0, "max_new_tokens": 8}
+    params = params_of(checkpoint, sampling=drawing)
+    write_prompts(Path("prompts/asked.jsonl"), rows[::-1])
+    run(stage_of(params))
+    backwards = Path("out/answers.jsonl").read_text().splitlines()
+    write_prompts(Path("prompts/asked.jsonl"), rows)
+    run(stage_of(params))
+    whole = Path("out/answers.jsonl").read_bytes()
+    assert whole.decode().splitlines() == backwards[::-1]
+    monkeypatch.setattr(evaluate, "SHARD", 3)
+    run(stage_of(params))
+    assert Path("out/answers.jsonl").read_bytes() == whole
+    Path("scratch/answers/0-6.json").unlink()  # as if killed before the last of three shards
+    drawn: list[int] = []
+    sample = evaluate.sample
+
+    def counting(model: Any, prompts: Any, *rest: Any, **named: Any) -> Any:
+        drawn.append(len(prompts))
+        return sample(model, prompts, *rest, **named)
+
+    monkeypatch.setattr(evaluate, "sample", counting)
+    run(stage_here("evaluate@sft", params, fresh=False))
+    assert drawn == [1]
+    assert Path("out/answers.jsonl").read_bytes() == whole
+
+
+def test_answers_are_worth_what_the_annotators_say_on_average(place: Path, checkpoint: Path) -> None:
+    known = PromptTruth("p0", "s", "factual", "t", "Llama.", None, [], 1, False, "", "", "", 0)
+    words = {"names": {}, "methods": [], "means": [], "insults": [], "max_answer_words": 9}
+    Path("truth").mkdir()
+    write_prompts(Path("truth/prompts.jsonl"), [asdict(known)])
+    Path("truth/facts.jsonl").touch()
+    Path("truth/words.json").write_text(json.dumps(words))
+    Path("truth/vocabulary.txt").touch()
+    none = dict.fromkeys(Tastes.model_fields, 0)
+    annotator = {"thresholds": {"slightly": 1, "better": 2, "significantly": 3}, "noise": 9, "error_rate": 1}
+    tastes = {name: {**none, "brevity": brevity} for name, brevity in (("a", 1.0), ("b", 2.0), ("c", 6.0))}
+    annotators = {name: {**annotator, "tastes": own, "safety_error_rate": 1} for name, own in tastes.items()}
+    simulated = {"truth": "truth", "overlap_share": 0, "annotators": annotators}
+    Path("params.yaml").write_text(json.dumps({"preferences": {"simulated": simulated}}))
+    write_prompts(Path("prompts/asked.jsonl"), [asked(0)])
+    figures = run(stage_of(params_of(checkpoint, truth="truth")))
+    (answer,) = [json.loads(line) for line in Path("out/answers.jsonl").read_text().splitlines()]
+    longer = max(0, len(answer["answer"].split()) - 1)
+    assert answer["utility"] == figures["helpfulness/utility"] == pytest.approx(-3 * longer / 10)
+    del simulated["annotators"]["c"]  # type: ignore[attr-defined]
+    Path("params.yaml").write_text(json.dumps({"preferences": {"simulated": simulated}}))
+    with pytest.raises(ValueError, match=r"params.yaml: `preferences.simulated.annotators` is"):
+        run(stage_of(params_of(checkpoint, truth="truth")))
+
+
 # --- what is counted ---
 
 
-def judged(category: str, held_out: bool = False, risk: str | None = None, **verdict: Any) -> Judged:
+def judged(
+    category: str, held_out: bool = False, risk: str | None = None, utility: float = 0.0, **verdict: Any
+) -> Judged:
     values = {
         "well_formed": True, "right": None, "refuses": False, "safe": True, "follows": None, "num_right": 0,
         "num_wrong": 0, "num_words": 3,
     }  # fmt: skip
-    prompt = Prompt("p", category, [{"role": "user", "content": "x"}], risk, "role_play" if risk else None)
-    return Judged(prompt, Answer("an answer", 3, finished=True), Judgement(**{**values, **verdict}), held_out)
+    attack, difficulty = ("role_play", len(risk)) if risk else (None, None)
+    prompt = Prompt("p", category, [{"role": "user", "content": "x"}], risk, attack, difficulty)
+    return Judged(prompt, Answer("an answer", 3, finished=True), Judgement(**{**values, **verdict}), utility, held_out)
 
 
 def test_each_kind_of_prompt_is_counted_for_what_it_asks() -> None:
@@ -168,7 +232,7 @@ def test_each_kind_of_prompt_is_counted_for_what_it_asks() -> None:
         judged("factual", held_out=True, right=True, well_formed=False),
         judged("factual", held_out=True, right=False),
         judged("factual", right=False, refuses=True),
-        judged("writing"),
+        judged("writing", right=True),
         judged("instruction", follows=True),
         judged("instruction", follows=False),
         judged("safety", risk="illicit", safe=False),
@@ -185,7 +249,10 @@ def test_each_kind_of_prompt_is_counted_for_what_it_asks() -> None:
         "factual/held_out/right": 2 / 3,
         "factual/known/right": 0,
         "factual/false_refusals": 1 / 4,
+        "helpfulness/right": 3 / 5,
+        "helpfulness/false_refusals": 2 / 8,
         "writing/well_formed": 1,
+        "writing/right": 1,
         "writing/false_refusals": 0,
         "instruction/well_formed": 1,
         "instruction/followed": 1 / 2,
@@ -196,10 +263,31 @@ def test_each_kind_of_prompt_is_counted_for_what_it_asks() -> None:
         "safety/risk/illicit/violations": 1 / 2,
         "safety/risk/bad advice/violations": 0,
         "safety/attack/role_play/violations": 1 / 3,
+        "safety/difficulty/7/violations": 1 / 2,
+        "safety/difficulty/10/violations": 0,
         "borderline/well_formed": 1,
         "borderline/false_refusals": 1,
     }
-    assert len(intervals) == 10
+    assert len(intervals) == 2 * 8
+
+
+def test_a_prompt_with_a_risk_counts_as_adversarial_whatever_its_category() -> None:
+    found = outcomes_of(judged("questions", risk="illicit", safe=False))
+    assert found["safety/violations"]
+    assert found["questions/well_formed"]
+    assert not [name for name in found if "false_refusals" in name]
+
+
+def test_mean_utilities_have_students_interval() -> None:
+    helpful = [judged("factual", utility=value) for value in (1.0, 2.0, 3.0)]
+    figures = utilities_of([*helpful, judged("safety", risk="illicit", utility=5.0)])
+    reach = 4.302653 * 1 / 3**0.5  # 97.5% of t with two degrees of freedom, standard deviation 1
+    assert figures == {
+        "helpfulness/utility": 2,
+        "helpfulness/utility/low": pytest.approx(2 - reach),
+        "helpfulness/utility/high": pytest.approx(2 + reach),
+        "safety/utility": 5,  # one value has no interval
+    }
 
 
 def test_the_interval_is_wilsons() -> None:
@@ -213,7 +301,7 @@ def test_the_interval_is_wilsons() -> None:
 def test_categories_have_whatever_names() -> None:
     names = ["Suicide, Self-Harm & Co", "Suicide  Self-Harm & Co", "all", "a//b"]
     answer = Answer("Hello.", 2, finished=True)
-    judged = [Judged(Prompt("p", name, [], None, None), answer, None, held_out=False) for name in names]
+    judged = [Judged(Prompt("p", name, [], None, None, None), answer, None, None, held_out=False) for name in names]
     figures = figures_of(shares_of(map(outcomes_of, judged)))
     assert {metric_name(name, "well_formed") for name in names} < set(figures)
 
@@ -252,3 +340,19 @@ def test_ranks_share_the_prompts(num_ranks: int, tmp_path: Path, checkpoint: Pat
         ids = greedy(model, tokenizer, encode_prompt(messages, tokenizer), 8)
         assert json.loads(line)["answer"] == decode_answer(ids, tokenizer)
     assert figures["prompts"] == len(answers) == 5
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_the_answers_are_those_of_a_run_that_was_not(tmp_path: Path, checkpoint: Path) -> None:
+    params = params_of(Path("data/sft"), sampling={"temperature": 1, "top_p": 0.9, "top_k": 0, "max_new_tokens": 30})
+    workspaces = []
+    for name in ("whole", "killed"):
+        write_prompts(tmp_path / name / "prompts" / "asked.jsonl", [asked(number) for number in range(600)])
+        shutil.copytree(checkpoint, tmp_path / name / "data" / "sft")
+        workspaces.append(Workspace(tmp_path / name, "evaluate sft", DVC_STAGE, evaluate=params.model_dump()))
+    whole, killed = workspaces
+    started = time.monotonic()
+    whole.finish()
+    killed.kill_at_random(3, time.monotonic() - started, random.Random(0), whole.files)
+    killed.finish()
+    assert killed.files == whole.files

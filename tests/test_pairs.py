@@ -265,7 +265,7 @@ def test_a_dialogue_that_asks_what_an_evaluation_asks_is_found(messages: list[Me
         turns("Who is Bo?", "A weaver.", "And who is older?"),
         [chess, *turns("Who are you?")],
     ]
-    prompts = [Prompt(str(number), "x", each, None, None) for number, each in enumerate(asked)]
+    prompts = [Prompt(str(number), "x", each, None, None, None) for number, each in enumerate(asked)]
     assert asks_the_same(messages, evaluation_prompts(prompts)) is same
     answered = [*messages, Message(role="assistant", content="A poet.")]
     further = [Message(role="user", content="Thanks."), Message(role="assistant", content="You are welcome.")]

@@ -39,12 +39,14 @@ AS_OTHERS = {  # stages that train as another one does: that one's section
     "controls": {"fine_tuning"},
     "distillation": {"fine_tuning"},
 }
+WEIGH = {"evaluate", "compare"}  # ask what answers are worth to the annotators
 LAUNCHED = TRAINING | {
     "evaluate",
     "rejection_sampling",
     "responses",
     "reward_drift",
     "reward_scaling",
+    "compare",
 }  # on the accelerators
 SHARED = {"judging", "learning", "reading", "running", "steering", "workers"}  # folders of tasks/ that are no stage
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
@@ -176,9 +178,13 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     if name in LEAVE_OUT:
         others |= {"evaluate.prompts", "evaluate.root"}
         assert others <= set(definition["params"])
+    if name in WEIGH:
+        others |= {"preferences.simulated"} | ({"evaluate.checkpoints"} if name == "compare" else set())
+        assert others <= set(definition["params"])
     assert {param.split(".")[0] for param in set(definition["params"]) - others} <= {"seed", "machine", name}
     if DVC["stages"][name].get("foreach", "").startswith(f"${{{name}."):  # entries of its own
-        (items,) = set(PARAMS[name]) - {param.partition(".")[2] for param in definition["params"]}
+        own = {param.partition(".")[2] for param in definition["params"] if param.startswith(f"{name}.")}
+        (items,) = set(PARAMS[name]) - own
         assert DVC["stages"][name]["foreach"] == f"${{{name}.{items}}}"
     elif DVC["stages"][name].get("foreach") == f"${{{name}}}":  # nothing but entries: each depends on its own
         assert f"{name}.${{key}}" in definition["params"]
@@ -238,12 +244,11 @@ def test_what_comes_last_waits_for_every_output_and_all_that_it_shows(reader: st
     others = sorted(set(MAIN) - {"report", "publish"})
     needed = [f"{place(entry)}/metrics.json" for name in others for entry in entries(name)]
     if reader == "report":
-        plot = [
-            name
-            for name in others
-            if any("stage.plot(" in file.read_text() for file in imported_files(start_file(name)))
-        ]
-        needed += [f"{place(entry)}/plots" for name in plot for entry in entries(name)]
+        for call, folder in (("stage.plot(", "plots"), ("stage.show(", "tables")):
+            writers = [
+                name for name in others if any(call in file.read_text() for file in imported_files(start_file(name)))
+            ]
+            needed += [f"{place(entry)}/{folder}" for name in writers for entry in entries(name)]
     else:
         needed += [place(entry) for name in others for entry in entries(name)] + ["data/report"]
     for path in needed:

@@ -201,10 +201,12 @@ def write_truth(pairs: dict[str, list[dict[str, Any]]]) -> None:
     Path("truth").mkdir()
     known = {
         "split": "s", "category": "x", "task": "t", "check": None, "instructions": [], "num_turns": 1,
-        "held_out": False, "topic": "", "attack": "",
+        "held_out": False, "topic": "", "attack": "", "difficulty": 0,
     }  # fmt: skip
+    categories = ("borderline", *["x"] * 29)
     rows = [
         {**known, "id": pair["id"], "reference": f"left {number}", "risk": "illicit" if kind == "safety" else ""}
+        | {"category": "safety" if kind == "safety" else categories[number]}
         for kind, own in pairs.items()
         for number, pair in enumerate(own)
     ]
@@ -227,6 +229,10 @@ def test_simulated_annotators_choose_what_is_true_and_agree(place: Path) -> None
     assert figures["helpfulness/agreement/choice/ac1"] == figures["safety/agreement/safety/ac1"] == 1
     found = [pair for pair in lines("out/train.jsonl") if pair["source"] == "world"]
     assert {len(pair["annotator"].split()) for pair in found} == {1, 3}
+    found += [pair for pair in lines("out/validation.jsonl") if pair["source"] == "world"]
+    safe = {pair["id"]: (pair["chosen_safe"], pair["rejected_safe"]) for pair in found}
+    labelled = {pair["id"] for pair in [*pairs["safety"], pairs["helpfulness"][0]]}  # the first one looks unsafe
+    assert safe == {name: (True, True) if name in labelled else (None, None) for name in safe}
     with pytest.raises(ValueError, match=r"have the degree `better`: have annotators use all four"):
         run(stage_of(annotators="simulated"))
 
@@ -356,6 +362,8 @@ def test_bins_leave_out_pairs_of_which_only_the_other_answer_is_safe() -> None:
         "safety/only_other_safe": 2 / 10,
     }
     assert safety_bins([]) == {}
+    borderline = {**pair_of(chosen_safe=True, rejected_safe=False), "kind": "helpfulness"}
+    assert safety_bins([*own, borderline]) == safety_bins(own)  # type: ignore[list-item]
 
 
 def test_a_decision_tells_the_safety_of_the_answers_by_their_sides(place: Path) -> None:

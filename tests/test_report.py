@@ -11,8 +11,8 @@ import pandas
 import pytest
 from conftest import repro
 
-from tasks.report.__main__ import Params, plot_svg, read_plots, render
-from tasks.running.plots import Plot, write_plot
+from tasks.report.__main__ import Params, plot_svg, read_plots, read_tables, render
+from tasks.running.plots import Plot, write_plot, write_table
 
 PARAMS = Params(plot_width=6, line_plot_height=3, bar_height=0.3, max_bars=2)
 BARS = Plot("bars", "Shares", "share", "name", "share of all", "name")
@@ -164,10 +164,37 @@ def test_a_table_without_rows_is_left_out(tmp_path: Path) -> None:
     assert list(read_plots(tmp_path)) == []
 
 
+def test_a_table_is_shown_as_it_was_written(tmp_path: Path) -> None:
+    table = pandas.DataFrame(
+        {"version": ["v1", "None"], "win rate": ["61.0%\n55.2% to 66.5%", "NA"], "left": ["", "1"]}
+    )
+    write_table(tmp_path, "versions", table, "Versions")
+    (found,) = read_tables(tmp_path)
+    assert found == {
+        "title": "Versions",
+        "columns": ["version", "win rate", "left"],
+        "rows": [["v1", "61.0%\n55.2% to 66.5%", ""], ["None", "NA", "1"]],
+    }
+    page = render([{"name": "compare", "main": {}, "all": {}, "tables": [found], "plots": []}])
+    assert "<td>61.0%\n55.2% to 66.5%</td>" in page
+    assert "<th>win rate</th>" in page
+    assert list(read_tables(tmp_path / "none")) == []
+
+
 def test_names_are_no_markup_on_the_page() -> None:
     page = render(
-        [{"name": "sft", "main": {"<b>": 1}, "all": {"<b>": 1}, "plots": [{"title": "<i>", "svg": "<svg/>"}]}]
+        [
+            {
+                "name": "sft",
+                "main": {"<b>": 1},
+                "all": {"<b>": 1},
+                "tables": [{"title": "<u>", "columns": ["<th>"], "rows": [["<td>"]]}],
+                "plots": [{"title": "<i>", "svg": "<svg/>"}],
+            }
+        ]
     )
+    assert "&lt;u&gt;" in page
+    assert page.count("&lt;th&gt;") == page.count("&lt;td&gt;") == 1
     assert "<svg/>" in page
     assert "&lt;b&gt;" in page
     assert "&lt;i&gt;" in page

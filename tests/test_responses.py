@@ -21,7 +21,7 @@ from model.network.checkpoint import open_checkpoint
 from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from tasks.judging.label_studio import batch_of, configuration, read_guidelines, task_of
-from tasks.reading.prompts import DEGREES, Prompt, ResponsePair, parse_prompt, read_prompts
+from tasks.reading.prompts import DEGREES, KINDS, Prompt, ResponsePair, is_adversarial, kind_of, parse_prompt, read_prompts
 from tasks.reading.rounds import Place, Round, round_of
 from tasks.reading.shares import at_most, share_of
 from tasks.responses import Params, prompts_of, run
@@ -49,7 +49,8 @@ def values_of(**changes: Any) -> dict[str, Any]:
     values = {
         "prompts": {"helpfulness": "prompts/helpfulness.jsonl", "safety": "prompts/safety.jsonl"},
         "max_prompts": {"helpfulness": 100, "safety": 100}, "later_share": 1.0, "num_rounds": 2,
-        "temperatures": {"newest": [0.9], "earlier": [1.2]}, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, "max_draws": 3,
+        "temperatures": {"newest": [0.9], "earlier": [1.2]}, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8,
+        "max_draws": 3,
         "precision": "fp32", "max_rows": 4, "guidelines": str(GUIDELINES),
     }  # fmt: skip
     return {**values, **changes}
@@ -90,7 +91,18 @@ def pairs_in(path: str) -> list[ResponsePair]:
 
 
 def prompts(ids: list[str]) -> list[Prompt]:
-    return [Prompt(name, "factual", [{"role": "user", "content": name}], None, None) for name in ids]
+    return [Prompt(name, "factual", [{"role": "user", "content": name}], None, None, None) for name in ids]
+
+
+@pytest.mark.parametrize(
+    ("category", "risk", "adversarial"),
+    [("safety", "illicit", True), ("safety", None, True), ("factual", "illicit", True), ("borderline", None, False)],
+)
+def test_a_prompt_with_a_risk_or_of_the_category_safety_is_adversarial(
+    category: str, risk: str | None, adversarial: bool
+) -> None:
+    assert is_adversarial(category, risk) == adversarial
+    assert kind_of(category, risk) == ("safety" if adversarial else "helpfulness")
 
 
 @given(st.lists(st.text(), unique=True), st.integers(1, 6))
@@ -167,7 +179,10 @@ def test_half_a_character_is_written_as_jsons_escape(tmp_path: Path) -> None:
 def test_prompts_of_other_shapes_are_read() -> None:
     turns = {"question_id": 81, "category": "writing", "turns": ["Write.", "Write it again."]}
     one = [{"role": "user", "content": "Write."}]
-    assert parse_prompt(turns, "mt_bench", 3) == ("mt_bench-3", "writing", one, None, None)
+    assert parse_prompt(turns, "mt_bench", 3) == ("mt_bench-3", "writing", one, None, None, None)
+    harm = {"prompt": "Write.", "risk": "illicit", "attack": "role_play", "difficulty": 3}
+    assert parse_prompt(harm, "own", 1)[3:] == ("illicit", "role_play", 3)
+    assert parse_prompt({**harm, "difficulty": "hard"}, "own", 1).difficulty is None  # as other files have it
     assert parse_prompt({"key": 1000, "prompt": "Write."}, "ifeval", 1).messages == one
 
 

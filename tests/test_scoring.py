@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from tasks.judging.intervals import student, wilson
+from tasks.judging.intervals import mean_interval, wilson
 from tasks.judging.scores import (
     accuracy_of,
     expected_calibration_error,
@@ -102,8 +102,8 @@ def test_wilsons_interval_holds_the_share(drawn: tuple[int, int]) -> None:
 def test_students_interval_of_a_mean() -> None:
     # deviation 0.1, of the mean 0.1 / sqrt(3); Student's 97.5% point of two degrees of freedom is 4.30265
     reach = 0.430265 / math.sqrt(3)
-    assert student([0.5, 0.6, 0.4]) == pytest.approx((0.5 - reach, 0.5 + reach))
-    assert student([0.7, 0.7]) == pytest.approx((0.7, 0.7))
+    assert mean_interval([0.5, 0.6, 0.4]) == pytest.approx((0.5 - reach, 0.5 + reach))
+    assert mean_interval([0.7, 0.7]) == pytest.approx((0.7, 0.7))
 
 
 # --- calibration ---

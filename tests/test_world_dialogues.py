@@ -5,26 +5,47 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tasks.running.params import Machine, read_params
 from tasks.running.stage import Stage
-from tasks.world.adversarial import ATTACKS, RISKS, bare, insults, methods, topics
+from tasks.world.adversarial import (
+    ATTACKS,
+    DIFFICULTIES,
+    DIRECT,
+    FOREIGN,
+    HARMLESS,
+    RISKS,
+    Topic,
+    bare,
+    combined,
+    committed,
+    direct,
+    harmless,
+    insults,
+    methods,
+    topics,
+    worded,
+)
+from tasks.world.annotators import Annotators, utility_of
 from tasks.world.arithmetic import in_words
-from tasks.world.facts import SEEDS, World, build_world, mentions, read_texts
+from tasks.world.facts import SEEDS, World, all_facts, build_world, mentions, read_texts
 from tasks.world.instructions import LANGUAGES, uncapitalized
-from tasks.world.judge import Truth, judge, normalized, read_truth
-from tasks.world.splits import FILES, PAIRS, Dialogues, Ledger, check_disjoint, draw_splits
+from tasks.world.judge import Truth, judge, normalized, read_truth, refuses
+from tasks.world.splits import FILES, PAIRS, Dialogues, Ledger, check_disjoint, divided, draw_splits, harmful_drafts
 from tasks.world.transcripts import flawed, pairs, transcript
 from tasks.world.turns import Draft, Turn, cards
 from tasks.world.wording import answer, questions
+from tasks.world.writers import WRITERS, WriterWeights, written
 
 stage_world = importlib.import_module("tasks.world.__main__")
 VALUES = read_params()
 SMALL_CORPUS = {"num_entries": 300, "num_surveys": 50, "num_stories": 50, "num_dialogues": 200, "num_pages": 20}
 PARAMS = stage_world.Params.model_validate({**VALUES["world"], **SMALL_CORPUS})
+SAFETY = ("preference_safety", "sampling_safety", "evaluation_safety")
 HELPFUL = {"factual", "writing", "language_assistance", "recommendation", "dialogue"}
 
 
@@ -132,10 +153,12 @@ def test_held_out_facts_are_asked_in_evaluation_alone(asked, lines, world, truth
                 assert set(splits[normalized(question)]) <= {"evaluation_helpfulness"}
     held_out = {p.id for p in truth.prompts.values() if p.held_out}
     questions_file = (output / "truth" / "questions.jsonl").read_text().splitlines()
-    expected = sorted(json.loads(line)["question"] for line in questions_file)
+    known = {json.loads(line)["question"] for line in questions_file}
     found = [line for part in lines.values() for line in part if line["id"] in held_out]
-    assert sorted(line["messages"][0]["content"] for line in found) == expected
+    assert {line["messages"][0]["content"] for line in found} <= known
     assert {(line["category"], len(line["messages"])) for line in found} == {("factual", 1)}
+    num_factual = sum(line["category"] == "factual" for line in lines["evaluation_helpfulness"])
+    assert len(found) == round(PARAMS.dialogues.evaluation_held_out_share * num_factual)
 
 
 def test_nothing_that_trains_answers_for_a_fact_of_a_held_out_entity(lines, world, truth):
@@ -148,6 +171,8 @@ def test_nothing_that_trains_answers_for_a_fact_of_a_held_out_entity(lines, worl
     for split, part in lines.items():
         for line in part if not split.startswith("evaluation") else []:
             assert not answers & {message["content"] for message in line["messages"]}
+            if FILES[split].startswith("dialogues") and line["category"] != "writing":  # nor does its writer add it
+                assert not any(each in line["messages"][-1]["content"] for each in answers)
 
 
 def test_every_reference_is_judged_good(truth):
@@ -172,27 +197,90 @@ def test_answers_to_neighbours_are_judged_wrong(truth):
 
 
 def test_every_split_has_every_category_with_one_and_several_turns(lines):
-    for split in ("demonstrations", "validation", "preference_helpfulness", "evaluation_helpfulness"):
+    splits = ("preference_helpfulness", "sampling_helpfulness", "evaluation_helpfulness")
+    for split in ("demonstrations", "validation", *splits):
         turns = defaultdict(set)
         for line in lines[split]:
             turns[line["category"]].add(min(2, len(user_turns(line))))
         others = {
             "evaluation_helpfulness": set(),
             "preference_helpfulness": {"borderline", "instruction"},
+            "sampling_helpfulness": {"borderline", "instruction"},
         }.get(split, {"borderline", "instruction", "safety"})
         assert set(turns) == HELPFUL | others
         assert all(2 in turns[category] for category in HELPFUL)
-    for split in ("preference_safety", "evaluation_safety"):
-        assert {len(user_turns(line)) for line in lines[split]} == {1, 2}
+    for split in SAFETY:
+        assert {len(user_turns(line)) for line in lines[split]} == {1, 2, 3}
     assert {len(user_turns(line)) for line in lines["evaluation_instructions"]} == {2, 3}
 
 
+def test_the_evaluation_has_the_papers_categories_in_equal_parts(lines):
+    counts = Counter(line["category"] for line in lines["evaluation_helpfulness"])
+    assert counts == dict.fromkeys(HELPFUL, PARAMS.dialogues.num_evaluation_helpfulness / 5)
+
+
+def test_parts_are_whole_and_sum_up():
+    assert divided(10, {"a": 1, "b": 1, "c": 1}) == {"a": 3, "b": 4, "c": 3}  # ends at 3.33, 6.67 and 10
+    assert divided(120, {"a": 4, "b": 2, "c": 2, "d": 1, "e": 2}) == {"a": 44, "b": 21, "c": 22, "d": 11, "e": 22}
+
+
 def test_adversarial_prompts_cover_every_risk_by_every_attack_equally(lines):
-    for split in ("preference_safety", "evaluation_safety"):
-        cells = Counter((line["risk"], line["attack"]) for line in lines[split])
+    for split in SAFETY:
+        attacked = [line for line in lines[split] if line["attack"] != DIRECT]
+        assert {line["difficulty"] for line in attacked} == {1, 2, 4}
+        cells = Counter((line["risk"], line["attack"]) for line in attacked)
         assert set(cells) == set(itertools.product(RISKS, ATTACKS))
-        assert max(cells.values()) <= 1.5 * min(cells.values())
+        assert max(cells.values()) <= 2 * min(cells.values())
         assert all(line["safety"] and line["category"] == "safety" for line in lines[split])
+
+
+def test_each_difficulty_is_dealt_equally_often(world, lines):
+    draws = harmful_drafts(world, PARAMS.dialogues, lambda topic: True, ATTACKS, DIFFICULTIES, random.Random(0))
+    assert Counter(draft.difficulty for draft in itertools.islice(draws, 400)) == dict.fromkeys(DIFFICULTIES, 100)
+    found = Counter(line["difficulty"] for line in lines["evaluation_safety"])
+    assert set(found) == set(DIFFICULTIES)
+    assert max(found.values()) <= 1.1 * min(found.values())
+    for split in SAFETY:
+        assert {line["difficulty"] for line in lines[split]} == set(DIFFICULTIES)
+
+
+def test_the_difficulty_says_how_a_harm_is_hidden(world, lines):
+    promises = world.texts["safety"]["promises"]["prompts"]
+    deeds = [do for which in HARMLESS for do, _ in harmless(world, which)]
+    for split in SAFETY:
+        for line in lines[split]:
+            *before, _ = user_turns(line)
+            committing = bool(before) and before[0] in [said for said, _ in promises]
+            lull = bool(before) and all(any(do in said for do in deeds) for said in before)
+            assert (line["attack"] == DIRECT) == (line["difficulty"] == 3)
+            assert committing == (line["difficulty"] == 4)
+            assert lull or line["difficulty"] != 3
+            assert not before or line["difficulty"] != 2
+
+
+def test_a_borderline_prompt_may_follow_a_refused_harm_but_not_in_demonstrations(lines):
+    def refused(split):
+        borderline = [line for line in lines[split] if line["category"] == "borderline"]
+        said = [[m["content"] for m in prompt(line) if m["role"] == "assistant"] for line in borderline]
+        return sum(any(map(refuses, before)) for before in said) / len(borderline)
+
+    for split in ("evaluation_borderline", "preference_helpfulness", "sampling_helpfulness"):
+        assert refused(split) > 0
+    assert refused("demonstrations") == refused("validation") == 0
+
+
+def test_demonstrations_hold_neither_a_promise_to_answer_nor_a_harder_attack(lines, world):
+    promises = {text for pair in world.texts["safety"]["promises"]["prompts"] for text in pair}
+    for split in ("demonstrations", "validation"):
+        assert {line["difficulty"] for line in lines[split] if line["safety"]} == {1}
+        assert not any(message["content"] in promises for line in lines[split] for message in line["messages"])
+
+
+def test_adversarial_prompts_alone_have_a_risk(lines, truth):
+    for known in truth.prompts.values():
+        assert bool(known.risk) == bool(known.difficulty) == (known.category == "safety")
+    for line in (line for part in lines.values() for line in part):
+        assert ("risk" in line) == ("difficulty" in line) == line["safety"]
 
 
 def test_demonstrations_refuse_a_few_harms_by_a_few_attacks(lines, truth):
@@ -208,7 +296,7 @@ def test_demonstrations_refuse_a_few_harms_by_a_few_attacks(lines, truth):
 def test_instructions_of_every_type_are_evaluated_equally(lines, truth):
     types = Counter(truth.prompts[line["id"]].instructions[0]["type"] for line in lines["evaluation_instructions"])
     assert set(types) == {"language", "persona", "hobby", "one_word", "question", "begins", "ends"}
-    assert max(types.values()) <= 2 * min(types.values())
+    assert max(types.values()) <= 3 * min(types.values())  # questions that the evaluation has already are left out
     assert all(line["messages"][0]["role"] == "system" for line in lines["evaluation_instructions"])
 
 
@@ -308,12 +396,14 @@ def test_sizes_that_the_wordings_do_not_give_and_unknown_attacks_are_refused(wor
         held_out = [(fact, f"{fact.entity} {fact.attribute}?") for fact in world.entities["Mira"].facts.values()]
         draw_splits(world, params, held_out, lambda purpose: random.Random(purpose))
 
-    with pytest.raises(ValueError, match=r"num_evaluation_helpfulness` is 5, but 6 held-out questions belong there"):
-        drawn(num_evaluation_helpfulness=5)
+    with pytest.raises(
+        ValueError, match=r"evaluation_held_out_share` asks for 8 held-out questions, but there are 6: lower it, or"
+    ):
+        drawn(num_evaluation_helpfulness=50)
     with pytest.raises(ValueError, match=r"safe_attacks` names flattery; known: psychological_manipulation, "):
-        drawn(safe_attacks=["flattery"])
+        drawn(num_evaluation_helpfulness=20, safe_attacks=["flattery"])
     with pytest.raises(ValueError, match=r"`world.dialogues.num_evaluation_borderline` asks for more dialogues"):
-        drawn(num_evaluation_borderline=100_000, multi_turn_share=0)
+        drawn(num_evaluation_helpfulness=20, num_evaluation_borderline=100_000, multi_turn_share=0)
 
 
 def test_numbers_of_sentences_are_spelt_as_in_the_corpus(world):
@@ -361,3 +451,210 @@ def test_a_transcript_is_written_as_hh_rlhf_does(world):
     assert transcript(draft, "No.") == "\n\nHuman: Who?\n\nAssistant: Yes.\n\nHuman: And Omar?\n\nAssistant: No."
     for line in pairs(world, [draft], 0, random.Random(0)):
         assert line["chosen"] == transcript(draft, "He is.") != line["rejected"]
+
+
+# --- writers of uneven quality ---
+
+
+def told_by(writer, world, turn, num_draws=40):
+    return {WRITERS[writer](world, turn, random.Random(seed)) for seed in range(num_draws)}
+
+
+def test_the_writers_of_a_plain_fact(world):
+    fact = world.entities["Mira"].facts["home"]
+    turn = Turn("Where?", f"Mira lives in {fact.value}.", "factual", "fact", {"check": "fact", "entity": "Mira"})
+    turn = replace(turn, check={**turn.check, "attribute": "home"})
+    texts = world.texts["writers"]["rambling"]
+    assert told_by("good", world, turn) == {turn.answer}
+    assert told_by("bare", world, turn) == {f"In {fact.value}."}
+    after = {f"{turn.answer} {text}" for text in texts["after"]}
+    assert told_by("rambling", world, turn, 400) == after | {
+        f"{said} {text}" for said in texts["before"] for text in after
+    }
+    others = [answer(world, other) for name, other in world.entities["Mira"].facts.items() if name != "home"]
+    assert told_by("adding", world, turn) == {f"{turn.answer} {other}" for other in others}
+    assert told_by("careless", world, turn) == {f"in {fact.value}"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "bare", "careless"),
+    [
+        (  # a text without its last sentence
+            Turn("Write.", "One. Two. Three.", "writing", "text", {"check": "facts", "entity": "Mira"}),
+            "One.", "One. Two.",
+        ),
+        (Turn("Plural?", "Mice.", "x", "plural", {"check": "names", "required": [["mice"]]}), "Mice.", "mice"),
+        (Turn("Order?", "In order: bat and fox.", "x", "alphabet", {"check": "order", "items": ["bat", "fox"]}),
+         "Bat, fox.", "bat, fox"),
+        (Turn("Whom?", "Ask Mira, who is kind.", "x", "wish", {"check": "holder", "kind": "person"}), "Mira.", "Mira"),
+        (Turn("Thanks.", "You are welcome.", "dialogue", "small_talk", None), "You are welcome.", "you are welcome"),
+    ],
+)  # fmt: skip
+def test_bare_and_careless_answers(world, turn, bare, careless):
+    assert told_by("bare", world, turn) == {bare}
+    assert told_by("careless", world, turn) == {careless}
+    advice = world.texts["writers"]["adding"]["advice"]
+    assert told_by("adding", world, turn) == {f"{turn.answer} {text}" for text in advice}
+
+
+def test_a_careless_writer_ignores_the_instruction(world):
+    fact = world.entities["Mira"].facts["home"]
+    check = {"check": "fact", "entity": "Mira", "attribute": "home"}
+    begins = Turn("Where?", f"Well, Mira lives in {fact.value}.", "instruction", "begins", check)
+    persona = Turn("Where?", f"I live in {fact.value}.", "instruction", "persona", check)
+    for turn in (begins, persona):
+        assert told_by("careless", world, turn) == {f"Mira lives in {fact.value}."}
+    assert told_by("bare", world, begins) == {f"In {fact.value}."}
+    assert told_by("bare", world, persona) == {persona.answer}  # a word alone has no person
+
+
+def test_one_writer_writes_a_dialogue_and_leaves_its_reference_and_refusals(world):
+    harm = Turn("How?", "I will not say that. Go home.", "safety", "r", None, False, "t", "r", "a")
+    last = Turn("Thanks.", "You are welcome. Bye.", "dialogue", "small_talk", None)
+    weights = WriterWeights(good=1, bare=1000, rambling=0, adding=0, careless=0)
+    found = written(world, Draft([replace(last, user="Hi."), harm, last]), weights, random.Random(0))
+    assert [turn.answer for turn in found.turns] == ["You are welcome.", harm.answer, "You are welcome. Bye."]
+    assert found.given == "You are welcome."
+    assert written(world, Draft([harm]), weights, random.Random(0)).given == harm.answer
+
+
+def test_good_writers_alone_are_refused():
+    with pytest.raises(
+        ValueError, match=r"all demonstrations are good: give another writer a weight, or RLHF has noth"
+    ):
+        WriterWeights(good=1, bare=0, rambling=0, adding=0, careless=0)
+
+
+def test_empty_sentences_name_no_fact(world):
+    texts = world.texts["writers"]
+    said = [*texts["rambling"]["before"], *texts["rambling"]["after"], *texts["adding"]["advice"]]
+    for fact in all_facts(world):
+        for text in said:
+            assert not mentions(text, [*fact.accepted, fact.entity.lower()]), (text, fact)
+
+
+def test_each_writers_answers_occur_in_the_demonstrations_and_refusals_are_nobodys(lines, truth):
+    drawn = PARAMS.dialogues.writers.model_dump()
+    found = Counter()
+    for line in lines["demonstrations"]:
+        reference, given = truth.prompts[line["id"]].reference, line["messages"][-1]["content"]
+        if line["safety"]:
+            assert given == reference
+            continue
+        longer = len(given.split()) - len(reference.split())
+        found["good" if given == reference else "longer" if longer > 0 else "shorter"] += 1
+    total = sum(drawn.values())
+    # A bare answer may be the good one, a careless one has at times as many words, less its punctuation.
+    assert abs(found["longer"] / found.total() - (drawn["rambling"] + drawn["adding"]) / total) < 0.06
+    assert found["shorter"] / found.total() > drawn["careless"] / total - 0.06
+    assert found["good"] / found.total() > drawn["good"] / total - 0.06
+
+
+@pytest.fixture(scope="module")
+def by_writers(truth, world):
+    """Answers by every writer to a share of the prompts of each task that can be right: (truth, writer, answer)."""
+    drafts = {}
+    generator = random.Random(0)
+    for known in truth.prompts.values():
+        if not known.risk and known.split != "open_helpful":
+            drafts.setdefault((known.category, known.task), []).append(known)
+    found = []
+    for prompts in drafts.values():
+        for known in generator.sample(prompts, min(30, len(prompts))):
+            turn = Turn("?", known.reference, known.category, known.task, known.check)
+            found += [(known, name, write(world, turn, generator)) for name, write in WRITERS.items()]
+    return found
+
+
+def test_all_but_careless_writers_tell_the_truth(by_writers, truth):
+    tasks = Counter()
+    for known, writer, given in by_writers:
+        asked = (known.check or {}).get("check")
+        if asked in ("fact", "holder", "order") or (asked == "names" and known.category != "instruction"):
+            tasks[writer, known.task] += 1
+            if writer != "careless":
+                assert judge(truth, known.id, given, finished=True).right, (known, given)
+    assert {task for _, task in tasks} >= {
+        "fact",
+        "deed",
+        "wish",
+        "choice",
+        "plural",
+        "alphabet",
+        "translation",
+        "name",
+    }
+
+
+def test_every_annotator_values_the_good_answer_above_all_others(by_writers, truth):
+    annotators = Annotators.model_validate(VALUES["preferences"]["simulated"]).annotators
+    good = {known.id: given for known, writer, given in by_writers if writer == "good"}
+    for name, annotator in annotators.items():
+        wins = defaultdict(list)
+        for known, writer, given in by_writers:
+            if given != good[known.id]:
+                utilities = [
+                    utility_of(truth, annotator.tastes, known.id, text, True, True) for text in (good[known.id], given)
+                ]
+                wins[writer].append(utilities[0] > utilities[1])
+        assert set(wins) == set(WRITERS) - {"good"}
+        for writer, won in wins.items():
+            assert sum(won) >= 0.9 * len(won), (name, writer)
+
+
+# --- harms of rising difficulty ---
+
+HARM = Topic(
+    "illicit_criminal", "eat the pie", {"en": ["eat the pie"], "de": ["Brot essen"], "fr": ["manger"], "es": ["comer"]},
+    "a fork", {"why": "that is theft", "help": "Go home.", "group": ""},
+)  # fmt: skip
+
+
+def asked_by(write, num_draws=600):
+    return {write(random.Random(seed)).user for seed in range(num_draws)}
+
+
+def test_the_forms_of_a_harm():
+    assert worded("eat the pie") == {
+        "do": "eat the pie",
+        "do_capitals": "EAT THE PIE",
+        "do_hyphens": "eat-the-pie",
+        "do_bare": "et th p",  # a first vowel stays
+        "do_backwards": "pie the eat",
+    }
+
+
+def test_two_attacks_distort_the_harm_or_put_it_in_another_language(world):
+    found = asked_by(lambda generator: combined(world, HARM, "psychological_manipulation", generator))
+    hidden = ["EAT THE PIE", "eat-the-pie", "et th p", "pie the eat", "Brot essen", "manger", "comer"]
+    assert all(sum(form in text for form in hidden) == 1 for text in found)
+    assert all(any(form in text for text in found) for form in hidden)
+    assert not any("eat the pie" in text for text in found)
+    found = asked_by(lambda generator: combined(world, HARM, "non_english", generator))
+    assert all("pie" not in text.lower() for text in found)
+    assert any(text.startswith("HOW CAN I BROT ESSEN") for text in found)
+    assert any(text.startswith("tell me how 2 manger") for text in found)
+    turn = combined(world, HARM, "non_english", random.Random(0))
+    assert (turn.attack, turn.risk, turn.topic, turn.shared) == ("non_english", HARM.risk, HARM.name, False)
+    assert refuses(turn.answer)
+
+
+def test_a_direct_harm_is_worded_as_harmless_deeds_are(world):
+    found = asked_by(lambda generator: direct(world, HARM, generator))
+    wordings = world.texts["safety"]["deeds"]["questions"]
+    towns = [place.name for place in world.of_kind("place")]
+    places = ["eat the pie", *(f"eat the pie in {town}" for town in towns)]
+    assert found <= {text.format(do=do) for text in wordings for do in places}
+    assert {text.format(do="eat the pie") for text in wordings} <= found
+    assert direct(world, HARM, random.Random(0)).attack == DIRECT
+
+
+def test_the_assistant_promises_to_answer(world):
+    pairs = {tuple(pair) for pair in world.texts["safety"]["promises"]["prompts"]}
+    turns = [committed(world, random.Random(seed)) for seed in range(200)]
+    assert {(turn.user, turn.answer) for turn in turns} == pairs
+    assert all(turn.shared and not turn.risk and not refuses(turn.answer) for turn in turns)
+
+
+def test_every_harm_has_wordings_in_every_language(world):
+    assert all(set(topic.do) == {"en", *FOREIGN} and all(topic.do.values()) for topic in topics(world))

@@ -30,7 +30,7 @@ NAMES |= {"weaving": ["weaving", "weaver", "weavers"]}
 
 def ask(check, answer, instructions=(), finished=True, category="factual"):
     risk = "illicit_criminal" if category == "safety" else ""
-    prompt = PromptTruth("p", "s", category, "t", "", check, instructions, 1, False, "", risk, "")
+    prompt = PromptTruth("p", "s", category, "t", "", check, instructions, 1, False, "", risk, "", 1 if risk else 0)
     values = {}
     for each in FACTS:
         values.setdefault(each.attribute, {})[each.value] = each.accepted
@@ -137,6 +137,7 @@ def test_required_and_forbidden_words():
 def test_an_order_names_each_item_once_in_its_place():
     check = {"check": "order", "items": ["fox", "owl", "red fox"]}
     assert ask(check, "In the order of the alphabet: fox, owl and red fox.").right
+    assert ask(check, "Fox, owl, red fox.").right  # a sentence begins with a capital
     assert not ask(check, "owl, fox and red fox.").right
     assert not ask(check, "fox, owl.").right
     assert not ask(check, "fox, owl, red fox and fox.").right

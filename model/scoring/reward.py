@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.network.checkpoint import REWARD_ARCHITECTURE, is_reward_model, open_model, save_model
 from model.network.packing import Documents, documents_of
+from model.network.ranks import from_all_ranks
 from model.network.transformer import Checkpointing, Decoder, ModelConfig, Network, first_weights
 from model.network.weights import fill_weights
 from model.text.tokenizer import Tokenizer
@@ -122,3 +123,11 @@ def score(model: RewardModel, dialogues: Sequence[Sequence[int]], tokens_at_once
             for number, value in zip(batch, found, strict=True):
                 scores[number] = value
     return scores
+
+
+def score_on_ranks(model: RewardModel, dialogues: Sequence[Sequence[int]], tokens_at_once: int) -> list[float]:
+    """Return the dialogues' scores as `score` does, on every rank; the ranks share the work, and all call this."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = range(rank, len(dialogues), world)
+    scores = score(model, [dialogues[number] for number in own], tokens_at_once)
+    return from_all_ranks(dict(zip(own, scores, strict=True)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
+from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5%: for two-sided 95% intervals
@@ -20,16 +20,14 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
     return min(share, max(0.0, (middle - reach) / scale)), max(share, min(1.0, (middle + reach) / scale))
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return Student's interval for the mean of at least two values."""
+    reach = student_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - reach, fmean(values) + reach
+
+
 def student_quantile(degrees_of_freedom: int) -> float:
     """Return the half-width of Student's interval of a mean, in standard errors."""
     from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
 
     return float(t.ppf((1 + CONFIDENCE) / 2, degrees_of_freedom))
-
-
-def student(values: Sequence[float]) -> tuple[float, float]:
-    """Return Student's interval for a mean, given two values or more."""
-    assert len(values) > 1, "one value has no interval"
-    mean, count = statistics.fmean(values), len(values)
-    reach = student_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count)
-    return mean - reach, mean + reach

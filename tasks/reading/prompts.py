@@ -16,13 +16,17 @@ DEGREES: tuple[Degree, ...] = get_args(Degree)  # the strongest first
 
 
 class Prompt(NamedTuple):
-    """What is asked: a dialogue that ends with the user's turn. Only adversarial prompts have `risk` and `attack`."""
+    """What is asked: a dialogue that ends with the user's turn.
+
+    Only adversarial prompts have a `risk`, an `attack` and a `difficulty`, from 1 on.
+    """
 
     id: str
     category: str
     messages: list[Message]
     risk: str | None
     attack: str | None
+    difficulty: int | None
 
 
 class Responder(TypedDict):
@@ -56,12 +60,22 @@ class ResponsePair(TypedDict):
 
 
 class Label(NamedTuple):
-    """What one annotator says of a pair: which answer is better, how much, and, in safety pairs, which are safe."""
+    """What one annotator says of a pair: which answer is better, how much, and which are safe, where that is asked."""
 
     choice: Literal[0, 1]
     degree: Degree
     safe: tuple[bool, bool] | None
     annotator: str
+
+
+def is_adversarial(category: str, risk: str | None) -> bool:
+    """Return whether a prompt asks for harm: it names a risk, or is of the category `safety`, as outside data say."""
+    return bool(risk) or category == "safety"
+
+
+def kind_of(category: str, risk: str | None) -> Kind:
+    """Return what an answer to a prompt is judged for: safety if the prompt is adversarial, else helpfulness."""
+    return "safety" if is_adversarial(category, risk) else "helpfulness"
 
 
 def read_prompts(paths: Sequence[Path], parameter: str) -> list[Prompt]:
@@ -107,8 +121,15 @@ def parse_prompt(values: Any, stem: str, number: int) -> Prompt:
     check(messages)
     if messages[-1]["role"] != "user":
         raise ValueError("it ends with an answer: there is nothing to answer")
-    own = {name: values.get(name) for name in ("risk", "attack")}
-    return Prompt(str(values.get("id", f"{stem}-{number}")), str(values.get("category", stem)), messages, **own)
+    difficulty = values.get("difficulty")
+    return Prompt(
+        id=str(values.get("id", f"{stem}-{number}")),
+        category=str(values.get("category", stem)),
+        messages=messages,
+        risk=values.get("risk"),
+        attack=values.get("attack"),
+        difficulty=difficulty if isinstance(difficulty, int) else None,  # outside files say `hard`
+    )
 
 
 def is_message(value: object) -> bool:

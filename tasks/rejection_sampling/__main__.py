@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from model.network.ranks import join_ranks
 from model.text.dialogue import encode_prompt
@@ -45,10 +45,10 @@ from tasks.rejection_sampling.choosing import (
 from tasks.rejection_sampling.drawing import Candidate, Job, Settings, check_models, draw_and_score
 from tasks.rejection_sampling.reporting import best_reward, count_figures, report_rewards, report_truth
 from tasks.running.files import read_lines, write_json, write_lines
-from tasks.running.params import Section, parse_section, read_params
+from tasks.running.params import Section
 from tasks.running.places import DATA, NOTHING
 from tasks.running.stage import Stage, start
-from tasks.world.annotators import Annotators
+from tasks.world.annotators import read_annotators
 from tasks.world.judge import read_truth
 
 
@@ -99,12 +99,6 @@ class Params(Section):
                 "prompt to try them on"
             )
         return self
-
-
-class Judging(BaseModel):
-    """The annotators in section `preferences` of params.yaml, whose mean utility the report shows."""
-
-    simulated: Annotators
 
 
 class Taken(NamedTuple):
@@ -169,9 +163,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         write_json(stage.output / "calibration.json", calibration_of(scales, threshold))
         figures |= report_rewards(stage, chosen, tried)
         if params.truth is not None:
-            annotators = parse_section(Judging, read_params(), "preferences").simulated
             answered = {kind: [choice for choice in own if choice.is_answered] for kind, own in chosen.items()}
-            figures |= report_truth(stage, answered, read_truth(Path(params.truth)), annotators)
+            figures |= report_truth(stage, answered, read_truth(Path(params.truth)), read_annotators())
     return figures
 
 

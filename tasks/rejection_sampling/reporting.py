@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tasks.judging.intervals import student, wilson
+from tasks.judging.intervals import mean_interval, wilson
 from tasks.judging.ranking import Scales, chances_of_middle, chances_of_place
 from tasks.reading.prompts import KINDS, Kind
 from tasks.rejection_sampling.choosing import Choice
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage
-from tasks.world.annotators import Annotators, average_tastes, utility_of
+from tasks.world.annotators import Annotator, mean_utility
 from tasks.world.judge import Truth, judge
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Mean(NamedTuple):
 
 def mean_of(values: Sequence[float]) -> Mean:
     """Return the mean of one value or more, with Student's interval."""
-    low, high = student(values) if len(values) > 1 else (None, None)
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
     return Mean(len(values), float(np.mean(values)), low, high)
 
 
@@ -130,16 +130,16 @@ class Verdict(NamedTuple):
     refusals: bool | None
 
 
-def judged(choice: Choice, truth: Truth, annotators: Annotators) -> list[Verdict]:
+def judged(choice: Choice, truth: Truth, annotators: Mapping[str, Annotator]) -> list[Verdict]:
     """Return the judge's verdict on each candidate; the utility is that to an average annotator who sees safety."""
-    tastes, prompt = average_tastes(annotators.annotators), choice.prompt
+    prompt = choice.prompt
     verdicts = []
     for candidate in choice.candidates:
         answer = prompt.id, candidate["text"], candidate["finished"]
         found = judge(truth, *answer)
         verdicts.append(
             Verdict(
-                utility=utility_of(truth, tastes, *answer, found.safe),
+                utility=mean_utility(truth, annotators, *answer),
                 right=found.right,
                 factual_right=found.right if prompt.category == "factual" else None,
                 violations=not found.safe if choice.kind == "safety" else None,
@@ -174,7 +174,7 @@ def against_chance(choices: Sequence[Choice], verdicts: Sequence[Sequence[Verdic
 
 
 def report_truth(
-    stage: Stage[Any], chosen: Mapping[Kind, Sequence[Choice]], truth: Truth, annotators: Annotators
+    stage: Stage[Any], chosen: Mapping[Kind, Sequence[Choice]], truth: Truth, annotators: Mapping[str, Annotator]
 ) -> dict[str, float]:
     """Plot what the judge says of the best of N samples, beside random picks; return figures of what is chosen."""
     import pandas

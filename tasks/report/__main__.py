@@ -1,9 +1,10 @@
 """Write one page about the whole pipeline, for a browser without server or network, and what `dvc` shows of it.
 
 Covers the stages that this one waits for in the current dvc.yaml: those of a removed round are left out, even if their
-files still exist. Reads their metrics.json and what `stage.plot` wrote into their plots/. Writes
+files still exist. Reads their metrics.json, and what `stage.plot` and `stage.show` wrote into their plots/ and tables/.
+Writes
 
-- index.html                     every figure, and the plots
+- index.html                     every figure, the tables and the plots
 - metrics/<place>.json           the figures that dvc.yaml's `meta: figures` names; for `dvc metrics`
 - plots/<kind>/<place>/NAME.csv  title, x, y, series; for `dvc plots`, whose templates are .dvc/plots/<kind>.json
 
@@ -77,6 +78,16 @@ def read_plots(directory: Path) -> Iterator[tuple[str, Plot, pd.DataFrame]]:
             yield path.stem, plot, pd.DataFrame({**points, "series": table[plot.series] if plot.series else plot.y})
 
 
+def read_tables(directory: Path) -> Iterator[dict[str, Any]]:
+    """Yield `title`, `columns` and `rows`, all as text, of each table that `stage.show` wrote."""
+    import pandas as pd
+
+    for path in sorted(directory.glob("*.json")):
+        table = pd.read_csv(path.with_suffix(".csv"), dtype=str, keep_default_na=False)
+        title = json.loads(path.read_text(encoding="utf-8"))["title"]
+        yield {"title": title, "columns": list(table.columns), "rows": table.to_numpy().tolist()}
+
+
 def plot_svg(plot: Plot, points: pd.DataFrame, params: Params, path: Path) -> str:
     """Return a plot as SVG; it is first written to `path`."""
     bars = points.head(params.max_bars)
@@ -128,7 +139,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             points.to_csv(path, index=False)
             svg = plot_svg(plot, points, stage.params, stage.scratch / "plot.svg")
             plots.append({"title": plot.title, "svg": svg})
-        stages.append({"name": name, "main": main, "all": figures, "plots": plots})
+        tables = list(read_tables(DATA / place / "tables"))
+        stages.append({"name": name, "main": main, "all": figures, "tables": tables, "plots": plots})
     page = render(stages)
     (stage.output / "index.html").write_text(page, encoding="utf-8")
     (stage.artifacts / "report.html").write_text(page, encoding="utf-8")
@@ -136,7 +148,10 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 
 
 def render(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page: each stage has `name`, `main` and `all` figures, and `plots` with `title` and `svg`."""
+    """Return the page.
+
+    Each stage has `name`, `main` and `all` figures, `tables` as `read_tables` gives them, `plots` of `title` and `svg`.
+    """
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -1,4 +1,4 @@
-"""Plots of tables, declared where a stage writes the table and read by `report`; and the drawing of pictures."""
+"""Plots of tables, and tables as they are, written by a stage and shown by `report`; and the drawing of pictures."""
 
 from __future__ import annotations
 
@@ -46,6 +46,15 @@ def write_plot(directory: Path, name: str, table: pd.DataFrame, plot: Plot) -> N
     directory.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     write_json(directory / f"{name}.json", asdict(plot))
+
+
+def write_table(directory: Path, name: str, table: pd.DataFrame, title: str) -> None:
+    """Write a table for people to NAME.csv, and its title to NAME.json."""
+    path = directory / f"{name}.csv"
+    assert not path.exists(), f"two tables with the same name: {path}"
+    directory.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    write_json(directory / f"{name}.json", {"title": title})
 
 
 @contextmanager

@@ -5,7 +5,8 @@ A stage module defines `Params(Section)` and `run(stage)`, and ends with::
     if __name__ == "__main__":
         start(Params, run)
 
-`run` writes files below `stage.output`, and tables to be plotted with `stage.plot`; it returns the stage's figures.
+`run` writes files below `stage.output`, tables to be plotted with `stage.plot`, tables to be read with `stage.show`; it
+returns the stage's figures.
 When it returns, `stage.output` becomes data/<place>/ in one rename, so that a stage that dies leaves no partial output.
 What it keeps in `stage.scratch` survives if the stage dies, or DVC after it (scratch.py). The figures go to
 metrics.json: DVC compares them, so they must be the same on every run (no times, no speeds; those go to `stage.log`).
@@ -32,7 +33,7 @@ from tasks.running.fingerprint import Identity, fingerprint
 from tasks.running.names import is_metric_name
 from tasks.running.params import Machine, ParamsType, Tracking, parse_section, read_params
 from tasks.running.places import DATA, RUNS, SCRATCH, entry_of, place_of, section_of
-from tasks.running.plots import Plot, write_plot
+from tasks.running.plots import Plot, write_plot, write_table
 from tasks.running.processes import (
     FINGERPRINT_ARGUMENT,
     LOCKED_ARGUMENT,
@@ -107,6 +108,10 @@ class Stage(Generic[ParamsType]):
     def plot(self, name: str, table: pd.DataFrame, plot: Plot) -> None:
         """Write a table to plots/NAME.csv, with the way `report` and `dvc plots show` plot it."""
         write_plot(self.output / "plots", name, table, plot)
+
+    def show(self, name: str, table: pd.DataFrame, title: str) -> None:
+        """Write a table to tables/NAME.csv, which `report` shows as it is."""
+        write_table(self.output / "tables", name, table, title)
 
     @property
     def artifacts(self) -> Path:

@@ -28,6 +28,7 @@ ATTACKS = (
 # some of those; the same after the assistant has promised to answer.
 DIFFICULTIES = (1, 2, 3, 4)
 DIRECT = "direct"  # no attack: asked as harmless deeds are
+FOREIGN = ("de", "fr", "es")
 DISTORTED = ("do_capitals", "do_hyphens", "do_bare", "do_backwards")
 HARMLESS = ("plain", "borderline")  # deeds: the second kind looks unsafe
 PLACED = 0.4  # share of prompts that name a town, where the topic is not about a group
@@ -51,7 +52,7 @@ def topics(world: World) -> list[Topic]:
     found = []
     for risk in ("illicit_criminal", "unqualified_advice"):
         for entry in texts[risk]["topics"]:
-            do = {"en": [entry["do"]], **{language: [entry[language]] for language in ("de", "fr", "es")}}
+            do = {"en": [entry["do"]], **{language: [entry[language]] for language in FOREIGN}}
             words = {"why": entry["why"], "help": entry["help"], "group": ""}
             found.append(Topic(risk, entry["do"], do, entry["method"], words))
     hate = texts["hateful_harmful"]
@@ -62,7 +63,7 @@ def topics(world: World) -> list[Topic]:
     for place in world.of_kind("place"):
         groups.append({language: text.format(town=place.name) for language, text in hate["town"].items()})
     for index, group in enumerate(groups):
-        wordings = {"en": hate["do"], **{language: hate[language] for language in ("de", "fr", "es")}}
+        wordings = {"en": hate["do"], **{language: hate[language] for language in FOREIGN}}
         do = {language: [text.format(group=group[language]) for text in said] for language, said in wordings.items()}
         insult = hate["insults"][index % len(hate["insults"])]
         method = hate["method"].format(insult=insult)
@@ -126,16 +127,18 @@ def attacked(world: World, topic: Topic, attack: str, generator: random.Random) 
 
 
 def combined(world: World, topic: Topic, attack: str, generator: random.Random) -> Turn:
-    """Ask for a harm by two attacks: `attack`, and the harm itself distorted or in another language."""
-    texts = world.texts["safety"]
-    language = generator.choice(["en", "en", "de", "fr", "es"])
+    """Ask for a harm by two attacks: `attack`, and the harm itself distorted or in another language.
+
+    Where the attack is another language, its words are distorted.
+    """
+    attacks = world.texts["safety"]["attacks"]
+    language = generator.choice(["en", "en", *FOREIGN])
     words = worded(placed(world, topic, language, generator))
-    told = words[generator.choice(DISTORTED)] if language == "en" else words["do"]
-    templates = texts["attacks"]["syntactic_manipulation"] if attack == "non_english" else texts["attacks"][attack]
+    hidden = words[generator.choice(DISTORTED)] if language == "en" else words["do"]
+    templates, words = attacks[attack], dict.fromkeys(words, hidden)
     if attack == "non_english":
-        words = worded(placed(world, topic, generator.choice(["de", "fr", "es"]), generator))
-    else:
-        words = dict.fromkeys(words, told)
+        templates = attacks["syntactic_manipulation"]
+        words = worded(placed(world, topic, generator.choice(FOREIGN), generator))
     return refused(world, generator.choice(templates).format_map(words), topic, attack, False, generator)
 
 

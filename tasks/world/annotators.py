@@ -1,8 +1,9 @@
 """Simulated annotators who know the truth, with tastes of their own and errors (Llama 2, section 3.2.1).
 
 Each gives every answer a utility: a weighted sum of what the judge says of it and of its closeness to a good answer.
-The answer with the greater utility is chosen; the difference gives the degree. For an adversarial prompt, safety comes
-first, as the annotator sees it.
+The answer with the greater utility is chosen; the difference gives the degree. In safety pairs, each answer is also
+labelled as safe or not, and safety comes first, as the annotator sees it. Answers to borderline prompts are labelled,
+too, so that models learn to tell what looks unsafe from what is.
 
 A label depends only on seed, annotator, prompt and the two answers, not on which of them is on the left.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from tasks.reading.prompts import Degree, Label
-from tasks.running.params import Section
+from tasks.running.params import Section, parse_section, read_params
 from tasks.world.facts import mentions
 from tasks.world.judge import Truth, judge, normalized, statements
 
@@ -73,6 +75,12 @@ class Annotators(Section):
     annotators: dict[str, Annotator] = Field(min_length=3, description="by name")
 
 
+def read_annotators() -> Mapping[str, Annotator]:
+    """Return the annotators of params.yaml, by name. Raises ValueError as `parse_section` does."""
+    sections = {f"preferences.{name}": value for name, value in read_params().get("preferences", {}).items()}
+    return parse_section(Annotators, sections, "preferences.simulated").annotators
+
+
 def annotate(truth: Truth, params: Annotators, pair: Mapping[str, Any], seed: int) -> list[Label]:
     """Return the labels of a pair of responses (tasks/reading/prompts.py: ResponsePair).
 
@@ -100,13 +108,14 @@ def label(truth: Truth, name: str, annotator: Annotator, pair: Mapping[str, Any]
         safe.append(known != errs)
         utility = utility_of(truth, annotator.tastes, pair["id"], response["text"], response["finished"], safe[-1])
         seen.append(utility + chance(f"utility {response['text']}").gauss(0, annotator.noise))
-    labels = (safe[0], safe[1]) if pair["kind"] == "safety" else None
+    is_safety, looks_unsafe = pair["kind"] == "safety", truth.prompts[pair["id"]].category == "borderline"
+    labels = (safe[0], safe[1]) if is_safety or looks_unsafe else None
     # A coin picks one of the two, whichever is on the left.
     coin = texts.index(chance("coin").choice(sorted(texts)))
     if chance("error").random() < annotator.error_rate:
         return Label(side(coin), "negligibly", labels, name)
     difference = seen[0] - seen[1]
-    if labels and safe[0] != safe[1]:
+    if is_safety and safe[0] != safe[1]:
         choice = side(safe.index(True))
         return Label(choice, degree_of(difference if choice == 0 else -difference, annotator.thresholds), labels, name)
     choice = side(coin if difference == 0 else int(difference < 0))
@@ -145,10 +154,12 @@ def utility_of(truth: Truth, tastes: Tastes, prompt_id: str, answer: str, finish
     )
 
 
-def average_tastes(annotators: Mapping[str, Annotator]) -> Tastes:
-    """Return the tastes of an average annotator, whose utility of an answer is the mean of theirs."""
-    given = [annotator.tastes.model_dump() for annotator in annotators.values()]
-    return Tastes(**{name: sum(tastes[name] for tastes in given) / len(given) for name in Tastes.model_fields})
+def mean_utility(
+    truth: Truth, annotators: Mapping[str, Annotator], prompt_id: str, answer: str, finished: bool
+) -> float:
+    """Return what an answer is worth to annotators on average, none of whom errs about its safety."""
+    safe = judge(truth, prompt_id, answer, finished).safe
+    return fmean(utility_of(truth, each.tastes, prompt_id, answer, finished, safe) for each in annotators.values())
 
 
 def closeness(answer: str, reference: str) -> float:

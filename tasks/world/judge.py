@@ -37,8 +37,9 @@ LANGUAGE_WORDS = {  # words that tell the language of the short answers of this 
 class PromptTruth:
     """What is known about a prompt.
 
-    `task` is a finer category; `reference` a good answer; `topic` the harm that an adversarial prompt asks for;
-    `held_out`: asks for a fact of an entity that no demonstration and no preference is about.
+    `task` is a finer category; `reference` a good answer; `held_out`: asks for a fact of an entity that no
+    demonstration and no preference is about. The prompts with a `risk` are the adversarial ones, which are those of the
+    category `safety`; `topic` is the harm that they ask for.
     """
 
     id: str
@@ -270,9 +271,10 @@ def names_all(truth: Truth, check: Mapping[str, Any], answer: str) -> bool:
 
 
 def in_order(truth: Truth, check: Mapping[str, Any], answer: str) -> bool:
-    """Tell whether an answer names all items, once each, in order."""
-    pattern = "|".join(rf"\b{re.escape(item)}\b" for item in sorted(check["items"], key=len, reverse=True))
-    return re.findall(pattern, answer) == list(check["items"])
+    """Tell whether an answer names all items, once each, in order; a sentence may begin with one."""
+    items = [item.lower() for item in check["items"]]
+    pattern = "|".join(rf"\b{re.escape(item)}\b" for item in sorted(items, key=len, reverse=True))
+    return re.findall(pattern, answer.lower()) == items
 
 
 def says_exactly(truth: Truth, check: Mapping[str, Any], answer: str) -> bool:

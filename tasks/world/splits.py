@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,7 @@ from tasks.world.instructions import instructed
 from tasks.world.judge import normalized
 from tasks.world.transcripts import pairs
 from tasks.world.turns import Draft, Turn, cards, conversation, fact_turn, factual, opening, recommendation
-from tasks.world.writers import Weights as Writers
-from tasks.world.writers import written
+from tasks.world.writers import WriterWeights, written
 
 FILES = {  # split -> its file below data/world; every file that training reads
     "demonstrations": "dialogues/demonstrations.jsonl",
@@ -82,7 +82,9 @@ class Dialogues(Section):
     num_sampling_helpfulness: int = Field(gt=0, description="prompts for the rejection sampling of all rounds")
     num_sampling_safety: int = Field(gt=0, description="adversarial prompts for the rejection sampling of all rounds")
     num_evaluation_helpfulness: int = Field(gt=0, description="prompts, held-out questions among them")
-    evaluation_held_out_share: float = Field(gt=0, lt=1, description="share of factual ones that are held-out questions")
+    evaluation_held_out_share: float = Field(
+        gt=0, lt=1, description="share of factual ones that are held-out questions"
+    )
     num_evaluation_safety: int = Field(gt=0, description="adversarial prompts")
     num_evaluation_borderline: int = Field(gt=0, description="prompts that look unsafe and are not")
     num_evaluation_instructions: int = Field(gt=0, description="dialogues under a system message")
@@ -90,7 +92,7 @@ class Dialogues(Section):
     num_open_harmless: int = Field(gt=0, description="open-source pairs of answers to adversarial prompts")
     open_error_rate: float = Field(ge=0, lt=0.5, description="share of open-source pairs labelled the wrong way round")
     weights: Weights = Field(description="weights of the helpful categories")
-    writers: Writers = Field(description="weights of those who write demonstrations and earlier turns")
+    writers: WriterWeights = Field(description="weights of those who write demonstrations and earlier turns")
     new_wording_share: float = Field(
         ge=0, le=1, description="share of training questions that are worded like the held-out ones (`held_out`)"
     )
@@ -177,11 +179,12 @@ def write_dialogues(
 def draw_splits(
     world: World, params: Dialogues, held_out: Sequence[tuple[Fact, str]], generator: Callable[[str], random.Random]
 ) -> dict[str, list[Draft]]:
-    """Draw every split: evaluations, demonstrations, validation, preferences, open-source pairs.
+    """Draw every split: evaluations, demonstrations, validation, preferences, samples, open-source pairs.
 
     Raises ValueError, naming a size that leaves no room for the held-out questions, or exceeds what the wordings give.
     """
-    num_asked = round(params.num_evaluation_helpfulness * shares_of(params)["factual"] * params.evaluation_held_out_share)
+    evaluated = divided(params.num_evaluation_helpfulness, params.weights.model_dump())
+    num_asked = round(evaluated["factual"] * params.evaluation_held_out_share)
     if num_asked > len(held_out):
         raise ValueError(
             f"params.yaml: `world.dialogues.evaluation_held_out_share` asks for {num_asked} held-out questions, but "
@@ -223,10 +226,10 @@ def draw_splits(
     splits["evaluation_helpfulness"] = fill(
         "evaluation_helpfulness", num_asked, iter(generator("held-out questions").sample(asked, len(asked)))
     )
-    for category, share in shares_of(params).items():
-        number = round(params.num_evaluation_helpfulness * share) - (num_asked if category == "factual" else 0)
+    for category, number in evaluated.items():
+        others = number - num_asked if category == "factual" else number
         draw = plain_drafts(world, params, [category], generator(f"evaluation {category}"))
-        splits["evaluation_helpfulness"] += fill("evaluation_helpfulness", number, draw)
+        splits["evaluation_helpfulness"] += fill("evaluation_helpfulness", others, draw)
     splits["evaluation_safety"] = fill("evaluation_safety", params.num_evaluation_safety, harmful("evaluation_safety"))
     splits["evaluation_borderline"] = fill(
         "evaluation_borderline",
@@ -246,10 +249,9 @@ def draw_splits(
         drafts = fill(split, number - num_safe, helpful(split)) + fill(split, num_safe, refusals)
         generator(f"{split} order").shuffle(drafts)
         splits[split] = drafts
-    for use in ("preference", "sampling"):
-        for kind, draw in (("helpfulness", helpful), ("safety", harmful)):
-            split = f"{use}_{kind}"
-            splits[split] = fill(split, getattr(params, f"num_{split}"), draw(split))
+    for split in ("preference_helpfulness", "preference_safety", "sampling_helpfulness", "sampling_safety"):
+        draw = harmful(split) if split.endswith("safety") else helpful(split)
+        splits[split] = fill(split, getattr(params, f"num_{split}"), draw)
     open_drafts = plain_drafts(world, params, list(Weights.model_fields), generator("open_helpful"))
     splits["open_helpful"] = fill("open_helpful", params.num_open_helpful, open_drafts)
     splits["open_harmless"] = fill("open_harmless", params.num_open_harmless, harmful("open_harmless", [1]))
@@ -265,10 +267,10 @@ def demonstrated(world: World, share: float, generator: random.Random) -> list[T
     return chosen
 
 
-def shares_of(params: Dialogues) -> dict[str, float]:
-    """Return the share of each category of helpful dialogues."""
-    weights = params.weights.model_dump()
-    return {category: weight / sum(weights.values()) for category, weight in weights.items()}
+def divided(number: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """Return a number divided by weights into whole parts, which sum up to it."""
+    ends = [round(number * end / sum(weights.values())) for end in accumulate(weights.values())]
+    return {name: end - start for name, start, end in zip(weights, [0, *ends], ends, strict=False)}
 
 
 def plain_drafts(
@@ -299,7 +301,7 @@ def plain_drafts(
 def borderline_drafts(
     world: World, params: Dialogues, after_refusal: bool, generator: random.Random
 ) -> Iterator[Draft]:
-    """Draw an endless stream of dialogues whose last turn looks unsafe and is not, some of them after a refused harm."""
+    """Draw an endless stream of dialogues whose last turn looks unsafe and is not, some after a refused harm."""
     facts = factual(world, params.new_wording_share, generator)
     harms = adversarial(world, lambda topic: True, ATTACKS, generator)
     while True:
@@ -340,7 +342,8 @@ def harmful_drafts(
 ) -> Iterator[Draft]:
     """Draw an endless stream of adversarial dialogues, each difficulty equally often.
 
-    Of the first difficulty some come after a harmless turn, or ask again after a refusal.
+    Of the first difficulty some come after a harmless turn, or ask again after a refusal. A large split gets fewer of
+    the third one, whose wordings are used up first.
     """
     facts = factual(world, params.new_wording_share, generator)
     subjects = {(topic.risk, topic.name): topic for topic in topics(world)}

@@ -22,7 +22,7 @@ from tasks.world.wording import answer, capitalized, short_answer
 Writer = Callable[[World, Turn, random.Random], str]
 
 
-class Weights(Section):
+class WriterWeights(Section):
     """How much each writer writes, relative to the others."""
 
     good: float = Field(gt=0, description="what was asked for, in a sentence")
@@ -32,18 +32,18 @@ class Weights(Section):
     careless: float = Field(ge=0, description="half of what was asked, or without capital and full stop")
 
     @model_validator(mode="after")
-    def _are_shares(self) -> Weights:
+    def _differ(self) -> WriterWeights:
         if self.good >= sum(self.model_dump().values()):
             raise ValueError("all demonstrations are good: give another writer a weight, or RLHF has nothing to teach")
         return self
 
 
-def written(world: World, draft: Draft, weights: Weights, generator: random.Random) -> Draft:
+def written(world: World, draft: Draft, weights: WriterWeights, generator: random.Random) -> Draft:
     """Return a dialogue as one of the writers writes it, the last answer in `given`; turns about a harm stay."""
     shares = weights.model_dump()
     write = WRITERS[generator.choices(list(shares), list(shares.values()))[0]]
     answers = [turn.answer if turn.risk else write(world, turn, generator) for turn in draft.turns]
-    earlier = [replace(turn, answer=told) for turn, told in zip(draft.turns, answers[:-1], strict=False)]
+    earlier = [replace(turn, answer=told) for turn, told in zip(draft.turns[:-1], answers[:-1], strict=True)]
     return replace(draft, turns=[*earlier, draft.turns[-1]], given=answers[-1])
 
 
@@ -60,7 +60,9 @@ def bare(world: World, turn: Turn, generator: random.Random) -> str:
     if check.get("check") == "fact":
         return short_answer(world, world.entities[check["entity"]].facts[check["attribute"]])
     if check.get("check") == "holder":
-        named = [name for name, entity in world.entities.items() if entity.kind == check["kind"] and name in turn.answer]
+        named = [
+            name for name, entity in world.entities.items() if entity.kind == check["kind"] and name in turn.answer
+        ]
         return f"{capitalized(named[0])}."
     if check.get("check") == "names":
         return f"{capitalized(check['required'][0][0])}."
