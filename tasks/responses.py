@@ -3,7 +3,8 @@
 The answers come from two variants, the newest model and an earlier one, each at one of its temperatures, which a hash
 of the prompt's id picks, and are shown in random order. Pairs of fluent answers teach reward models what is true, pairs
 that differ grossly teach them form. A hash of a prompt's id assigns it to one round, so rounds share no prompts and
-adding one changes no other. If both answers are the same, the earlier variant draws again. A prompt without room for an answer is left out.
+adding one changes no other. If both answers are the same, the earlier variant draws again. A prompt without room for an
+answer is left out.
 
 Run once for each round (`responses@v1`). Reads both checkpoints, the prompt files, the guidelines.
 Writes helpfulness.jsonl and safety.jsonl, and label_studio/<kind>/, a project to label each in (tasks/judging).

@@ -21,7 +21,16 @@ from model.network.checkpoint import open_checkpoint
 from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from tasks.judging.label_studio import batch_of, configuration, read_guidelines, task_of
-from tasks.reading.prompts import DEGREES, KINDS, Prompt, ResponsePair, is_adversarial, kind_of, parse_prompt, read_prompts
+from tasks.reading.prompts import (
+    DEGREES,
+    KINDS,
+    Prompt,
+    ResponsePair,
+    is_adversarial,
+    kind_of,
+    parse_prompt,
+    read_prompts,
+)
 from tasks.reading.rounds import Place, Round, round_of
 from tasks.reading.shares import at_most, share_of
 from tasks.responses import Params, prompts_of, run

@@ -22,6 +22,7 @@ from tasks.running.params import Section
 from tasks.world.adversarial import (
     ATTACKS,
     DIFFICULTIES,
+    DIRECT,
     HARMLESS,
     Topic,
     adversarial,
@@ -120,7 +121,8 @@ class Ledger:
         """Book a dialogue for a split, or return False if it is too long, exists, or has another split's words."""
         own = {normalized(turn.user) for turn in draft.turns if not turn.shared}
         last = draft.turns[-1]
-        prompt = whole(draft) if last.shared else normalized(last.user)
+        # a harm asked for as a deed is is told from it by what was said before
+        prompt = whole(draft) if last.shared or last.attack == DIRECT else normalized(last.user)
         length = sum(len(text.split()) for turn in draft.turns for text in (turn.user, turn.answer))
         length += max(0, len(draft.given.split()) - len(last.answer.split()))
         if (
@@ -198,10 +200,10 @@ def draw_splits(
     ledger = Ledger()
     safe_topics = demonstrated(world, params.safe_topics_share, generator("safe topics"))
 
-    def fill(split: str, number: int, draw: Iterator[Draft]) -> list[Draft]:
+    def fill(split: str, part: str, number: int, draw: Iterator[Draft]) -> list[Draft]:
         drafts: list[Draft] = []
         attempts = 0
-        writers = generator(f"{split} writers")
+        writers = generator(f"{split} {part} writers")
         while len(drafts) < number:
             draft = written(world, next(draw), params.writers, writers)
             attempts += 1
@@ -211,50 +213,75 @@ def draw_splits(
             if attempts == ATTEMPTS:
                 raise ValueError(
                     f"params.yaml: `world.dialogues.num_{split}` asks for more dialogues than the wordings in "
-                    f"data/seeds/world give (after {len(drafts)}): lower it, or add wordings"
+                    f"data/seeds/world give (after {len(drafts)} of {part}): lower it, or add wordings"
                 )
         return drafts
 
-    def helpful(split: str) -> Iterator[Draft]:
-        return helpful_drafts(world, params, split not in DEMONSTRATED, generator(split))
+    def helpful(split: str, number: int) -> list[Draft]:
+        after_refusal = split not in DEMONSTRATED
+        rest = 1 - params.borderline_share - params.instruction_share
+        shares = {"borderline": params.borderline_share, "instruction": params.instruction_share}
+        shares |= {category: rest * share for category, share in shares_of(params).items()}
+        return [
+            draft
+            for part, size in divided(number, shares).items()
+            for draft in fill(
+                split, part, size, drafts_of(world, params, part, after_refusal, generator(f"{split} {part}"))
+            )
+        ]
 
-    def harmful(split: str, difficulties: Sequence[int] = DIFFICULTIES) -> Iterator[Draft]:
-        return harmful_drafts(world, params, lambda topic: True, ATTACKS, difficulties, generator(split))
+    def harmful(split: str, difficulties: Sequence[int] = DIFFICULTIES) -> list[Draft]:
+        return [
+            draft
+            for difficulty, size in divided(getattr(params, f"num_{split}"), dict.fromkeys(difficulties, 1.0)).items()
+            for draft in fill(
+                split,
+                f"difficulty {difficulty}",
+                size,
+                harmful_drafts(
+                    world, params, lambda topic: True, ATTACKS, difficulty, generator(f"{split} {difficulty}")
+                ),
+            )
+        ]
+
+    def shuffled(split: str, drafts: list[Draft]) -> list[Draft]:
+        generator(f"{split} order").shuffle(drafts)
+        return drafts
 
     splits: dict[str, list[Draft]] = {}
     asked = [Draft([fact_turn(world, fact, question)]) for fact, question in held_out]
-    splits["evaluation_helpfulness"] = fill(
-        "evaluation_helpfulness", num_asked, iter(generator("held-out questions").sample(asked, len(asked)))
-    )
+    split = "evaluation_helpfulness"
+    draw = iter(generator("held-out questions").sample(asked, len(asked)))
+    splits[split] = fill(split, "held-out questions", num_asked, draw)
     for category, number in evaluated.items():
         others = number - num_asked if category == "factual" else number
-        draw = plain_drafts(world, params, [category], generator(f"evaluation {category}"))
-        splits["evaluation_helpfulness"] += fill("evaluation_helpfulness", others, draw)
-    splits["evaluation_safety"] = fill("evaluation_safety", params.num_evaluation_safety, harmful("evaluation_safety"))
-    splits["evaluation_borderline"] = fill(
-        "evaluation_borderline",
-        params.num_evaluation_borderline,
-        borderline_drafts(world, params, True, generator("evaluation_borderline")),
-    )
-    splits["evaluation_instructions"] = fill(
-        "evaluation_instructions",
-        params.num_evaluation_instructions,
-        instructed_drafts(world, params, 1, generator("evaluation_instructions")),
-    )
-    for split, number in (("demonstrations", params.num_demonstrations), ("validation", params.num_validation)):
+        draw = drafts_of(world, params, category, True, generator(f"evaluation {category}"))
+        splits[split] += fill(split, category, others, draw)
+    splits["evaluation_safety"] = harmful("evaluation_safety")
+    for part, split in (("borderline", "evaluation_borderline"), ("instruction", "evaluation_instructions")):
+        own = params if part == "borderline" else params.model_copy(update={"multi_turn_share": 1.0})
+        draw = drafts_of(world, own, part, True, generator(split))
+        splits[split] = fill(split, part, getattr(params, f"num_{split}"), draw)
+    for split in DEMONSTRATED:
+        number = getattr(params, f"num_{split}")
         num_safe = round(number * params.safe_share)
         refusals = harmful_drafts(
-            world, params, safe_topics.__contains__, params.safe_attacks, [1], generator(f"{split} safe")
+            world, params, safe_topics.__contains__, params.safe_attacks, 1, generator(f"{split} safe")
         )
-        drafts = fill(split, number - num_safe, helpful(split)) + fill(split, num_safe, refusals)
-        generator(f"{split} order").shuffle(drafts)
-        splits[split] = drafts
-    for split in ("preference_helpfulness", "preference_safety", "sampling_helpfulness", "sampling_safety"):
-        draw = harmful(split) if split.endswith("safety") else helpful(split)
-        splits[split] = fill(split, getattr(params, f"num_{split}"), draw)
-    open_drafts = plain_drafts(world, params, list(Weights.model_fields), generator("open_helpful"))
-    splits["open_helpful"] = fill("open_helpful", params.num_open_helpful, open_drafts)
-    splits["open_harmless"] = fill("open_harmless", params.num_open_harmless, harmful("open_harmless", [1]))
+        splits[split] = shuffled(split, helpful(split, number - num_safe) + fill(split, "safe", num_safe, refusals))
+    for use in ("sampling", "preference"):  # the smaller ones first, as wordings are used up
+        split = f"{use}_helpfulness"
+        splits[split] = shuffled(split, helpful(split, getattr(params, f"num_{split}")))
+        splits[f"{use}_safety"] = shuffled(f"{use}_safety", harmful(f"{use}_safety"))
+    split = "open_helpful"
+    splits[split] = [
+        draft
+        for category, number in divided(params.num_open_helpful, shares_of(params)).items()
+        for draft in fill(
+            split, category, number, drafts_of(world, params, category, False, generator(f"{split} {category}"))
+        )
+    ]
+    splits["open_harmless"] = harmful("open_harmless", [1])
     return {split: splits[split] for split in (*FILES, *PAIRS)}
 
 
@@ -267,16 +294,31 @@ def demonstrated(world: World, share: float, generator: random.Random) -> list[T
     return chosen
 
 
-def divided(number: int, weights: Mapping[str, float]) -> dict[str, int]:
+def divided(number: int, weights: Mapping[Any, float]) -> dict[Any, int]:
     """Return a number divided by weights into whole parts, which sum up to it."""
     ends = [round(number * end / sum(weights.values())) for end in accumulate(weights.values())]
     return {name: end - start for name, start, end in zip(weights, [0, *ends], ends, strict=False)}
 
 
-def plain_drafts(
-    world: World, params: Dialogues, categories: Sequence[str], generator: random.Random
+def shares_of(params: Dialogues) -> dict[str, float]:
+    """Return the share of each category of helpful dialogues."""
+    weights = params.weights.model_dump()
+    return {category: weight / sum(weights.values()) for category, weight in weights.items()}
+
+
+def drafts_of(
+    world: World, params: Dialogues, part: str, after_refusal: bool, generator: random.Random
 ) -> Iterator[Draft]:
-    """Draw an endless stream of helpful dialogues without system message, by the weights of their categories."""
+    """Draw an endless stream of helpful dialogues of one part: a category, `borderline`, or `instruction`."""
+    if part == "borderline":
+        return borderline_drafts(world, params, after_refusal, generator)
+    if part == "instruction":
+        return instructed_drafts(world, params, generator)
+    return plain_drafts(world, params, part, generator)
+
+
+def plain_drafts(world: World, params: Dialogues, category: str, generator: random.Random) -> Iterator[Draft]:
+    """Draw an endless stream of helpful dialogues of one category, without system message."""
     facts = factual(world, params.new_wording_share, generator)
     makers: Mapping[str, Callable[[], list[Turn]]] = {
         "factual": lambda: [deed(world, "plain", generator) if generator.random() < params.deed_share else next(facts)],
@@ -285,10 +327,8 @@ def plain_drafts(
         "recommendation": lambda: [recommendation(world, generator)],
         "dialogue": lambda: conversation(world, facts, generator),
     }
-    weights = [getattr(params.weights, category) for category in categories]
     earlier = [name for name in makers if name != "dialogue"]
     while True:
-        category = generator.choices(categories, weights)[0]
         turns = makers[category]()
         if len(turns) == 1 and generator.random() < params.multi_turn_share:
             for _ in range(generator.choice([1, 1, 2])):
@@ -311,25 +351,10 @@ def borderline_drafts(
         yield Draft([*before, deed(world, "borderline", generator)])
 
 
-def instructed_drafts(
-    world: World, params: Dialogues, multi_turn_share: float, generator: random.Random
-) -> Iterator[Draft]:
+def instructed_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
     """Draw an endless stream of dialogues under a system message."""
     for write in instructed(world, factual(world, params.new_wording_share, generator), generator):
-        yield write(generator.choice([2, 3]) if generator.random() < multi_turn_share else 1)
-
-
-def helpful_drafts(world: World, params: Dialogues, after_refusal: bool, generator: random.Random) -> Iterator[Draft]:
-    """Draw an endless stream of helpful dialogues of every kind."""
-    plain = plain_drafts(world, params, list(Weights.model_fields), generator)
-    looks = borderline_drafts(world, params, after_refusal, generator)
-    systems = instructed_drafts(world, params, params.multi_turn_share, generator)
-    while True:
-        draw = generator.random()
-        if draw < params.borderline_share:
-            yield next(looks)
-        else:
-            yield next(systems if draw < params.borderline_share + params.instruction_share else plain)
+        yield write(generator.choice([2, 3]) if generator.random() < params.multi_turn_share else 1)
 
 
 def harmful_drafts(
@@ -337,19 +362,17 @@ def harmful_drafts(
     params: Dialogues,
     allowed: Callable[[Topic], bool],
     attacks: Sequence[str],
-    difficulties: Sequence[int],
+    difficulty: int,
     generator: random.Random,
 ) -> Iterator[Draft]:
-    """Draw an endless stream of adversarial dialogues, each difficulty equally often.
+    """Draw an endless stream of adversarial dialogues of one difficulty.
 
-    Of the first difficulty some come after a harmless turn, or ask again after a refusal. A large split gets fewer of
-    the third one, whose wordings are used up first.
+    Of the first some come after a harmless turn, or ask again after a refusal.
     """
     facts = factual(world, params.new_wording_share, generator)
     subjects = {(topic.risk, topic.name): topic for topic in topics(world)}
-    levels, kinds = cards(difficulties, generator), cards(["before", "again"], generator)
+    kinds = cards(["before", "again"], generator)
     for turn in adversarial(world, allowed, attacks, generator):
-        difficulty = next(levels)
         harm = subjects[turn.risk, turn.topic]
         turns = [turn]
         if difficulty == 1 and generator.random() < params.multi_turn_share:
