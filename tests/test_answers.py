@@ -13,7 +13,7 @@ from test_reward_model import VOCABULARY, reward_model
 
 from model.network.transformer import Llama, ModelConfig
 from model.sampling.sampler import Sampling, sample
-from model.scoring.answers import Asked, check_same_tokenizer, mean_log_probabilities, score_answers
+from model.scoring.answers import Asked, check_same_tokenizer, log_probabilities, score_answers
 from model.scoring.reward import RewardModel, score
 from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, build_model, draw_weights
@@ -95,7 +95,7 @@ def test_nothing_is_scored(model: RewardModel) -> None:
     assert score_answers(model, [Asked([1, 5], [])], 10) == [[]]
 
 
-def test_mean_log_probabilities_are_the_samplers(model: RewardModel) -> None:
+def test_log_probabilities_are_the_samplers(model: RewardModel) -> None:
     config = ModelConfig.model_validate({**SMALL, "vocab_size": VOCABULARY, "initializer_range": 0.2})
     chat = build_model(Llama, config, EngineParams.model_validate(TRAINED))
     draw_weights(chat, 1)
@@ -103,8 +103,8 @@ def test_mean_log_probabilities_are_the_samplers(model: RewardModel) -> None:
     drawn = Sampling(temperature=1, top_p=1, top_k=0, max_new_tokens=9)
     responses = sample(chat.eval(), prompts, drawn, num_samples=3, eos_id=2, seeds=[1, 2], max_rows=4, description=None)
     asked = [Asked(prompt, [each.ids for each in own]) for prompt, own in zip(prompts, responses, strict=True)]
-    expected = [[float(np.mean(each.log_probabilities)) for each in own] for own in responses]
-    assert_close(mean_log_probabilities(chat, asked, 16), expected)
+    expected = [[float(np.sum(each.log_probabilities)) for each in own] for own in responses]
+    assert_close(log_probabilities(chat, asked, 16), expected)
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:

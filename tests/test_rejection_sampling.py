@@ -187,8 +187,7 @@ def test_samples_are_the_policys_and_scores_the_reward_models(place: Path) -> No
         assert [(each["text"], each["finished"]) for each in candidates] == list(dict.fromkeys(keys))
         for each in candidates:
             response = responses[keys.index((each["text"], each["finished"]))]
-            mean = sum(response.log_probabilities) / len(response.ids)
-            assert each["log_probability"] == pytest.approx(mean, abs=1e-5)
+            assert each["log_probability"] == pytest.approx(sum(response.log_probabilities), abs=1e-4)
             assert each["num_tokens"] == len(response.ids)
             assert each["draws"] == keys.count((each["text"], each["finished"]))
             dialogue = [*prompt, *encode_answer(line["messages"], each["text"], tokenizer)]
@@ -352,7 +351,7 @@ def test_duplicates_are_one_candidate_the_first() -> None:
     assert [(each["text"], each["finished"], each["draws"]) for each in found] == [
         ("a b", True, 2), ("a b", False, 1), ("", True, 1),
     ]  # fmt: skip
-    assert [each["log_probability"] for each in found] == [-2.0, -1.5, -4.0]
+    assert [each["log_probability"] for each in found] == [-6.0, -3.0, -4.0]
     assert {each["round"] for each in found} == {"v3"}
 
 

@@ -75,8 +75,8 @@ def score_answers(model: RewardModel, asked: Sequence[Asked], tokens_at_once: in
     return scores
 
 
-def mean_log_probabilities(model: Llama, asked: Sequence[Asked], tokens_at_once: int) -> list[list[float]]:
-    """Return the mean log-probability of each answer's tokens, in nats, as a model's samples come with theirs."""
+def log_probabilities(model: Llama, asked: Sequence[Asked], tokens_at_once: int) -> list[list[float]]:
+    """Return the log-probability of each answer, its EOS included, in nats."""
     places = [(number, answer) for number, each in enumerate(asked) for answer in range(len(each.answers))]
     dialogues = [[*asked[number].prompt, *asked[number].answers[answer]] for number, answer in places]
     found = [[0.0] * len(answers) for _, answers in asked]
@@ -87,7 +87,7 @@ def mean_log_probabilities(model: Llama, asked: Sequence[Asked], tokens_at_once:
             for number, end in zip(batch, documents.boundaries[1:].tolist(), strict=True):
                 prompt, answer = places[number]
                 length = len(asked[prompt].answers[answer])
-                found[prompt][answer] = -sum(losses_T[end - 1 - length : end - 1]) / max(1, length)
+                found[prompt][answer] = -sum(losses_T[end - 1 - length : end - 1])
     return found
 
 

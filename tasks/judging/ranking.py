@@ -43,7 +43,7 @@ def reward_of(
 ) -> Reward:
     """Return the reward of an answer to a prompt of a kind, given both raw scores.
 
-    `log_probability` is the mean of its tokens' under the model that sampled it, in nats. Its weight, 0 or more, keeps
+    `log_probability` is that of the whole answer under the model that sampled it, in nats. Its weight, 0 or more, keeps
     the choice near to what that model says: where a reward model is over-optimised, its favourites are improbable.
     """
     branch: Kind = "helpfulness"

@@ -60,7 +60,7 @@ class Samples(Section):
 
 
 class Weights(Section):
-    """How much an answer's mean log-probability counts beside its reward, for each kind of prompt."""
+    """How much an answer's log-probability counts beside its reward, for each kind of prompt."""
 
     helpfulness: float = Field(ge=0, description="log-odds for each nat of log-probability; 0: off")
     safety: float = Field(ge=0, description="log-odds for each nat of log-probability; 0: off")

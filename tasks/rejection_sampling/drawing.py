@@ -18,7 +18,7 @@ from model.network.ranks import from_all_ranks, join_ranks
 from model.network.transformer import Llama
 from model.progress.bar import progress_bar
 from model.sampling.sampler import Response, Sampling, sample
-from model.scoring.answers import Asked, check_same_tokenizer, mean_log_probabilities, score_answers
+from model.scoring.answers import Asked, check_same_tokenizer, log_probabilities, score_answers
 from model.scoring.reward import RewardModel, open_reward
 from model.text.dialogue import decode_answer, encode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class Drawn(TypedDict):
     text: str
     finished: bool
     num_tokens: int
-    log_probability: float  # mean of its tokens' under the policy, nats
+    log_probability: float  # of the whole answer under the policy, nats
     round: str
     draws: int
 
@@ -214,8 +214,8 @@ def _drawn(
         _asked(shard.prompts[number], [{"text": each.text}], tokenizer)
         for number, each in zip(before, best, strict=True)
     ]
-    log_probabilities = mean_log_probabilities(model, asked, settings.tokens_at_once)
-    for number, each, ids, (log_probability,) in zip(before, best, asked, log_probabilities, strict=True):
+    again_read = log_probabilities(model, asked, settings.tokens_at_once)
+    for number, each, ids, (log_probability,) in zip(before, best, asked, again_read, strict=True):
         again = [drawn for drawn in found[number] if drawn["finished"] and drawn["text"] == each.text]
         first = Drawn(
             text=each.text,
@@ -239,7 +239,7 @@ def distinct(responses: Sequence[Response], tokenizer: Tokenizer, round_name: st
                 text=key[0],
                 finished=response.finished,
                 num_tokens=len(response.ids),
-                log_probability=sum(response.log_probabilities) / len(response.ids),
+                log_probability=sum(response.log_probabilities),
                 round=round_name,
                 draws=0,
             )

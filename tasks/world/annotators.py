@@ -148,7 +148,7 @@ def utility_of(truth: Truth, tastes: Tastes, prompt_id: str, answer: str, finish
     return (
         utility
         + tastes.right * bool(judged.right)
-        + tastes.facts * (right - wrong)
+        + tastes.facts * ((right if is_text else min(right, 1)) - wrong)  # nobody asked for further facts
         + tastes.follows * bool(judged.follows)
         - tastes.refusal * judged.refuses
     )

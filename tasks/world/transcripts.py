@@ -1,17 +1,19 @@
 """Stand-ins for open-source preference data: pairs of transcripts in HH-RLHF's format, and as noisy.
 
-A pair is one dialogue with a good last answer and with a flawed one. A share of the pairs is labelled the wrong way
-round; nothing records which.
+A pair is one dialogue with a good last answer and with a flawed one, such as another writer gives. A share of the pairs
+is labelled the wrong way round; nothing records which.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from tasks.world.adversarial import HARMLESS, harmless, refused, topics
 from tasks.world.facts import World
 from tasks.world.turns import Draft
+from tasks.world.writers import WRITERS
 
 SPEAKERS = ("Human", "Assistant")
 
@@ -43,6 +45,7 @@ def flawed(world: World, draft: Draft, drafts: Sequence[Draft], generator: rando
         "cut off": lambda: " ".join(last.answer.split()[: len(last.answer.split()) * 2 // 3]),
         "twice": lambda: f"{last.answer} {last.answer}",
         "refusal": lambda: refused(world, "", generator.choice(topics(world)), "", False, generator).answer,
+        **{name: partial(write, world, last, generator) for name, write in WRITERS.items() if name != "good"},
     }
     if last.risk:
         told = world.texts["safety"]["deeds"]["answer"]
