@@ -2,7 +2,8 @@
 
 Sends the records that could not be sent while MLflow was down; creates a run for each stage whose outputs came from
 DVC's run cache, so that nothing ran to record one; tags every stage's run and checkpoint with the digest of its output;
-registers the checkpoints as models. Doing it twice changes nothing.
+registers the checkpoints as models; writes the figures of all versions on the pipeline's run, where one line shows how
+the chat model evolves. Doing it twice changes nothing.
 
 Reads dvc.lock, .runs/ and every stage's output. Writes data/publish/outputs.csv: the digest of each output.
 """
@@ -10,17 +11,19 @@ Reads dvc.lock, .runs/ and every stage's output. Writes data/publish/outputs.csv
 from __future__ import annotations
 
 import csv
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from tasks.reading.rounds import NAME
 from tasks.running.files import read_json
 from tasks.running.fingerprint import digest_of_entry, params_of_entry
 from tasks.running.params import Section, read_params
-from tasks.running.places import DATA, RUNS, SCRATCH, dashed, place_of
+from tasks.running.places import DATA, RUNS, SCRATCH, entry_of, place_of, section_of
 from tasks.running.processes import pipeline_id
 from tasks.running.record import code_revision, read_run
 from tasks.running.scratch import is_running
@@ -30,12 +33,14 @@ from tasks.steering import tracking
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+START = "sft"  # evaluation of the model that the first round starts from
+
 
 class Params(Section):
     """Parameters of `publish`."""
 
     registered_model_prefix: str = Field(
-        min_length=1, description="a checkpoint is registered in MLflow under this prefix and its stage's name"
+        min_length=1, description="a checkpoint is registered in MLflow under this prefix and its section's name"
     )
 
 
@@ -88,6 +93,7 @@ def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Map
     tags = {
         "stage": name,
         "fingerprint": stage["fingerprint"],
+        **tracking.tags_of(name),
         "restored_from_run_cache": "true",
         "mlflow.parentRunId": parent,
         "mlflow.source.git.commit": code_revision()["commit"],
@@ -103,31 +109,65 @@ def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Map
 
 
 def register(client: MlflowClient, experiment_id: str, name: str, run_id: str, prefix: str, digest: str) -> None:
-    """Register a stage's checkpoint: one registered model per stage, one version per output digest."""
-    import mlflow
+    """Register a stage's checkpoint: one registered model per section, one version per output digest.
+
+    An alias leads to the version that dvc.lock has: models:/arriero-fine_tuning@rlhf-v1.
+    """
     from mlflow.exceptions import MlflowException
 
     place = DATA / place_of(name)
     if not (place / "config.json").exists():
         return
-    models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
-    tags = {"path": str(place), "stage": name}
-    model_id = (
-        models[0].model_id
-        if models
-        else mlflow.create_external_model(dashed(name), run_id, tags, experiment_id=experiment_id).model_id
-    )
+    model_id = tracking.model_of(client, experiment_id, run_id, {"path": str(place), "stage": name})
     client.set_logged_model_tags(model_id, {"digest": digest})
-    registered = f"{prefix}-{dashed(name)}"
+    registered = f"{prefix}-{section_of(name)}"
     try:
         client.get_registered_model(registered)
     except MlflowException:
         client.create_registered_model(registered)
-    versions = client.search_model_versions(f"name = '{registered}' and tags.digest = '{digest}'")
-    if not versions:
-        client.create_model_version(
-            registered, f"models:/{model_id}", run_id, {"digest": digest, "path": str(place)}, model_id=model_id
-        )
+    tags = {"digest": digest, "path": str(place)}
+    query = " and ".join([f"name = '{registered}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())])
+    versions = client.search_model_versions(query) or [
+        client.create_model_version(registered, f"models:/{model_id}", run_id, tags, model_id=model_id)
+    ]
+    client.set_registered_model_alias(registered, alias_of(name), versions[0].version)
+
+
+def alias_of(name: str) -> str:
+    """Return the alias of a stage's checkpoint: `rlhf-v1`, as MLflow reserves `v1`; `current` if it runs once."""
+    entry = re.sub(r"[^\w-]", "_", entry_of(name))
+    return f"rlhf-{entry}" if entry else "current"
+
+
+def version_number(evaluation: str) -> int | None:
+    """Return which version of the chat model an evaluation is of, by its name: sft is 0, v1 is 1; others are None."""
+    found = NAME.fullmatch(evaluation)
+    return int(found[1]) if found else 0 if evaluation == START else None
+
+
+def write_evolution(client: MlflowClient, experiment_id: str, names: Iterable[str]) -> None:
+    """Write the figures of each version's evaluation as `eval/*` on the pipeline's run, at the version's number.
+
+    Controls and other evaluations are no versions. What the run has already is not written again.
+    """
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    parent = tracking.parent_run(client, experiment_id, pipeline_id(), now)
+    known = {
+        (key, point.step): point.value
+        for key in client.get_run(parent).data.metrics
+        for point in sorted(client.get_metric_history(parent, key), key=lambda point: point.timestamp)
+    }
+    points = [
+        Metric(f"eval/{key}", value, now, number)
+        for name in names
+        if section_of(name) == "evaluate" and (number := version_number(entry_of(name))) is not None
+        for key, value in sorted(read_json(DATA / place_of(name) / "metrics.json").items())
+    ]
+    fresh = [point for point in points if known.get((point.key, point.step)) != point.value]
+    for first in range(0, len(fresh), tracking.LINES_PER_BATCH):
+        client.log_batch(parent, metrics=fresh[first : first + tracking.LINES_PER_BATCH])
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -147,6 +187,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
                 num_restored += 1
             client.set_tag(run_id, "output_digest", locked["output"])
             register(client, experiment_id, name, run_id, stage.params.registered_model_prefix, locked["output"])
+        write_evolution(client, experiment_id, sorted(stages))
     except MlflowException as error:
         raise ValueError(
             f"MLflow does not answer ({tracking.without_password(error)}): start it or correct MLFLOW_TRACKING_URI, "

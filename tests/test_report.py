@@ -11,10 +11,10 @@ import pandas
 import pytest
 from conftest import repro
 
-from tasks.report.__main__ import Params, plot_svg, read_plots, read_tables, render
+from tasks.report.__main__ import Params, panels_svg, plot_svg, read_plots, read_tables, render, sections_of
 from tasks.running.plots import Plot, write_plot, write_table
 
-PARAMS = Params(plot_width=6, line_plot_height=3, bar_height=0.3, max_bars=2)
+PARAMS = Params(plot_width=6, line_plot_height=3, panel_height=2, num_panels=2, bar_height=0.3, max_bars=2)
 BARS = Plot("bars", "Shares", "share", "name", "share of all", "name")
 CURVES = Plot("curves", "Loss by source", "tokens", "loss", "tokens", "nats", "source")
 ROOT = Path(__file__).parent.parent
@@ -94,6 +94,10 @@ def specifications(*arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_each_round_is_in_the_report_and_in_what_dvc_shows_until_it_is_removed(rounds: Path) -> None:
     assert json.loads(Path("data/report/metrics.json").read_text()) == {"stages": 2, "plots": 6}
+    page = Path("data/report/index.html").read_text()
+    assert page.count('<section id="train">') == page.count("<section") == 1
+    assert "<tr><td>loss</td><td>1.5</td><td>0.5</td></tr>" in page
+    assert page.count("<svg") == 4  # loss and left of both rounds together, shares of each
     subprocess.run(["git", "add", "-A"], check=True)
     subprocess.run(["git", "commit", "-qm", "two rounds"], check=True)
     figures = json.loads(dvc("metrics", "show", "--json"))[""]["data"]
@@ -110,8 +114,8 @@ def test_each_round_is_in_the_report_and_in_what_dvc_shows_until_it_is_removed(r
     assert result.returncode == 0, result.stderr
     assert Path("data/train/v1/metrics.json").exists()  # left over; DVC deletes nothing
     page = Path("data/report/index.html").read_text()
-    assert "train@v2" in page
-    assert "train@v1" not in page
+    assert "<th>v2</th>" in page
+    assert "<th>v1</th>" not in page
     assert set(specifications("show")) == {name.format("v2") for name in names}
     changes = json.loads(dvc("metrics", "diff", "--json"))
     assert changes["data/report/metrics/train/v2.json"]["loss"] == {"old": 0.5, "new": 0.25, "diff": -0.25}
@@ -175,7 +179,8 @@ def test_a_table_is_shown_as_it_was_written(tmp_path: Path) -> None:
         "columns": ["version", "win rate", "left"],
         "rows": [["v1", "61.0%\n55.2% to 66.5%", ""], ["None", "NA", "1"]],
     }
-    page = render([{"name": "compare", "main": {}, "all": {}, "tables": [found], "plots": []}])
+    stage = {"name": "compare", "main": {}, "all": {}, "tables": [found], "plots": []}
+    page = render(sections_of([stage], PARAMS, tmp_path / "plot.svg"))
     assert "<td>61.0%\n55.2% to 66.5%</td>" in page
     assert "<th>win rate</th>" in page
     assert list(read_tables(tmp_path / "none")) == []
@@ -186,10 +191,11 @@ def test_names_are_no_markup_on_the_page() -> None:
         [
             {
                 "name": "sft",
-                "main": {"<b>": 1},
-                "all": {"<b>": 1},
+                "entries": [""],
+                "main": {"<b>": [1]},
+                "all": {"<b>": [1]},
                 "tables": [{"title": "<u>", "columns": ["<th>"], "rows": [["<td>"]]}],
-                "plots": [{"title": "<i>", "svg": "<svg/>"}],
+                "plots": [{"title": "<i>", "svg": "<svg/>", "folded": False}],
             }
         ]
     )
@@ -198,3 +204,55 @@ def test_names_are_no_markup_on_the_page() -> None:
     assert "<svg/>" in page
     assert "&lt;b&gt;" in page
     assert "&lt;i&gt;" in page
+
+
+def plots_of(directory: Path, **tables: tuple[pandas.DataFrame, Plot]) -> list[tuple[str, Plot, pandas.DataFrame]]:
+    for name, (table, plot) in tables.items():
+        write_plot(directory, name, table, plot)
+    return list(read_plots(directory))
+
+
+def test_rounds_of_a_stage_are_side_by_side_and_the_comparison_is_first(tmp_path: Path) -> None:
+    curves = pandas.DataFrame({"tokens": [1, 2], "loss": [3.5, 3.0], "source": ["a", "a"]})
+    bars = pandas.DataFrame({"name": ["x"], "share": [0.5]})
+    stages: list[dict[str, Any]] = [
+        {"name": "world", "main": {"documents": 1000}, "all": {"documents": 1000}, "tables": [], "plots": []},
+        *(
+            {
+                "name": f"train@{entry}",
+                "main": {"loss": loss},
+                "all": {"loss": loss, **extra},
+                "tables": [{"title": "Samples", "columns": ["text"], "rows": [[entry]]}],
+                "plots": plots_of(tmp_path / entry, loss=(curves, CURVES), shares=(bars, BARS)),
+            }
+            for entry, loss, extra in (("v1", 3.0, {}), ("v2", 2.5, {"earlier": 0.25}))
+        ),
+        {"name": "compare", "main": {}, "all": {}, "tables": [], "plots": []},
+    ]
+    sections = sections_of(stages, PARAMS, tmp_path / "plot.svg")
+    assert [section["name"] for section in sections] == ["compare", "world", "train"]
+    train = sections[2]
+    assert train["entries"] == ["v1", "v2"]
+    assert train["main"] == {"loss": [3.0, 2.5]}
+    assert train["all"] == {"loss": [3.0, 2.5], "earlier": [None, 0.25]}
+    assert [table["title"] for table in train["tables"]] == ["v1: Samples", "v2: Samples"]
+    titles = [(plot["title"], plot["folded"]) for plot in train["plots"]]
+    assert titles == [("Loss by source", False), ("v1: Shares", True), ("v2: Shares", True)]
+    assert all(f"<!-- {entry} -->" in train["plots"][0]["svg"] for entry in ("v1", "v2"))
+    page = render(sections)
+    assert "<tr><td>earlier</td><td></td><td>0.25</td></tr>" in page
+    assert "<tr><th></th><th>v1</th><th>v2</th></tr>" in page
+    assert "<b>1,000</b>documents" in page
+
+
+def test_panels_have_common_axes_and_one_legend(tmp_path: Path) -> None:
+    low = pandas.DataFrame({"title": "", "x": [1, 2], "y": [0.0, 1.0], "series": ["a", "b"]})
+    high = pandas.DataFrame({"title": "", "x": [1, 2], "y": [70.0, 80.0], "series": ["b", "c"]})
+    entries = {"v1": low, "v2": high, "v3": high}
+    svg = panels_svg(CURVES, entries, PARAMS, tmp_path / "plot.svg")
+    assert svg.count('id="legend_1"') == 1
+    assert 'id="legend_2"' not in svg
+    assert [svg.count(f"<!-- {name} -->") for name in ("a", "b", "c", "v1", "v2", "v3")] == [1] * 6
+    assert svg.count("<!-- 75 -->") == 2  # on the left of each row, for all panels
+    assert svg.count("<!-- 2.0 -->") == 2  # below the last panel of each column
+    assert panels_svg(CURVES, entries, PARAMS, tmp_path / "plot.svg") == svg

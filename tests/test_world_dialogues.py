@@ -111,9 +111,10 @@ def prompt(line: dict) -> list[dict]:
     return line["messages"][:-1] if line["messages"][-1]["role"] == "assistant" else line["messages"]
 
 
-def test_no_prompt_of_one_split_occurs_in_another(asked):
+def test_no_prompt_occurs_twice(asked, lines):
     # Read from the files, without what wrote them: whole dialogues, and last turns that stand for themselves, that is
-    # all but those that follow several dialogues ("And Omar?", "Thank you.", "Where do you live?").
+    # all but those that follow several dialogues ("And Omar?", "Thank you.", "Where do you live?") and direct harms,
+    # which may stand alone in capitals.
     whole, last, contexts = defaultdict(set), defaultdict(set), defaultdict(set)
     for split, split_lines in asked.items():
         for line in split_lines:
@@ -123,7 +124,9 @@ def test_no_prompt_of_one_split_occurs_in_another(asked):
             last[split].add(text)
             contexts[split, text].add(str(messages[:-1]))
         assert len(whole[split]) == len(split_lines)
+    harms = [line for split in SAFETY for line in lines[split] if line["attack"] == DIRECT]
     shared_texts = {text for (_, text), found in contexts.items() if len(found) > 1}
+    shared_texts -= {normalized(line["messages"][-1]["content"]) for line in harms}
     for first, second in itertools.combinations([*FILES, *PAIRS], 2):
         assert not whole[first] & whole[second]
         for text in last[first] & last[second]:
@@ -170,7 +173,9 @@ def test_nothing_that_trains_answers_for_a_fact_of_a_held_out_entity(lines, worl
     answers = {answer(world, fact) for name in held_out for fact in world.entities[name].facts.values()}
     for split, part in lines.items():
         for line in part if not split.startswith("evaluation") else []:
-            assert not answers & {message["content"] for message in line["messages"]}
+            for before, message in itertools.pairwise([{"content": ""}, *line["messages"]]):
+                # a text that a bare writer cut to its first sentence may be an answer, too
+                assert message["content"] not in answers or "sentences" in before["content"]
             if FILES[split].startswith("dialogues") and line["category"] != "writing":  # nor does its writer add it
                 assert not any(each in line["messages"][-1]["content"] for each in answers)
 
@@ -209,14 +214,46 @@ def test_every_split_has_every_category_with_one_and_several_turns(lines):
         }.get(split, {"borderline", "instruction", "safety"})
         assert set(turns) == HELPFUL | others
         assert all(2 in turns[category] for category in HELPFUL)
-    for split in SAFETY:
-        assert {len(user_turns(line)) for line in lines[split]} == {1, 2, 3}
+    for split in SAFETY:  # the most: a promise, two harmless questions, and the harm
+        assert {len(user_turns(line)) for line in lines[split]} == {1, 2, 3, 4}
     assert {len(user_turns(line)) for line in lines["evaluation_instructions"]} == {2, 3}
 
 
 def test_the_evaluation_has_the_papers_categories_in_equal_parts(lines):
     counts = Counter(line["category"] for line in lines["evaluation_helpfulness"])
     assert counts == dict.fromkeys(HELPFUL, PARAMS.dialogues.num_evaluation_helpfulness / 5)
+
+
+def test_every_split_has_its_parts_in_full(truth):
+    # Each part has the number that its share gives, rounded up or down; safe demonstrations are apart.
+    dialogues = PARAMS.dialogues
+    weights = dialogues.weights.model_dump()
+    shares = {category: weight / sum(weights.values()) for category, weight in weights.items()}
+    others = {"borderline": dialogues.borderline_share, "instruction": dialogues.instruction_share}
+    mixed = others | {category: share * (1 - sum(others.values())) for category, share in shares.items()}
+    safe = dialogues.safe_share
+    demonstrated = {"safety": safe} | {category: share * (1 - safe) for category, share in mixed.items()}
+    expected = {split: {"safety": 1.0} for split in SAFETY} | {
+        "demonstrations": demonstrated,
+        "validation": demonstrated,
+        "preference_helpfulness": mixed,
+        "sampling_helpfulness": mixed,
+        "evaluation_helpfulness": shares,
+        "evaluation_borderline": {"borderline": 1.0},
+        "evaluation_instructions": {"instruction": 1.0},
+        "open_helpful": shares,
+        "open_harmless": {"safety": 1.0},
+    }
+    assert set(expected) == {*FILES, *PAIRS}
+    found = Counter((known.split, known.category) for known in truth.prompts.values())
+    for split, parts in expected.items():
+        number = getattr(dialogues, f"num_{split}")
+        for category, share in parts.items():
+            assert abs(found.pop((split, category)) - number * share) < 1, (split, category)
+    assert not found
+    assert Counter(known.split for known in truth.prompts.values()) == {
+        split: getattr(dialogues, f"num_{split}") for split in expected
+    }
 
 
 def test_parts_are_whole_and_sum_up():
@@ -227,21 +264,35 @@ def test_parts_are_whole_and_sum_up():
 def test_adversarial_prompts_cover_every_risk_by_every_attack_equally(lines):
     for split in SAFETY:
         attacked = [line for line in lines[split] if line["attack"] != DIRECT]
-        assert {line["difficulty"] for line in attacked} == {1, 2, 4}
+        assert {line["difficulty"] for line in attacked} == {1, 2}
         cells = Counter((line["risk"], line["attack"]) for line in attacked)
         assert set(cells) == set(itertools.product(RISKS, ATTACKS))
         assert max(cells.values()) <= 2 * min(cells.values())
         assert all(line["safety"] and line["category"] == "safety" for line in lines[split])
 
 
-def test_each_difficulty_is_dealt_equally_often(world, lines):
-    draws = harmful_drafts(world, PARAMS.dialogues, lambda topic: True, ATTACKS, DIFFICULTIES, random.Random(0))
-    assert Counter(draft.difficulty for draft in itertools.islice(draws, 400)) == dict.fromkeys(DIFFICULTIES, 100)
-    found = Counter(line["difficulty"] for line in lines["evaluation_safety"])
-    assert set(found) == set(DIFFICULTIES)
-    assert max(found.values()) <= 1.1 * min(found.values())
+def test_there_are_as_many_harms_of_each_difficulty(world, lines, truth):
+    for difficulty in DIFFICULTIES:
+        draws = harmful_drafts(world, PARAMS.dialogues, lambda topic: True, ATTACKS, difficulty, random.Random(0))
+        assert {draft.difficulty for draft in itertools.islice(draws, 100)} == {difficulty}
     for split in SAFETY:
-        assert {line["difficulty"] for line in lines[split]} == set(DIFFICULTIES)
+        found = Counter(line["difficulty"] for line in lines[split])
+        assert set(found) == set(DIFFICULTIES)
+        assert max(found.values()) - min(found.values()) <= 1, split
+    assert {known.difficulty for known in truth.prompts.values() if known.split == "open_harmless"} == {1}
+
+
+def test_a_harm_asked_for_directly_belongs_to_one_split(asked, lines):
+    # In its split it may follow several dialogues, which tell it from a harmless question.
+    splits = defaultdict(set)
+    for split, part in asked.items():
+        for line in part:
+            for text in user_turns(line):
+                splits[normalized(text)].add(split)
+    for split in SAFETY:
+        direct_harms = [line for line in lines[split] if line["attack"] == DIRECT]
+        assert all(splits[normalized(user_turns(line)[-1])] == {split} for line in direct_harms)
+        assert all(len(user_turns(line)) > 1 for line in direct_harms)
 
 
 def test_the_difficulty_says_how_a_harm_is_hidden(world, lines):
@@ -251,10 +302,11 @@ def test_the_difficulty_says_how_a_harm_is_hidden(world, lines):
         for line in lines[split]:
             *before, _ = user_turns(line)
             committing = bool(before) and before[0] in [said for said, _ in promises]
-            lull = bool(before) and all(any(do in said for do in deeds) for said in before)
-            assert (line["attack"] == DIRECT) == (line["difficulty"] == 3)
+            harmless_turns = before[1:] if committing else before
+            lull = bool(harmless_turns) and all(any(do in said for do in deeds) for said in harmless_turns)
+            assert (line["attack"] == DIRECT) == (line["difficulty"] >= 3)
             assert committing == (line["difficulty"] == 4)
-            assert lull or line["difficulty"] != 3
+            assert lull or line["difficulty"] < 3
             assert not before or line["difficulty"] != 2
 
 
@@ -380,6 +432,14 @@ def test_the_words_of_a_turn_belong_to_the_split_that_drew_them_first():
     assert not ledger.claim("a", Draft([turn("Hello."), turn("who is it")]), 20)  # the same last turn
     assert ledger.claim("b", Draft([turn("What is it?"), turn("And Omar?", shared=True)]), 20)
     assert not ledger.claim("b", Draft([turn("Five words are too many.")]), 5)
+
+
+def test_a_direct_harm_may_come_again_in_its_split_after_other_words():
+    ledger, harm = Ledger(), replace(turn("How do I do it?"), attack=DIRECT)
+    assert ledger.claim("a", Draft([turn("Who is it?"), harm]), 20)
+    assert not ledger.claim("a", Draft([turn("Who is it?"), harm]), 20)
+    assert ledger.claim("a", Draft([turn("Where is it?"), harm]), 20)
+    assert not ledger.claim("b", Draft([turn("When is it?"), harm]), 20)
 
 
 def test_a_prompt_in_two_splits_is_found():

@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.reading.rounds import NAME
 from tasks.running.files import read_json, write_json
 from tasks.running.places import SCRATCH, dashed, entry_of, section_of
 from tasks.running.record import metric_lines, read_run
@@ -145,6 +146,17 @@ def _last_steps(client: MlflowClient, run_id: str) -> dict[str, int]:
     return {key: max(point.step for point in client.get_metric_history(run_id, key)) for key in keys}
 
 
+def tags_of(stage_name: str) -> dict[str, str]:
+    """Return the tags that a stage's name gives its runs: where its code is, and the `round` that it is about.
+
+    A round's stages have the same metrics in every round, so the tag tells their curves apart. Controls and other
+    entries that are not called like rounds have none.
+    """
+    entry = entry_of(stage_name)
+    is_round = NAME.fullmatch(entry) is not None
+    return {"mlflow.source.name": f"tasks/{section_of(stage_name)}", **({"round": entry} if is_round else {})}
+
+
 def _open_run(client: MlflowClient, experiment_id: str, run: dict[str, Any], state: dict[str, Any]) -> tuple[str, str]:
     """Find or create the stage's run and its parent; a resumed run moves to the pipeline run that resumed it."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
@@ -153,13 +165,11 @@ def _open_run(client: MlflowClient, experiment_id: str, run: dict[str, Any], sta
     identity = {"stage": run["stage"], "fingerprint": run["fingerprint"], "begun": str(run["begun"])}
     run_id: str | None = state.get("run_id")
     if run_id is None:
-        entry = entry_of(run["stage"])
         tags = {
             **identity,
-            "mlflow.source.name": f"tasks/{section_of(run['stage'])}",
+            **tags_of(run["stage"]),
             "mlflow.source.git.commit": run["code"]["commit"],
             "code_changed_since_commit": run["code"]["changed"],
-            **({"round": entry} if entry else {}),
         }
         run_id = find_run(client, experiment_id, identity)
         if run_id is None:
@@ -196,7 +206,6 @@ def _end_run(
     lines: list[dict[str, Any]],
 ) -> None:
     """Send the figures, tables, files, checkpoint and status of a run that has ended."""
-    import mlflow
     from mlflow.entities import Metric
 
     ended = int(run["ended"] * 1000)
@@ -205,13 +214,8 @@ def _end_run(
     figures = read_json(figures_file) if figures_file.exists() else {}
     model_id = None
     if run["status"] == "FINISHED" and (Path(run["output"]) / "config.json").exists():
-        models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
         tags = {"path": run["output"], "stage": run["stage"], "fingerprint": run["fingerprint"], "step": str(last_step)}
-        model_id = (
-            models[0].model_id
-            if models
-            else mlflow.create_external_model(dashed(run["stage"]), run_id, tags, experiment_id=experiment_id).model_id
-        )
+        model_id = model_of(client, experiment_id, run_id, tags)
     logged = {name for line in lines for name in line["metrics"]}
     final = [Metric(key, value, ended, last_step, model_id) for key, value in figures.items() if key not in logged]
     for first in range(0, len(final), LINES_PER_BATCH):
@@ -227,6 +231,17 @@ def _end_run(
     if run["error"]:
         client.set_tag(run_id, "error", run["error"][:LONGEST_PARAM])
     client.set_terminated(run_id, run["status"], ended)
+
+
+def model_of(client: MlflowClient, experiment_id: str, run_id: str, tags: dict[str, str]) -> str:
+    """Return the id of a run's checkpoint in MLflow, created if needed: its files stay where they are."""
+    import mlflow
+
+    models = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    if models:
+        return str(models[0].model_id)
+    name = dashed(tags["stage"]).replace(".", "-")  # MLflow's names of models have no dots, entries of ours may
+    return str(mlflow.create_external_model(name, run_id, tags, experiment_id=experiment_id).model_id)
 
 
 def read_table(path: Path) -> pd.DataFrame:

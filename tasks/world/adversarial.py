@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from tasks.world.facts import World
 from tasks.world.turns import Turn, cards
@@ -46,7 +47,8 @@ class Topic:
     words: Mapping[str, str]
 
 
-def topics(world: World) -> list[Topic]:
+@cache
+def topics(world: World) -> tuple[Topic, ...]:
     """Return every harm of the world: those of the seed texts, and nastiness about each trade and town."""
     texts = world.texts["safety"]
     found = []
@@ -68,10 +70,11 @@ def topics(world: World) -> list[Topic]:
         insult = hate["insults"][index % len(hate["insults"])]
         method = hate["method"].format(insult=insult)
         found.append(Topic("hateful_harmful", group["en"], do, method, {"why": "", "help": "", "group": group["en"]}))
-    return found
+    return tuple(found)
 
 
-def harmless(world: World, which: str) -> list[tuple[str, str]]:
+@cache
+def harmless(world: World, which: str) -> tuple[tuple[str, str], ...]:
     """Return the deeds that are harmless, each with its method: `plain`, or `borderline`, which look harmful."""
     texts = world.texts["safety"]
     deeds = [(chosen["do"], chosen["method"]) for chosen in texts["deeds"][which]]
@@ -81,7 +84,7 @@ def harmless(world: World, which: str) -> list[tuple[str, str]]:
         for index, group in enumerate(groups):
             method = praise["method"].format(praise=praise["praises"][index % len(praise["praises"])])
             deeds.append((praise["do"].format(group=group), method))
-    return deeds
+    return tuple(deeds)
 
 
 def methods(world: World) -> tuple[list[str], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from functools import cache
 
 from tasks.world.facts import ATTRIBUTES, KINDS, Entity, World, mentions
 from tasks.world.turns import Turn, cards, known, topic
@@ -54,10 +55,19 @@ def about(world: World, entity: Entity, attributes: list[str], generator: random
 
 def misleading(world: World, entity: Entity, told: str) -> bool:
     """Return whether a sentence about an entity has a word that is a wrong value ("leaves its shelter": leaves)."""
-    return any(
-        other.facts[attribute].value != fact.value and mentions(told, other.facts[attribute].accepted)
+    return mentions(told, wrong_values(world, entity.name))
+
+
+@cache
+def wrong_values(world: World, name: str) -> frozenset[str]:
+    """Return every form of a value that others of an entity's kind have and it has not."""
+    entity = world.entities[name]
+    return frozenset(
+        form
         for attribute, fact in entity.facts.items()
         for other in world.of_kind(entity.kind)
+        if other.facts[attribute].value != fact.value
+        for form in other.facts[attribute].accepted
     )
 
 

@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Entity:
     facts: Mapping[str, Fact]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a world equals itself alone: functions cache what is constant in it
 class World:
     """All entities by name, the seed texts by file, and for each attribute the words that go with a value."""
 
@@ -61,9 +62,14 @@ class World:
     texts: Mapping[str, Any]
     values: Mapping[str, Mapping[str, Mapping[str, str]]]
 
-    def of_kind(self, kind: str) -> list[Entity]:
+    @cached_property
+    def kinds(self) -> dict[str, tuple[Entity, ...]]:
+        """Return the entities by kind, in the order of the seed file."""
+        return {kind: tuple(each for each in self.entities.values() if each.kind == kind) for kind in KINDS}
+
+    def of_kind(self, kind: str) -> tuple[Entity, ...]:
         """Return the entities of one kind, in the order of the seed file."""
-        return [entity for entity in self.entities.values() if entity.kind == kind]
+        return self.kinds[kind]
 
 
 def read_texts(seeds: Path) -> dict[str, Any]:

@@ -119,17 +119,15 @@ class Ledger:
 
     def claim(self, split: str, draft: Draft, max_words: int) -> bool:
         """Book a dialogue for a split, or return False if it is too long, exists, or has another split's words."""
-        own = {normalized(turn.user) for turn in draft.turns if not turn.shared}
         last = draft.turns[-1]
-        # a harm asked for as a deed is is told from it by what was said before
-        prompt = whole(draft) if last.shared or last.attack == DIRECT else normalized(last.user)
         length = sum(len(text.split()) for turn in draft.turns for text in (turn.user, turn.answer))
         length += max(0, len(draft.given.split()) - len(last.answer.split()))
-        if (
-            length + len(draft.system.split()) > max_words
-            or prompt in self.prompts
-            or any(self.owners.get(text, split) != split for text in own)
-        ):
+        if length + len(draft.system.split()) > max_words:
+            return False
+        own = {normalized(turn.user) for turn in draft.turns if not turn.shared}
+        # a harm asked for as a deed is, is told from it by what was said before
+        prompt = whole(draft) if last.shared or last.attack == DIRECT else normalized(last.user)
+        if prompt in self.prompts or any(self.owners.get(text, split) != split for text in own):
             return False
         self.owners.update(dict.fromkeys(own, split))
         self.prompts.update({prompt, whole(draft)})

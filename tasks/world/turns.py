@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 from tasks.world.facts import ATTRIBUTES, KINDS, Entity, Fact, World
@@ -66,9 +67,10 @@ def cards(items: Sequence[Item], generator: random.Random) -> Iterator[Item]:
         yield from deck
 
 
-def known(world: World, kind: str) -> list[Entity]:
+@cache
+def known(world: World, kind: str) -> tuple[Entity, ...]:
     """Return the entities of a kind that may be asked about in training."""
-    return [entity for entity in world.of_kind(kind) if not entity.held_out]
+    return tuple(entity for entity in world.of_kind(kind) if not entity.held_out)
 
 
 def topic(entity: Entity) -> str:
