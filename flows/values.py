@@ -127,19 +127,20 @@ def append(mapping: Any, key: str, value: Any) -> None:
     from ruamel.yaml.error import CommentMark
     from ruamel.yaml.tokens import CommentToken
 
+    comment = None  # the one that stands last in the mapping: to the end of its line, and all that follows
     if not mapping:
         mapping.fa.set_block_style()
+        comment = mapping.ca.comment and mapping.ca.comment[0]
+    elif not mapping.fa.flow_style():
+        owner, last = mapping, next(reversed(mapping))
+        while isinstance(owner[last], CommentedMap) and owner[last] and not owner[last].fa.flow_style():
+            owner = owner[last]
+            last = next(reversed(owner))
+        comment = last in owner.ca.items and owner.ca.items[last][2]
     following = ""
-    if not mapping.fa.flow_style():
-        owner = mapping
-        while owner and isinstance(last := owner[next(reversed(owner))], CommentedMap) and last:
-            if last.fa.flow_style():
-                break
-            owner = last
-        comments = owner.ca.items.get(next(reversed(owner))) if owner else None
-        if comments and comments[2]:  # the last entry's own comment, to the line's end, and what follows
-            own, end, following = comments[2].value.partition("\n")
-            comments[2].value = own + end
+    if comment:
+        own, end, following = comment.value.partition("\n")
+        comment.value = own + end
     if isinstance(value, dict | list):
         value = (CommentedMap if isinstance(value, dict) else CommentedSeq)(value)
         value.fa.set_flow_style()
