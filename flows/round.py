@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prefect import State, flow
@@ -54,12 +55,17 @@ def append_round(text: str) -> str:
 
 
 def check_done(name: str) -> None:
-    """Raise ValueError when a round's version, or anything that it was made from, is not up to date."""
+    """Raise ValueError when a round's version, or anything it was made from, is not up to date, or there is none."""
     stale = graph.find_stale(graph.read_graph([f"{LAST_STAGE}@{name}"]))
     if stale:
         raise ValueError(
             f"round {name} is not done, and the next one starts from it; out of date: {', '.join(stale)}; "
             "`python -m flows.recipe` brings them up to date"
+        )
+    if not Path(VERSIONS, name, "config.json").is_file():
+        raise ValueError(
+            f"round {name} has no version, from which the next one would start: its rejection sampling asked no "
+            "prompts; raise `rejection_sampling.max_prompts`"
         )
 
 

@@ -103,6 +103,8 @@ class Params(Section):
 
 def run(stage: Stage[Params]) -> dict[str, float]:
     (stage.output / "round.txt").write_text(stage.entry)
+    if stage.params.num_rounds > 2:
+        (stage.output / "config.json").write_text("{}")
     return {"rounds": stage.params.num_rounds}
 
 
@@ -253,6 +255,13 @@ def test_the_next_round_is_refused_until_the_one_before_is_done(
     assert rounds.main([]) == 1
     assert "rejection_sampling@v1, fine_tuning@v1" in capsys.readouterr().err
     assert Path("params.yaml").read_text() == before
+
+
+def test_a_round_that_asked_no_prompts_is_followed_by_none(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert rounds.main(["--only-write", "v1", "--set", "fine_tuning.num_rounds=1"]) == 0  # writes no model
+    assert repro().returncode == 0
+    assert rounds.main([]) == 1
+    assert "round v1 has no version, from which the next one would start: its rejection" in capsys.readouterr().err
 
 
 def test_a_pipeline_that_runs_keeps_its_parameters(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
