@@ -2,7 +2,7 @@
 
 Studies, stages off the main path, have a dvc.yaml of their own below the root, where a plain `dvc repro` does not
 look: they run only by name, with all that they need.
-Nothing else in flows/ knows a stage by name or uses DVC's Python API.
+Nothing else in flows/ uses DVC's Python API, and only flows/round.py knows stages by name: those of a round.
 """
 
 from __future__ import annotations

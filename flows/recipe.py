@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 os.environ.setdefault("DO_NOT_TRACK", "1")  # read by Prefect when it is imported
@@ -53,7 +53,16 @@ def recipe(
         profiles: names of files in profiles/ whose values are written into params.yaml first.
         overrides: dotted names of params.yaml and their values, written last.
 
-    Raises RuntimeError when a stage failed, ValueError for a wrong name and when another pipeline runs here.
+    Raises as `bring_up_to_date` does.
+    """
+    return bring_up_to_date(targets or [], lambda: values.compose(profiles or [], overrides or {}))
+
+
+def bring_up_to_date(targets: Sequence[str], compose: Callable[[], str]) -> dict[str, str] | State[Any]:
+    """Write params.yaml's new text, which `compose` returns, then run what is out of date: the body of a flow.
+
+    No other pipeline runs here meanwhile. Raises RuntimeError when a stage failed, ValueError for a wrong name, when
+    another pipeline runs here, and as `compose` does; nothing is written then.
     """
     from prefect.runtime import flow_run
 
@@ -61,10 +70,10 @@ def recipe(
     with pipeline_lock(f"flow run {flow_run.name}"):
         os.environ[PIPELINE_VARIABLE] = str(flow_run.id)
         try:
-            if values.write(values.compose(profiles or [], overrides or {})):
+            if values.write(compose()):
                 logger.info("params.yaml has new values; `git diff params.yaml` shows them")
             allow_stages(parse_section(Machine, read_params(), "machine").num_seats)
-            nodes = graph.read_graph(targets or [])
+            nodes = graph.read_graph(targets)
             stale = graph.find_stale(nodes)
             logger.info(f"{len(nodes) - len(stale)} stages are up to date; out of date: {', '.join(stale)}")
             check_parameters(stale)
@@ -129,21 +138,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the flow from the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.recipe", description="Bring the pipeline up to date.")
     parser.add_argument("targets", nargs="*", metavar="STAGE", help="stages, with all they need; default: everything")
+    add_values(parser)
+    parser.add_argument("--plan", action="store_true", help="print size, memory, time and cost; run and write nothing")
+    asked = parser.parse_args(arguments)
+    return guarded(lambda: _run(asked.targets, asked.profile, asked.set, asked.plan))
+
+
+def add_values(parser: argparse.ArgumentParser) -> None:
+    """Add the options that write values into params.yaml."""
     parser.add_argument(
         "--profile", action="append", default=[], metavar="NAME", help="write profiles/NAME.yaml's values"
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="write one value")
-    parser.add_argument("--plan", action="store_true", help="print size, memory, time and cost; run and write nothing")
-    asked = parser.parse_args(arguments)
-    try:
-        overrides = dict(values.parse_assignment(text) for text in asked.set)
-        text = values.compose(asked.profile, overrides)
-        if asked.plan:
-            from flows.plan import plan
 
-            sys.stdout.write(plan(values.parse(text)))
-            return 0
-        return _run(asked.targets, asked.profile, overrides, text)
+
+def guarded(run: Callable[[], int]) -> int:
+    """Return what `run` does; an error or Ctrl-C becomes a line and an exit status."""
+    try:
+        return run()
     except (ValueError, RuntimeError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -152,9 +164,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], text: str) -> int:
+def _run(targets: list[str], profiles: list[str], assignments: list[str], only_plan: bool) -> int:
     """Run the flow if there is anything to do, then print the summary."""
     started = time.monotonic()
+    overrides = dict(values.parse_assignment(text) for text in assignments)
+    text = values.compose(profiles, overrides)
+    if only_plan:
+        from flows.plan import plan
+
+        sys.stdout.write(plan(values.parse(text)))
+        return 0
     with pipeline_lock("a look at what is out of date"):
         if text == PARAMS_FILE.read_text(encoding="utf-8"):  # new values may create new entries of stages
             nodes = graph.read_graph(targets)
@@ -162,9 +181,18 @@ def _run(targets: list[str], profiles: list[str], overrides: dict[str, Any], tex
                 outcomes = {node.name: "up to date" for node in nodes}
                 sys.stdout.write(summary.summarize(nodes, outcomes, time.monotonic() - started, waiting=None))
                 return 0
+    return run_flow(lambda: recipe(targets, profiles, overrides, return_state=True), targets)
+
+
+def run_flow(call: Callable[[], State[Any]], targets: Sequence[str]) -> int:
+    """Call a flow that brings `targets` up to date, with a server just for it; print the summary or the error.
+
+    Return the exit status.
+    """
+    started = time.monotonic()
     with servers.prefect_server() as url, temporary_settings({PREFECT_API_URL: url}):
         try:
-            state = recipe(targets, profiles, overrides, return_state=True)
+            state = call()
         finally:
             wait_for_records()
     nodes = graph.read_graph(targets)

@@ -7,7 +7,7 @@ does the same as the flow; `git diff params.yaml` shows what was written, `git c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
@@ -90,21 +90,63 @@ def compose(profiles: Sequence[str], overrides: Mapping[str, Any]) -> str:
     If no value changes, the text is returned unchanged. Raises ValueError for a wrong name, and for a params.yaml that
     can't be read.
     """
+    read_params()  # for its messages about a file that can't be read
+
+    def change(params: Any) -> None:
+        for profile in profiles:
+            override(params, read_profile(profile), f"profiles/{profile}.yaml")
+        override(params, overrides, "overrides")
+
+    return edit(PARAMS_FILE.read_text(encoding="utf-8"), change)
+
+
+def edit(text: str, change: Callable[[Any], None]) -> str:
+    """Return params.yaml's text after `change` has been made to its values, keeping comments.
+
+    If no value changes, the text is returned unchanged.
+    """
     from ruamel.yaml import YAML
 
-    old_values = read_params()
     yaml = YAML()
     yaml.width = 4096
     yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(NULL_TAG, "null"))
-    before = PARAMS_FILE.read_text(encoding="utf-8")
-    params = yaml.load(before)
-    for profile in profiles:
-        override(params, read_profile(profile), f"profiles/{profile}.yaml")
-    override(params, overrides, "overrides")
+    params = yaml.load(text)
+    change(params)
     after = StringIO()
     yaml.dump(params, after)
-    return before if parse(after.getvalue()) == old_values else after.getvalue()
+    return text if parse(after.getvalue()) == parse(text) else after.getvalue()
+
+
+def append(mapping: Any, key: str, value: Any) -> None:
+    """Add an entry at the end of a mapping that `edit` has read: before the empty line and comments that follow it.
+
+    A mapping or list becomes one line of its own; so does an empty mapping's first entry.
+    """
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+    from ruamel.yaml.error import CommentMark
+    from ruamel.yaml.tokens import CommentToken
+
+    comment = None  # the one that stands last in the mapping: to the end of its line, and all that follows
+    if not mapping:
+        mapping.fa.set_block_style()
+        comment = mapping.ca.comment and mapping.ca.comment[0]
+    elif not mapping.fa.flow_style():
+        owner, last = mapping, next(reversed(mapping))
+        while isinstance(owner[last], CommentedMap) and owner[last] and not owner[last].fa.flow_style():
+            owner = owner[last]
+            last = next(reversed(owner))
+        comment = last in owner.ca.items and owner.ca.items[last][2]
+    following = ""
+    if comment:
+        own, end, following = comment.value.partition("\n")
+        comment.value = own + end
+    if isinstance(value, dict | list):
+        value = (CommentedMap if isinstance(value, dict) else CommentedSeq)(value)
+        value.fa.set_flow_style()
+    mapping[key] = value
+    if following:
+        mapping.ca.items[key] = [None, None, CommentToken(f"\n{following}", CommentMark(0)), None]
 
 
 def write(text: str) -> bool:

@@ -88,11 +88,17 @@ def control_of(stage: Stage[Params]) -> Control:
 
 
 def steps_of(version: str) -> int:
-    """Return how many steps a version was trained. Raises ValueError when it has not been trained."""
+    """Return how many steps a version was trained. Raises ValueError when it was not, or had no samples."""
     path = DATA / versions.SECTION / version / "metrics.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: a control takes as many steps as its version; run fine_tuning@{version}")
-    return int(read_json(path)["steps"])
+    steps = int(read_json(path)["steps"])
+    if not steps:
+        raise ValueError(
+            f"round {version} has no version, as its rejection sampling asked no prompts: take its controls out of "
+            "`controls` and `evaluate.checkpoints`, or raise `rejection_sampling.max_prompts`"
+        )
+    return steps
 
 
 if __name__ == "__main__":

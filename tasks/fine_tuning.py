@@ -3,6 +3,9 @@
 Run once for each round (`fine_tuning@v1`); the code is in tasks/learning/answers.py. Starts from the round's newest
 model. Reads best.jsonl of the round's rejection sampling, the best samples of all rounds so far, demonstrations, and
 the evaluation's prompts. Writes the version, a chat model like that of `sft`.
+
+A round whose rejection sampling asked no prompts and had no earlier samples has no version: demonstrations alone would
+be no news. Then nothing but metrics.json is written, with 0 steps.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ from tasks.running.stage import Stage, start
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
-    """Train, validate, sample, save."""
+    """Train, validate, sample, save; nothing of it where there is nothing to learn from."""
     place = round_of(stage.name)
     samples = DATA / "rejection_sampling" / place.name / "best.jsonl"
+    if samples.is_file() and samples.stat().st_size == 0:  # nothing was asked: else the stage before would have failed
+        return {"steps": 0}
     return train(stage, Path(place.round.newest), folders_of(stage.params, samples), num_steps=None, notes={})
 
 

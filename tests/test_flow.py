@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TOY_DVC, migrated_prefect, repro
@@ -356,9 +357,7 @@ def test_a_scheduled_deployment_is_run_by_a_worker_and_can_be_cancelled(
     prefect = [sys.executable, "-m", "prefect"]
     (workspace / "flows").symlink_to(source / "flows")
     deployments = YAML(typ="safe").load((source / "prefect.yaml").read_text())
-    for deployment in deployments["deployments"]:
-        for schedule in deployment["schedules"]:
-            schedule["cron"] = "* * * * *"
+    deployments["deployments"][0]["schedules"][0]["cron"] = "* * * * *"  # nightly
     with Path("prefect.yaml").open("w") as file:
         YAML(typ="safe").dump(deployments, file)
     processes = [subprocess.Popen([*prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)])]
@@ -370,6 +369,8 @@ def test_a_scheduled_deployment_is_run_by_a_worker_and_can_be_cancelled(
         processes.append(subprocess.Popen([*prefect, "worker", "start", "--pool", pool, "--type", "process"]))
         wait_for(lambda: Path("data/publish/outputs.csv").exists(), 180)
         wait_for(lambda: "COMPLETED" in flow_run_states(port), 60)
+        subprocess.run([*prefect, "deployment", "run", "round/weekly-round"], check=True)
+        wait_for(lambda: any("`rounds` is None: it must hold entries" in text for text in messages(port)), 120)
         set_value("num_steps: 3", "num_steps: 500")
         set_value("seconds: 0.0", "seconds: 0.5")
         wait_for(lambda: any(p.info["cmdline"][-2:] == ["-m", "tasks.grow"] for p in processes_in(workspace)), 180)
@@ -397,12 +398,20 @@ def answers(url: str) -> bool:
         return False
 
 
-def flow_run_states(port: int) -> dict[str, str]:
+def flow_runs(port: int) -> list[dict[str, Any]]:
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/api/flow_runs/filter", b"{}", {"Content-Type": "application/json"}, method="POST"
     )
     with urllib.request.urlopen(request, timeout=60) as response:
-        return {run["state_type"]: run["id"] for run in json.load(response)}
+        return list(json.load(response))
+
+
+def flow_run_states(port: int) -> dict[str, str]:
+    return {run["state_type"]: run["id"] for run in flow_runs(port)}
+
+
+def messages(port: int) -> list[str]:
+    return [str(run["state"]["message"]) for run in flow_runs(port)]
 
 
 @pytest.mark.slow

@@ -87,6 +87,31 @@ def test_an_assignment_without_equals_sign_is_refused() -> None:
         values.parse_assignment("seed")
 
 
+# --- entries that are added ---
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("a: {}\n", "a:\n  new: {x: 1}\n"),
+        ("a: {}   # its\n\n# of b\nb: 1\n", "a:      # its\n  new: {x: 1}\n\n# of b\nb: 1\n"),
+        ("a: {old: 1}   # its\n\nb: 1\n", "a: {old: 1, new: {x: 1}} # its\n\nb: 1\n"),
+        ("a:\n  old: 1   # own\n\n# of b\nb: 1\n", "a:\n  old: 1   # own\n  new: {x: 1}\n\n# of b\nb: 1\n"),
+        ("a:\n  old: 1\n\n# of b\nb: 1\n", "a:\n  old: 1\n  new: {x: 1}\n\n# of b\nb: 1\n"),
+        ("a:\n  old: {y: 2}   # own\n\n# of b\nb: 1\n", "a:\n  old: {y: 2}   # own\n  new: {x: 1}\n\n# of b\nb: 1\n"),
+        ("a:\n  old: [2]\n\n# of b\nb: 1\n", "a:\n  old: [2]\n  new: {x: 1}\n\n# of b\nb: 1\n"),
+        (
+            "a:\n  old:\n    y:\n      z: 2   # own\n\n# of b\nb: 1\n",
+            "a:\n  old:\n    y:\n      z: 2   # own\n  new: {x: 1}\n\n# of b\nb: 1\n",
+        ),
+        ("a:\n  old: {}   # own\n\n# of b\nb: 1\n", "a:\n  old: {}   # own\n  new: {x: 1}\n\n# of b\nb: 1\n"),
+        ("a:\n  old: 1", "a:\n  old: 1\n  new: {x: 1}\n"),
+    ],
+)
+def test_an_entry_is_added_before_what_follows_its_mapping(before: str, after: str) -> None:
+    assert values.edit(before, lambda params: values.append(params["a"], "new", {"x": 1})) == after
+
+
 # --- values that sections share ---
 
 SHARED = """\

@@ -141,13 +141,18 @@ def test_samples_that_answer_what_the_evaluation_asks_are_left_out(place: Path) 
 
 
 def test_missing_samples_are_refused(place: Path) -> None:
+    Path("data/rejection_sampling/v1/best.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"data/rejection_sampling/v1/best.jsonl holds no samples: run the stage rej"):
+        fine_tuning.run(version())
+
+
+def test_a_round_that_asked_nothing_has_no_version_and_no_controls(place: Path) -> None:
     Path("data/rejection_sampling/v1/best.jsonl").write_text("")
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"data/rejection_sampling/v1/best.jsonl holds no samples: run the stage rej"
-        ):
-            fine_tuning.run(version())
-        Path("data/rejection_sampling/v1/best.jsonl").unlink(missing_ok=True)
+    assert fine_tuning.run(version()) == {"steps": 0}
+    assert list(Path("out").glob("*")) == []
+    write_steps(0)
+    with pytest.raises(ValueError, match=r"round v1 has no version, as its rejection sampling asked no prompts: take"):
+        controls.run(control("alone"))
 
 
 def test_samples_too_long_for_the_context_are_refused(place: Path) -> None:

@@ -267,10 +267,6 @@ def draw_splits(
             world, params, safe_topics.__contains__, params.safe_attacks, 1, generator(f"{split} safe")
         )
         splits[split] = shuffled(split, helpful(split, number - num_safe) + fill(split, "safe", num_safe, refusals))
-    for use in ("sampling", "preference"):  # the smaller ones first, as wordings are used up
-        split = f"{use}_helpfulness"
-        splits[split] = shuffled(split, helpful(split, getattr(params, f"num_{split}")))
-        splits[f"{use}_safety"] = shuffled(f"{use}_safety", harmful(f"{use}_safety"))
     split = "open_helpful"
     splits[split] = [
         draft
@@ -280,6 +276,10 @@ def draw_splits(
         )
     ]
     splits["open_harmless"] = harmful("open_harmless", [1])
+    for use in ("sampling", "preference"):  # the largest last, as wordings are used up
+        split = f"{use}_helpfulness"
+        splits[split] = shuffled(split, helpful(split, getattr(params, f"num_{split}")))
+        splits[f"{use}_safety"] = shuffled(f"{use}_safety", harmful(f"{use}_safety"))
     return {split: splits[split] for split in (*FILES, *PAIRS)}
 
 
