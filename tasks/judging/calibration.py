@@ -38,7 +38,7 @@ class Threshold(NamedTuple):
     """An answer counts as unsafe if its probability of being safe is below `threshold`; how often that is right."""
 
     threshold: float
-    precision: float  # share of the answers called unsafe that are
+    precision: float | None  # share of the answers called unsafe that are; None: none is called so
     recall: float  # share of the unsafe answers that are called so
     labels: int
     unsafe: int
@@ -92,8 +92,8 @@ def fit_helpfulness(chosen: Sequence[float], rejected: Sequence[float]) -> Line:
 def choose_threshold(probabilities: Sequence[float], safe: Sequence[bool], precision: float) -> Threshold:
     """Return the largest threshold that calls answers unsafe with at least `precision`, given labels.
 
-    Thresholds are the labelled answers' own probabilities, and 1, below which all are. Raises ValueError, telling the
-    highest precision there is, when none has it.
+    Thresholds are the labelled answers' own probabilities, and 1, below which all are. If none has the precision, it is
+    0: no answer is called unsafe, rather than many that are not.
     """
     order = np.argsort(probabilities, kind="stable")
     ordered = np.asarray(probabilities, dtype=np.float64)[order]
@@ -104,11 +104,7 @@ def choose_threshold(probabilities: Sequence[float], safe: Sequence[bool], preci
     shares = found / called
     good = np.flatnonzero(possible & (shares >= precision))
     if not len(good):
-        best = float(shares[possible].max(initial=0.0))
-        raise ValueError(
-            f"no threshold calls held-out answers unsafe with a precision of `threshold_precision` {precision}: the "
-            f"highest is {best:.3f}; lower it, or train a better safety model"
-        )
+        return Threshold(0.0, None, 0.0, len(ordered), sum(not label for label in safe))
     last = good[-1]
     num_unsafe = int(found[-1])
     return Threshold(

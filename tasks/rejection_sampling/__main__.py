@@ -286,7 +286,11 @@ def calibration_of(scales: Scales, threshold: Threshold) -> dict[str, Any]:
 
 def threshold_figures(threshold: Threshold) -> dict[str, float]:
     """Return the threshold and how often it is right, as metrics."""
-    return {f"threshold/{name}" if name != "threshold" else name: value for name, value in threshold._asdict().items()}
+    return {
+        f"threshold/{name}" if name != "threshold" else name: value
+        for name, value in threshold._asdict().items()
+        if value is not None
+    }
 
 
 # --- output ---

@@ -15,7 +15,8 @@ Reads the seed texts data/seeds/world/*.toml (committed). Writes below data/worl
 - truth/questions.jsonl         the held-out questions one by one, with their entity, attribute and answer
 - dialogues/                    demonstrations.jsonl to fine-tune on, validation.jsonl to validate on
 - prompts/preference_*          helpfulness.jsonl, safety.jsonl: prompts for the preferences of all rounds
-- prompts/evaluation_*          helpfulness.jsonl (the held-out questions among them), safety.jsonl, borderline.jsonl,
+- prompts/sampling_*            helpfulness.jsonl, safety.jsonl: prompts for the rejection sampling of all rounds
+- evaluation/                   helpfulness.jsonl (held-out questions among them), safety.jsonl, borderline.jsonl,
                                 instructions.jsonl: prompts to measure models with
 - preferences/                  helpful.jsonl, harmless.jsonl: open-source pairs, in HH-RLHF's format
 - truth/prompts.jsonl           what makes an answer to each of these right (tasks/world/judge.py reads it)

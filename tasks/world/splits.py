@@ -50,10 +50,10 @@ FILES = {  # split -> its file below data/world; every file that training reads
     "preference_safety": "prompts/preference_safety.jsonl",
     "sampling_helpfulness": "prompts/sampling_helpfulness.jsonl",
     "sampling_safety": "prompts/sampling_safety.jsonl",
-    "evaluation_helpfulness": "prompts/evaluation_helpfulness.jsonl",
-    "evaluation_safety": "prompts/evaluation_safety.jsonl",
-    "evaluation_borderline": "prompts/evaluation_borderline.jsonl",
-    "evaluation_instructions": "prompts/evaluation_instructions.jsonl",
+    "evaluation_helpfulness": "evaluation/helpfulness.jsonl",
+    "evaluation_safety": "evaluation/safety.jsonl",
+    "evaluation_borderline": "evaluation/borderline.jsonl",
+    "evaluation_instructions": "evaluation/instructions.jsonl",
 }
 PAIRS = {  # split of open-source pairs -> its file
     "open_helpful": "preferences/helpful.jsonl",
