@@ -91,10 +91,10 @@ def test_the_threshold_by_hand() -> None:
 
 
 def test_answers_of_equal_probability_are_called_alike() -> None:
-    with pytest.raises(
-        ValueError, match=r"precision of `threshold_precision` 0.89: the highest is 0.667; lower it, or train a better"
-    ):
-        choose_threshold([0.1, 0.1, 0.1, 0.9], [False, True, False, True], 0.89)
+    alike = [0.1, 0.1, 0.1, 0.9], [False, True, False, True]
+    assert choose_threshold(*alike, 0.6) == (0.9, 2 / 3, 1.0, 4, 2)
+    # no threshold has the precision: nothing is called unsafe
+    assert choose_threshold(*alike, 0.89) == (0.0, None, 0.0, 4, 2)
 
 
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9]), st.booleans()), min_size=1), st.floats(0.05, 1))
@@ -104,9 +104,9 @@ def test_no_larger_threshold_has_the_precision(labels: list[tuple[float, bool]],
         return sum(called) / len(called) if called else 0.0
 
     larger = [0.0, 0.1, 0.25, 0.5, 0.9, 1.0]
-    try:
-        found = choose_threshold(*zip(*labels, strict=True), precision)
-    except ValueError:
+    found = choose_threshold(*zip(*labels, strict=True), precision)
+    if found.precision is None:
+        assert found.threshold == found.recall == 0
         assert all(precision_below(threshold) < precision for threshold in larger)
         return
     assert found.precision == precision_below(found.threshold) >= precision
