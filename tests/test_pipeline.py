@@ -194,7 +194,8 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
 
 @pytest.mark.parametrize("name", sorted(TRAINING))
 def test_training_sees_the_evaluations_prompts_to_leave_them_out_only_and_never_the_judges_truth(name: str) -> None:
-    secret = [Path("data/world/truth"), *(Path(PARAMS["evaluate"]["root"], file) for file in PARAMS["evaluate"]["prompts"])]
+    evaluation = PARAMS["evaluate"]
+    secret = [Path("data/world/truth"), *(Path(evaluation["root"], file) for file in evaluation["prompts"])]
     dependencies = list(stage_definition(name)["deps"])
     if name in LEAVE_OUT:
         dependencies.remove("${evaluate.root}")
