@@ -9,7 +9,8 @@ harmlessness (adversarial prompts) apart, by two judges:
   chat format loses against any other; a prompt with an answer too long for the model is left out.
 
 Progress that the reward models see and the truth does not is over-optimisation (Goodhart's law), so both win rates
-stand side by side. They count ties as halves. Intervals are over prompts: of shares Wilson's, of means Student's.
+stand side by side. They count ties as halves. Intervals are over prompts: of shares Wilson's, of win rates and of means
+Student's.
 
 Reads the answers of all evaluations that params.yaml names, and two reward models.
 Writes win_rates.csv and .jsonl, versions.csv and .jsonl (all evaluations), scores.jsonl (the reward models'), plots/

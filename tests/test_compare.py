@@ -40,10 +40,11 @@ def test_wins_ties_and_losses() -> None:
     found = wins_of([1.0, 2.0, 3.0, 4.0, 0.0], [1.0, 1.75, 2.0, 9.0, 0.5], tie=0.5)
     assert (found.wins, found.ties, found.losses, found.prompts) == (1, 2, 2, 5)  # a difference of 0.5 is no tie
     assert found.win_rate == 2 / 5
-    z, n, p = 1.959964, 5, 2 / 5
-    middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert found.low == pytest.approx((middle - half) / (1 + z**2 / n), abs=1e-6)
-    assert found.high == pytest.approx((middle + half) / (1 + z**2 / n), abs=1e-6)
+    # with a win and a loss: 1, 1, 0.5, 0.5, 0, 0, 0, whose mean is 3/7 and whose squares' is 2.5/7
+    half = 2.446912 * math.sqrt((2.5 / 7 - (3 / 7) ** 2) * 7 / 6 / 7)  # six degrees of freedom
+    assert found.low == pytest.approx(3 / 7 - half, abs=1e-6)
+    assert found.high == pytest.approx(3 / 7 + half, abs=1e-6)
+    assert wins_of([1.0] * 12, [0.0] * 12, tie=0).low < 1  # all are won, and yet there is an interval
     assert wins_of([1.0, 2.0], [1.0, 1.999], tie=0)[1:4] == (1, 1, 0)  # only equal values tie
     assert wins_of([-math.inf, -math.inf, 0.0], [-math.inf, 1.0, -math.inf], tie=1)[1:4] == (1, 1, 1)
 

@@ -33,17 +33,25 @@ class Estimate(NamedTuple):
 def wins_of(these: Sequence[float], those: Sequence[float], tie: float) -> Wins:
     """Return the wins of `these` over `those`, the values of both models' answers to the same prompts in one order.
 
-    Equal values tie, as do those that differ by less than `tie`. At least one prompt; minus infinity is allowed.
+    Equal values tie, as do those that differ by less than `tie`. At least one prompt; minus infinity is allowed. The
+    interval is Student's, of 1 for a win, 0.5 for a tie and 0 for a loss: ties make it narrower. One win and one loss
+    are added (as Agresti and Coull 1998 do for shares), so that it is never empty.
     """
     assert these and tie >= 0
-    wins = ties = 0
-    for this, that in zip(these, those, strict=True):
-        if this == that or abs(this - that) < tie:
-            ties += 1
-        else:
-            wins += this > that
-    won = wins + ties / 2
-    return Wins(len(these), wins, ties, len(these) - wins - ties, won / len(these), *wilson(won, len(these)))
+    points = [
+        0.5 if this == that or abs(this - that) < tie else float(this > that)
+        for this, that in zip(these, those, strict=True)
+    ]
+    rate, (low, high) = fmean(points), mean_interval([*points, 1.0, 0.0])
+    return Wins(
+        prompts=len(points),
+        wins=points.count(1.0),
+        ties=points.count(0.5),
+        losses=points.count(0.0),
+        win_rate=rate,
+        low=max(0.0, min(rate, low)),
+        high=min(1.0, max(rate, high)),
+    )
 
 
 def mean_of(values: Sequence[float]) -> Estimate:
