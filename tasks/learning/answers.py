@@ -65,7 +65,7 @@ class Params(EngineParams, Section):
     sources: dict[str, DialogueSource] = Field(min_length=1, description="what is read below the root")
     max_malformed_share: float = Field(ge=0, lt=1, description="maximum share of malformed dialogues in a source")
     context: int = Field(gt=1, description="tokens of one row; longer dialogues are left out")
-    epochs: int = Field(gt=0, description="passes, each of as many dialogues as all sources that are learnt have")
+    epochs: float = Field(gt=0, description="passes, each of as many dialogues as all sources that are learnt have")
     log_every: int = Field(gt=0, description="steps between two logged points")
     validate_every: int = Field(gt=0, description="steps between two validations, each with its samples")
     samples_per_category: int = Field(ge=0, description="held-out prompts of each category that are answered each time")
@@ -246,16 +246,19 @@ def pools_of(dialogues: Sequence[Dialogue], sources: Mapping[str, DialogueSource
 def plan_steps(data: Data, params: Params, seed: int, num_steps: int | None) -> list[list[list[int]]]:
     """Return the rows of each step, as indices of examples: those of `epochs` passes, or of so many steps.
 
-    Each pass draws an order of its examples, packs them, and draws an order of the rows. Passes follow one another
-    without a break; the last step may have fewer rows.
+    Each pass draws an order of its examples, packs them, and draws an order of the rows; of the last one, a part may be
+    enough. Passes follow one another without a break; the last step may have fewer rows.
     """
     lengths = [len(example.ids) for example in data.train]
     rows: list[list[int]] = []
     for number, drawn in enumerate(draw_passes(data.pools, seed)):
-        if number == params.epochs if num_steps is None else len(rows) >= num_steps * params.batch_rows:
+        if number >= params.epochs if num_steps is None else len(rows) >= num_steps * params.batch_rows:
             break
         rng = np.random.default_rng((seed, number))
-        packed = fill_rows(lengths, [drawn[place] for place in rng.permutation(len(drawn)).tolist()], params.context)
+        order = rng.permutation(len(drawn)).tolist()
+        if num_steps is None and number + 1 > params.epochs:
+            order = order[: max(1, round((params.epochs - number) * len(order)))]
+        packed = fill_rows(lengths, [drawn[place] for place in order], params.context)
         rows += [packed[place] for place in rng.permutation(len(packed))]
     return [rows[first : first + params.batch_rows] for first in range(0, len(rows), params.batch_rows)][:num_steps]
 
@@ -298,8 +301,8 @@ def mean_context(examples: Sequence[Example]) -> int:
 
 def last_epoch_begins(training: Training) -> int:
     """Return the step after which the last epoch begins; an epoch is an equal part of the steps."""
-    epochs: int = training.stage.params.epochs
-    return len(training.steps) * (epochs - 1) // epochs
+    epochs: float = training.stage.params.epochs
+    return max(0, math.floor(len(training.steps) * (epochs - 1) / epochs))
 
 
 # --- training ---

@@ -39,10 +39,13 @@ class WriterWeights(Section):
 
 
 def written(world: World, draft: Draft, weights: WriterWeights, generator: random.Random) -> Draft:
-    """Return a dialogue as one of the writers writes it, the last answer in `given`; turns about a harm stay."""
+    """Return a dialogue as writers who take turns write it, the last answer in `given`; turns about a harm stay."""
     shares = weights.model_dump()
-    write = WRITERS[generator.choices(list(shares), list(shares.values()))[0]]
-    answers = [turn.answer if turn.risk else write(world, turn, generator) for turn in draft.turns]
+    drawn = generator.choices(list(shares), list(shares.values()), k=len(draft.turns))
+    answers = [
+        turn.answer if turn.risk else WRITERS[name](world, turn, generator)
+        for turn, name in zip(draft.turns, drawn, strict=True)
+    ]
     earlier = [replace(turn, answer=told) for turn, told in zip(draft.turns[:-1], answers[:-1], strict=True)]
     return replace(draft, turns=[*earlier, draft.turns[-1]], given=answers[-1])
 
