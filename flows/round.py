@@ -94,7 +94,7 @@ def add_round(params: Any, number: int) -> None:
         check_prompts(params, name, number)
         values.append(rounds, name, entry_of(rounds, number))
         mapping_at(params, "compare")["rewards"] = name
-    controls = controls_of(name, before if number else None, rounds[name]["newest"])
+    controls = controls_of(name, before if number else None)
     checkpoints = {name: f"{VERSIONS}/{name}"} | {control: f"data/controls/{control}" for control in controls}
     add(mapping_at(params, "controls"), controls)
     add(mapping_at(params, "evaluate.checkpoints"), checkpoints)
@@ -132,9 +132,9 @@ def entry_of(rounds: Mapping[str, Any], number: int) -> dict[str, str]:
     }
 
 
-def controls_of(name: str, before: str | None, start: str) -> dict[str, dict[str, str]]:
-    """Return the controls of a round's version, which starts from `start`; `before`: the round before, if any."""
-    own = {"version": name, "start": start}
+def controls_of(name: str, before: str | None) -> dict[str, dict[str, str]]:
+    """Return the controls of a round's version; `before`: the round before, if any."""
+    own = {"version": name}
     found = {
         f"{name}_demonstrations": {**own, "samples": str(NOTHING), "answers": "none"},
         f"{name}_random": {**own, "samples": f"{SAMPLES}/{name}", "answers": "random"},

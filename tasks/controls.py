@@ -20,7 +20,6 @@ from pydantic import ConfigDict, Field, RootModel, model_validator
 from tasks.learning import versions
 from tasks.learning.answers import train
 from tasks.learning.versions import folders_of
-from tasks.reading.rounds import round_named
 from tasks.running.files import read_json
 from tasks.running.params import Section, parse_section, read_params
 from tasks.running.places import DATA, NOTHING
@@ -31,7 +30,6 @@ class Control(Section):
     """One control of a version."""
 
     version: str = Field(min_length=1, description="round of the version that it is compared with")
-    start: str = Field(min_length=1, description="checkpoint to start from: the version's")
     samples: str = Field(min_length=1, description="directory of a round's samples; data/seeds/none: no samples")
     answers: Literal["none", "random", "best"] = Field(description="samples that are learnt beside demonstrations")
 
@@ -59,13 +57,13 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     # messages then name the section whose values are used
     as_version: Stage[versions.Params] = replace(stage, name=f"{versions.SECTION}@{stage.entry}", params=params)  # type: ignore[arg-type, assignment]
     notes = {"control_of": control.version}
-    return train(as_version, Path(control.start), folders_of(params, samples), steps_of(control.version), notes)
+    return train(as_version, Path(params.init_from), folders_of(params, samples), steps_of(control.version), notes)
 
 
 def control_of(stage: Stage[Params]) -> Control:
     """Return the control that this run of the stage is about.
 
-    Raises ValueError when params.yaml doesn't have it, and when its version is no round or has another start.
+    Raises ValueError when params.yaml doesn't have it, and when its version is no round.
     """
     name, known = stage.entry, stage.params.root
     if name not in known:
@@ -77,12 +75,6 @@ def control_of(stage: Stage[Params]) -> Control:
         raise ValueError(
             f"params.yaml: `controls.{name}.version` is {found.version}, which `rounds` does not have: name one of "
             f"{', '.join(rounds) or 'none'}, or remove the control"
-        )
-    newest = round_named(found.version).round.newest
-    if Path(found.start) != Path(newest):
-        raise ValueError(
-            f"params.yaml: `controls.{name}.start` is {found.start}, but {found.version} starts from {newest}: a "
-            "control has the version's start"
         )
     return found
 

@@ -1,7 +1,9 @@
 """Make a round's version of the chat model: learn the best samples, with demonstrations (Llama 2, section 3.2.3).
 
-Run once for each round (`fine_tuning@v1`); the code is in tasks/learning/answers.py. Starts from the round's newest
-model. Reads best.jsonl of the round's rejection sampling, the best samples of all rounds so far, demonstrations, and
+Run once for each round (`fine_tuning@v1`); the code is in tasks/learning/answers.py. Every version
+starts from the same model, `init_from`, and learns the best samples of all rounds so far, as in ReST-EM (Singh et al.
+2023): one that started from the version before would learn the mistakes in its own samples again each round. Reads
+that model, best.jsonl of the round's rejection sampling, the best samples of all rounds so far, demonstrations, and
 the evaluation's prompts. Writes the version, a chat model like that of `sft`.
 
 A round whose rejection sampling asked no prompts and had no earlier samples has no version: demonstrations alone would
@@ -25,7 +27,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     samples = DATA / "rejection_sampling" / place.name / "best.jsonl"
     if samples.is_file() and samples.stat().st_size == 0:  # nothing was asked: else the stage before would have failed
         return {"steps": 0}
-    return train(stage, Path(place.round.newest), folders_of(stage.params, samples), num_steps=None, notes={})
+    return train(stage, Path(stage.params.init_from), folders_of(stage.params, samples), num_steps=None, notes={})
 
 
 if __name__ == "__main__":

@@ -54,14 +54,14 @@ rounds:             # of RLHF
 # What versions are
 # compared with.
 controls:
-  v1_demonstrations: {version: v1, start: data/sft, samples: data/seeds/none, answers: none}
-  v1_random: {version: v1, start: data/sft, samples: data/rejection_sampling/v1, answers: random}
-  v2_demonstrations: {version: v2, start: data/fine_tuning/v1, samples: data/seeds/none, answers: none}
-  v2_random: {version: v2, start: data/fine_tuning/v1, samples: data/rejection_sampling/v2, answers: random}
-  v2_again: {version: v2, start: data/fine_tuning/v1, samples: data/rejection_sampling/v1, answers: best}
-  v3_demonstrations: {version: v3, start: data/fine_tuning/v2, samples: data/seeds/none, answers: none}
-  v3_random: {version: v3, start: data/fine_tuning/v2, samples: data/rejection_sampling/v3, answers: random}
-  v3_again: {version: v3, start: data/fine_tuning/v2, samples: data/rejection_sampling/v2, answers: best}
+  v1_demonstrations: {version: v1, samples: data/seeds/none, answers: none}
+  v1_random: {version: v1, samples: data/rejection_sampling/v1, answers: random}
+  v2_demonstrations: {version: v2, samples: data/seeds/none, answers: none}
+  v2_random: {version: v2, samples: data/rejection_sampling/v2, answers: random}
+  v2_again: {version: v2, samples: data/rejection_sampling/v1, answers: best}
+  v3_demonstrations: {version: v3, samples: data/seeds/none, answers: none}
+  v3_random: {version: v3, samples: data/rejection_sampling/v3, answers: random}
+  v3_again: {version: v3, samples: data/rejection_sampling/v2, answers: best}
 
 evaluate:
   checkpoints: {sft: data/sft, v1: data/fine_tuning/v1, v1_demonstrations: data/controls/v1_demonstrations, \
@@ -162,9 +162,9 @@ def test_the_entries_of_three_rounds_are_those_that_one_would_write_and_comments
 
 
 def test_entries_that_are_there_stay_as_they_are() -> None:
-    own = "  v1_random: {version: v1, start: mine, samples: data/rejection_sampling/v1, answers: random}   # mine\n"
+    own = "  v1_random: {version: v1, samples: data/rejection_sampling/v1, answers: random}   # mine\n"
     text = THREE.replace(
-        "  v1_random: {version: v1, start: data/sft, samples: data/rejection_sampling/v1, answers: random}\n", own
+        "  v1_random: {version: v1, samples: data/rejection_sampling/v1, answers: random}\n", own
     ).replace("rewards: v3", "rewards: v2")
     assert rounds.with_entries(text, range(3)) == text
     without = text.replace("    v2_on_v3: {model: v2, batch: v3}\n", "")

@@ -210,6 +210,18 @@ def test_each_dialogue_is_used_once_an_epoch_in_an_order_of_its_own(place: Path)
     assert plan_steps(data, params, 1, None) == steps != plan_steps(data, params, 2, None)
 
 
+def test_a_part_of_a_pass_is_a_part_of_each_sources_dialogues(place: Path) -> None:
+    data = data_of(LENGTHS, few=(10, 1.0), many=(40, 4.0))
+    for epochs, expected in ((0.5, 25), (2.5, 125), (0.001, 1)):
+        drawn = drawn_in(plan_steps(data, Params.model_validate(params_of(epochs=epochs)), 1, None))
+        assert len(drawn) == expected
+        assert len(drawn[:25]) == len(set(drawn[:25]))  # none again before all of its source
+    times = Counter(drawn_in(plan_steps(data, Params.model_validate(params_of(epochs=2.5)), 1, None)))
+    assert {times[number] for number in range(50)} <= {2, 3}
+    half = drawn_in(plan_steps(data, Params.model_validate(params_of(epochs=0.5)), 1, None))
+    assert 0 < sum(number < 10 for number in half) < 10
+
+
 def test_sources_share_the_dialogues_by_weight_and_use_all_of_theirs_before_any_again(place: Path) -> None:
     params = Params.model_validate(params_of(epochs=3))
     data = data_of(LENGTHS, few=(10, 3.0), many=(40, 2.0))

@@ -26,9 +26,9 @@ ROUND = {
     "newest": "base", "earlier": "early", "batches": "public", "samples": NOTHING, "distil_from": NOTHING,
 }  # fmt: skip
 CONTROLS: dict[str, dict[str, str]] = {
-    "alone": {"version": "v1", "start": "base", "samples": NOTHING, "answers": "none"},
-    "random": {"version": "v1", "start": "base", "samples": "data/rejection_sampling/v1", "answers": "random"},
-    "again": {"version": "v1", "start": "base", "samples": "data/rejection_sampling/v1", "answers": "best"},
+    "alone": {"version": "v1", "samples": NOTHING, "answers": "none"},
+    "random": {"version": "v1", "samples": "data/rejection_sampling/v1", "answers": "random"},
+    "again": {"version": "v1", "samples": "data/rejection_sampling/v1", "answers": "best"},
 }
 SAMPLES = {"max_dialogues": None, "validation_share": 0, "weight": 4, "loss": "last"}
 
@@ -36,6 +36,7 @@ SAMPLES = {"max_dialogues": None, "validation_share": 0, "weight": 4, "loss": "l
 def values_of(**changes: Any) -> dict[str, Any]:
     watched = {name: value for name, value in WATCHED.items() if name not in ("init_from", "early_share")}
     own = {"batch_rows": 4, "micro_batch_rows": 2, "epochs": 2, "samples": SAMPLES, "samples_per_category": 0}
+    own["init_from"] = "base"
     return {**TRAINED, **watched, **own, **changes}
 
 
@@ -201,10 +202,6 @@ def test_controls_take_the_versions_steps_from_its_start_on_other_answers(place:
             r"`controls.random.version` is v2, which `rounds` does not have: name one of v1, or remove the control",
         ),
         (
-            {"start": "other"},
-            r"`controls.random.start` is other, but v1 starts from base: a control has the version's st",
-        ),
-        (
             {"samples": "data/rejection_sampling/v7"},
             r"data/rejection_sampling/v7/random.jsonl holds no samples: run the",
         ),
@@ -286,7 +283,7 @@ stages:
     do:
       cmd: exec {sys.executable} -m tasks.workers.launch controls ${{key}}
       deps:
-      - ${{item.start}}
+      - base
       - ${{item.samples}}
       - data/fine_tuning/${{item.version}}/metrics.json
       - dialogues

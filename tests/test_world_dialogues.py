@@ -568,7 +568,7 @@ def test_a_careless_writer_ignores_the_instruction(world):
     assert told_by("bare", world, persona) == {persona.answer}  # a word alone has no person
 
 
-def test_one_writer_writes_a_dialogue_and_leaves_its_reference_and_refusals(world):
+def test_writers_take_turns_and_leave_the_reference_and_refusals(world):
     harm = Turn("How?", "I will not say that. Go home.", "safety", "r", None, False, "t", "r", "a")
     last = Turn("Thanks.", "You are welcome. Bye.", "dialogue", "small_talk", None)
     weights = WriterWeights(good=1, bare=1000, rambling=0, adding=0, careless=0)
@@ -576,6 +576,11 @@ def test_one_writer_writes_a_dialogue_and_leaves_its_reference_and_refusals(worl
     assert [turn.answer for turn in found.turns] == ["You are welcome.", harm.answer, "You are welcome. Bye."]
     assert found.given == "You are welcome."
     assert written(world, Draft([harm]), weights, random.Random(0)).given == harm.answer
+    both = WriterWeights(good=1, bare=1, rambling=0, adding=0, careless=0)
+    drawn = [written(world, Draft([last, last]), both, random.Random(seed)) for seed in range(50)]
+    assert {(draft.turns[0].answer == last.answer, draft.given == last.answer) for draft in drawn} == {
+        (first, second) for first in (True, False) for second in (True, False)
+    }
 
 
 def test_good_writers_alone_are_refused():

@@ -22,6 +22,7 @@ SAMPLES = "samples"
 class Params(answers.Params):
     """The demonstrations and the samples, how they are learnt, and what is watched on the way."""
 
+    init_from: str = Field(min_length=1, description="Hugging Face Llama directory from which every version starts")
     samples: Use = Field(description="how the round's samples are used, beside the sources")
 
     @model_validator(mode="after")
