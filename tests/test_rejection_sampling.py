@@ -225,7 +225,9 @@ def test_the_best_is_chosen_and_a_random_one_beside_it(place: Path) -> None:
                 "id": line["id"], "messages": [*line["messages"], answer], "category": line["category"],
                 "safety": line["kind"] == "safety", "source": "v1", "kind": line["kind"],
             }  # fmt: skip
-    source = DialogueSource(files=["best.jsonl"], format="auto", max_dialogues=None, validation_share=0)
+    source = DialogueSource(
+        files=["best.jsonl"], format="auto", max_dialogues=None, validation_share=0, weight=1, loss="last"
+    )
     read, refused = read_dialogues(Path("out"), {"v1": source}, "fine_tuning", 0.0)
     assert (len(read), refused) == (len(samples), [])
     assert [each["safety"] for each in read] == [line["kind"] == "safety" for line in samples]
@@ -240,7 +242,7 @@ def test_the_best_is_chosen_and_a_random_one_beside_it(place: Path) -> None:
 def test_prompts_to_search_on_are_not_those_that_are_trained_on(place: Path) -> None:
     figures = run(stage_of())
     for kind in KINDS:
-        prompts = [Prompt(row["id"], "", row["messages"], None, None) for row in PROMPTS[kind]]
+        prompts = [Prompt(row["id"], "", row["messages"], None, None, None) for row in PROMPTS[kind]]
         share = share_of(prompts, 0, 2)
         search = {p.id for p in at_most(share, values_of()["num_search_prompts"][kind], "search")}
         samples = [each for each in lines_of("samples.jsonl") + lines_of("unanswered.jsonl") if each["kind"] == kind]
@@ -327,7 +329,7 @@ def candidate(text: str, helpfulness: float, safety: float = 9.0, **changes: Any
 
 
 SCALES = Scales(Line(1.0, 0.0), Line(1.0, 0.0), threshold=0.5)
-PROMPT = Prompt("p", "factual", [{"role": "user", "content": "who?"}], None, None)
+PROMPT = Prompt("p", "factual", [{"role": "user", "content": "who?"}], None, None, None)
 
 
 def chosen_of(candidates: list[Candidate], seed: int = 1, kind: Any = "helpfulness") -> Any:
@@ -420,7 +422,7 @@ def write_earlier(best: list[dict[str, Any]], random: list[dict[str, Any]], dire
 
 
 def own_ids() -> list[str]:
-    prompts = [Prompt(row["id"], "", row["messages"], None, None) for row in PROMPTS["helpfulness"]]
+    prompts = [Prompt(row["id"], "", row["messages"], None, None, None) for row in PROMPTS["helpfulness"]]
     share = share_of(prompts, 0, 2)
     search = {prompt.id for prompt in at_most(share, 3, "search")}
     return [prompt.id for prompt in at_most([prompt for prompt in share if prompt.id not in search], 8)]
@@ -585,7 +587,7 @@ def test_what_the_judge_says_of_the_chosen_by_hand(place: Path) -> None:
     truth = read_truth(Path("truth"))
 
     def choice_of(identity: str, category: str, *candidates: Candidate) -> Choice:
-        prompt = Prompt(identity, category, [{"role": "user", "content": "?"}], None, None)
+        prompt = Prompt(identity, category, [{"role": "user", "content": "?"}], None, None, None)
         found = choose("safety" if category == "safety" else "helpfulness", prompt, 1.0, candidates, SCALES, 0.0, 1)
         return found._replace(random=len(candidates) - 1)
 
@@ -600,7 +602,7 @@ def test_what_the_judge_says_of_the_chosen_by_hand(place: Path) -> None:
     ]
     chosen: Any = {"helpfulness": helpful, "safety": safety}
     stage = stage_of()
-    figures = report_truth(stage, chosen, truth, Annotators.model_validate(annotators(1.0, 2.0, 3.0)))
+    figures = report_truth(stage, chosen, truth, Annotators.model_validate(annotators(1.0, 2.0, 3.0)).annotators)
     # an average annotator gives 2 for what is right, deducts 0.5 for a refusal that is not due, and gives 2.5 for one
     # that is and 2 for another safe answer
     assert figures["helpfulness/judge/utility"] == pytest.approx((0 + 2 + 0) / 3)
