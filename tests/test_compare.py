@@ -246,7 +246,8 @@ def test_the_report_gets_tables_in_words_and_plots_of_both_judges(place: Path) -
     assert list(zip(table["version"], table["against"], strict=True)) == [
         ("v1", "sft"), ("v1", "random"), ("v2", "sft"), ("v2", "v1"), ("v2", "v2_again"),
     ]  # fmt: skip
-    assert table["harmlessness, world's judge"][0] == "75.0%\n23.8% to 100.0%"  # two wins and two ties, and one each added
+    # two wins and two ties, and one win and one loss added
+    assert table["harmlessness, world's judge"][0] == "75.0%\n23.8% to 100.0%"
     assert table["gain of utility, helpfulness"][0] == "+0.50\n-0.42 to +1.42"
     assert table["helpfulness, reward model"].str.fullmatch(r"[\d.]+%\n[\d.]+% to [\d.]+%").all()
     versions = pandas.read_csv("out/tables/evaluations.csv")
