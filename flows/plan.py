@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.running.params import Machine, Section, parse_section
+from tasks.running.params import Machine, Section, num_ranks_of, parse_section
 
 MIB = 2**20
 GIB = 2**30
@@ -203,7 +203,7 @@ def plan(params: Mapping[str, Any]) -> str:
     """
     assumed = parse_section(PlanParams, params, "plan")
     training = parse_section(Training, _with_vocabulary(params), "pretrain")
-    num_ranks = parse_section(Machine, params, "machine").num_ranks
+    num_ranks = num_ranks_of(params, "pretrain", parse_section(Machine, params, "machine"))
     blocks = [
         _model_block(training),
         _memory_block(training, assumed),

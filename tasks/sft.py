@@ -26,6 +26,7 @@ class Params(answers.Params):
     """The demonstrations, how they are learnt, and what is watched and kept on the way."""
 
     init_from: str = Field(min_length=1, description="Hugging Face Llama directory to start from, with its tokenizer")
+    num_ranks: int | None = Field(gt=0, description="processes on this host; null: `machine.num_ranks`")
     early_share: float = Field(gt=0, lt=1, description="share of the steps after which early/ is saved")
 
 

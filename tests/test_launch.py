@@ -211,4 +211,4 @@ def test_a_missing_hostfile_is_named(workspace: Path) -> None:
     with pytest.raises(
         ValueError, match=r"`machine.hostfile` is nowhere, which does not exist: write one line per host"
     ):
-        read_machine()
+        read_machine("grow")

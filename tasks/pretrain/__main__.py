@@ -58,6 +58,7 @@ class Params(Architecture, EngineParams, Section):
     init_from: str = Field(
         min_length=1, description="Hugging Face Llama directory to start from; data/seeds/none: random weights"
     )
+    num_ranks: int | None = Field(gt=0, description="processes on this host; null: `machine.num_ranks`")
     log_every: int = Field(gt=0, description="steps between two logged points")
     validate_every: int = Field(gt=0, description="steps between two validations")
     max_validation_tokens: int = Field(gt=0, description="maximum tokens of each source's held-out text to use")

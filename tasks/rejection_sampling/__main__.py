@@ -19,19 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from model.network.ranks import join_ranks
-from model.text.dialogue import encode_prompt
-from model.text.tokenizer import Tokenizer
-from tasks.judging.calibration import Threshold, choose_threshold, fit_helpfulness, fit_safety
+from tasks.judging.calibration import Threshold
 from tasks.judging.ranking import Scales
-from tasks.reading.contamination import EvaluationPrompts, asks_the_same, read_evaluation
+from tasks.judging.scales import calibrate
+from tasks.reading.contamination import read_evaluation
 from tasks.reading.prompts import KINDS, Kind, Prompt
 from tasks.reading.rounds import Place, round_of
-from tasks.reading.shares import Files, Numbers, at_most, shares_of
+from tasks.reading.shares import Numbers
+from tasks.reading.taking import Asking, TakenPrompts, take_prompts
 from tasks.rejection_sampling.choosing import (
     WAYS,
     Choice,
@@ -44,7 +44,7 @@ from tasks.rejection_sampling.choosing import (
 )
 from tasks.rejection_sampling.drawing import Candidate, Job, Settings, check_models, draw_and_score
 from tasks.rejection_sampling.reporting import best_reward, count_figures, report_rewards, report_truth
-from tasks.running.files import read_lines, write_json, write_lines
+from tasks.running.files import write_json, write_lines
 from tasks.running.params import Section
 from tasks.running.places import DATA, NOTHING
 from tasks.running.stage import Stage, start
@@ -66,13 +66,10 @@ class Weights(Section):
     safety: float = Field(ge=0, description="log-odds for each nat of log-probability; 0: off")
 
 
-class Params(Section):
+class Params(Asking):
     """Which prompts are asked, how answers are drawn, scored and chosen."""
 
-    prompts: Files = Field(description="prompt files, divided among all rounds")
-    max_prompts: Numbers = Field(description="prompts of one round")
     num_search_prompts: Numbers = Field(description="further prompts of one round, to search the temperature on")
-    num_rounds: int = Field(gt=0, description="rounds that share the prompts; a change gives every round other prompts")
     num_samples: Samples = Field(description="answers drawn to each prompt")
     temperatures: list[float] = Field(min_length=1, description="those that are tried; one: there is no search")
     top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens with this total probability; 1: all")
@@ -101,15 +98,6 @@ class Params(Section):
         return self
 
 
-class Taken(NamedTuple):
-    """A round's prompts of one kind."""
-
-    search: list[Prompt]
-    prompts: list[Prompt]
-    num_evaluation: int  # left out: the evaluation asks the same
-    num_too_long: int  # left out: no room for an answer
-
-
 def run(stage: Stage[Params]) -> dict[str, float]:
     """Calibrate, search the temperatures, draw, choose, report."""
     params, place = stage.params, round_of(stage.name)
@@ -123,7 +111,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         return write_chosen(stage, earlier, {way: [] for way in WAYS}, []) | {"distilled": 0}
     join_ranks()
     settings = settings_of(stage, place)
-    taken = take_prompts(place, params, *check_models(settings), read_evaluation())
+    taken = take_prompts(
+        place, stage.section, params, params.num_search_prompts, *check_models(settings), read_evaluation()
+    )
     scales, threshold = calibrate(place.name, params.threshold_precision)
     prompts = [prompt for kind in asked for prompt in taken[kind].prompts]
     best_before = earlier_best(earlier["best"], prompts, parameter)
@@ -139,7 +129,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     grid = sorted(set(params.temperatures))
     tried: dict[Kind, dict[float, list[Choice]]] = {kind: {} for kind in KINDS}
     if len(grid) > 1:
-        jobs = [job_of(params, kind, each, taken[kind].search, "search") for kind in asked for each in grid]
+        jobs = [job_of(params, kind, each, taken[kind].apart, "search") for kind in asked for each in grid]
         searched = draw_and_score(settings, jobs, {}, description)
         for job in jobs:
             tried[job.kind][job.temperature] = choices_of(job, searched[job.name])
@@ -195,34 +185,6 @@ def job_of(params: Params, kind: Kind, temperature: float, prompts: Sequence[Pro
 # --- prompts ---
 
 
-def take_prompts(
-    place: Place, params: Params, tokenizer: Tokenizer, context: int, evaluation: EvaluationPrompts
-) -> dict[Kind, Taken]:
-    """Return the round's prompts of each kind, and those to search the temperature on, which are others.
-
-    The latter are set apart even if there is nothing to search, so that the grid changes no prompt.
-    Raises ValueError as `shares_of` does, and for a kind of which no prompt is left.
-    """
-    shares = shares_of(place, params.prompts, params.max_prompts, params.num_rounds, "rejection_sampling")
-    taken = {}
-    for kind, share in shares.items():
-        own = [prompt for prompt in share if not asks_the_same(prompt.messages, evaluation)]
-        fitting = [prompt for prompt in own if len(encode_prompt(prompt.messages, tokenizer)) < context]
-        search = at_most(fitting, getattr(params.num_search_prompts, kind), "search")
-        apart = {prompt.id for prompt in search}
-        rest = [prompt for prompt in fitting if prompt.id not in apart]
-        limit = getattr(params.max_prompts, kind)
-        taken[kind] = Taken(search, at_most(rest, limit), len(share) - len(own), len(own) - len(fitting))
-        if limit and not rest:
-            raise ValueError(
-                f"no {kind} prompt is left: of the {len(share)} that are round {place.name}'s, {len(share) - len(own)} "
-                f"ask what the evaluation asks, {len(own) - len(fitting)} leave no room for an answer in the models' "
-                f"context of {context} tokens, and {len(search)} are to search the temperature on: bring more in "
-                f"`rejection_sampling.prompts.{kind}`, or shorter ones"
-            )
-    return taken
-
-
 def check_answered(job: Job, choices: Sequence[Choice], max_new_tokens: int) -> None:
     """Raise ValueError when no prompt of a kind has an answer that can be chosen."""
     if any(choice.is_answered for choice in choices):
@@ -237,11 +199,11 @@ def check_answered(job: Job, choices: Sequence[Choice], max_new_tokens: int) -> 
     )
 
 
-def prompt_figures(job: Job, taken: Taken) -> dict[str, float]:
+def prompt_figures(job: Job, taken: TakenPrompts) -> dict[str, float]:
     """Return how many prompts there are, and at which temperature they are answered."""
     return {
         f"{job.kind}/prompts": len(taken.prompts),
-        f"{job.kind}/search_prompts": len(taken.search),
+        f"{job.kind}/search_prompts": len(taken.apart),
         f"{job.kind}/evaluation_prompts": taken.num_evaluation,
         f"{job.kind}/too_long": taken.num_too_long,
         f"{job.kind}/temperature": job.temperature,
@@ -249,33 +211,6 @@ def prompt_figures(job: Job, taken: Taken) -> dict[str, float]:
 
 
 # --- calibration ---
-
-
-def calibrate(round_name: str, precision: float) -> tuple[Scales, Threshold]:
-    """Return what the round's reward models' scores mean, by the scores and labels of the pairs held out from them.
-
-    Raises ValueError as `tasks.judging.calibration` does, and for scores that are missing.
-    """
-    rows = {kind: read_scores(DATA / f"reward_{kind}" / round_name / "scores.jsonl") for kind in KINDS}
-    pairs = [row for row in rows["helpfulness"] if row["kind"] == "helpfulness"]
-    helpfulness = fit_helpfulness(*([row[f"{side}_score"] for row in pairs] for side in ("chosen", "rejected")))
-    labels = [
-        (float(row[f"{side}_score"]), bool(row[f"{side}_safe"]))
-        for row in rows["safety"]
-        for side in ("chosen", "rejected")
-        if row[f"{side}_safe"] is not None
-    ]
-    scores, safe = [score for score, _ in labels], [label for _, label in labels]
-    safety = fit_safety(scores, safe)
-    threshold = choose_threshold([safety.probability(score) for score in scores], safe, precision)
-    return Scales(helpfulness, safety, threshold.threshold), threshold
-
-
-def read_scores(path: Path) -> list[dict[str, Any]]:
-    """Return a reward model's scores of held-out pairs. Raises ValueError when they are missing."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: run stage `{path.parent.parent.name}@{path.parent.name}`")
-    return read_lines(path)
 
 
 def calibration_of(scales: Scales, threshold: Threshold) -> dict[str, Any]:

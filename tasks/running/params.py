@@ -32,6 +32,12 @@ class Machine(Section):
     num_seats: int = Field(gt=0, description="stages on the accelerators (without any: the processors) at once")
 
 
+def num_ranks_of(values: Mapping[str, Any], section: str, machine: Machine) -> int:
+    """Return how many processes on this host run a stage: what its section says, or else `machine`."""
+    own = values.get(section)
+    return (own.get("num_ranks") if isinstance(own, Mapping) else None) or machine.num_ranks
+
+
 class Tracking(Section):
     """Where runs are recorded; MLFLOW_TRACKING_URI, MLflow's own variable, chooses the server."""
 

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 from tasks.running.files import write_json
 from tasks.running.fingerprint import fingerprint
-from tasks.running.params import Machine, parse_section, read_params
+from tasks.running.params import Machine, num_ranks_of, parse_section, read_params
 from tasks.running.places import SCRATCH, place_of
 from tasks.running.processes import (
     FINGERPRINT_ARGUMENT,
@@ -53,9 +53,14 @@ def identify(name: str) -> str:
     return identity.digest
 
 
-def read_machine() -> Machine:
-    """Return section `machine` of params.yaml. Raises ValueError when it is wrong, or its hostfile is missing."""
-    machine = parse_section(Machine, read_params(), "machine")
+def read_machine(stage: str) -> Machine:
+    """Return section `machine` of params.yaml, with the number of ranks that a stage's own section may have.
+
+    Raises ValueError when it is wrong, or its hostfile is missing.
+    """
+    values = read_params()
+    machine = parse_section(Machine, values, "machine")
+    machine = machine.model_copy(update={"num_ranks": num_ranks_of(values, stage, machine)})
     if machine.hostfile is not None and not Path(machine.hostfile).exists():
         raise ValueError(
             f"params.yaml: `machine.hostfile` is {machine.hostfile}, which does not exist: write one line per host, "
@@ -122,7 +127,7 @@ def main() -> None:
     is_rank = arguments[0] == RANK_ARGUMENT
     stage, *items = arguments[2:] if is_rank else arguments
     try:
-        machine = read_machine()
+        machine = read_machine(stage)
         if not is_rank:
             items.append(f"{FINGERPRINT_ARGUMENT}{identify('@'.join(arguments))}")
     except ValueError as error:

@@ -1,0 +1,39 @@
+"""What the scores of a round's two reward models mean: log-odds, and a threshold of safety (Llama 2, section 3.2.3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tasks.judging.calibration import Threshold, choose_threshold, fit_helpfulness, fit_safety
+from tasks.judging.ranking import Scales
+from tasks.reading.prompts import KINDS
+from tasks.running.files import read_lines
+from tasks.running.places import DATA
+
+
+def calibrate(round_name: str, precision: float) -> tuple[Scales, Threshold]:
+    """Return what the round's reward models' scores mean, by the scores and labels of the pairs held out from them.
+
+    Raises ValueError as `tasks.judging.calibration` does, and for scores that are missing.
+    """
+    rows = {kind: read_scores(DATA / f"reward_{kind}" / round_name / "scores.jsonl") for kind in KINDS}
+    pairs = [row for row in rows["helpfulness"] if row["kind"] == "helpfulness"]
+    helpfulness = fit_helpfulness(*([row[f"{side}_score"] for row in pairs] for side in ("chosen", "rejected")))
+    labels = [
+        (float(row[f"{side}_score"]), bool(row[f"{side}_safe"]))
+        for row in rows["safety"]
+        for side in ("chosen", "rejected")
+        if row[f"{side}_safe"] is not None
+    ]
+    scores, safe = [score for score, _ in labels], [label for _, label in labels]
+    safety = fit_safety(scores, safe)
+    threshold = choose_threshold([safety.probability(score) for score in scores], safe, precision)
+    return Scales(helpfulness, safety, threshold.threshold), threshold
+
+
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """Return a reward model's scores of held-out pairs. Raises ValueError when they are missing."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: run stage `{path.parent.parent.name}@{path.parent.name}`")
+    return read_lines(path)
