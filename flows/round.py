@@ -22,9 +22,8 @@ from tasks.running.places import NOTHING
 from tasks.running.processes import pipeline_lock
 
 SAMPLES = "data/rejection_sampling"
-VERSIONS = "data/fine_tuning"
-LAST_STAGE = "fine_tuning"  # of a round's own: when it is up to date, so is all that the version was made from
-DIVIDE_PROMPTS = ("responses", "rejection_sampling")  # sections whose `num_rounds` share their prompts
+FINE_TUNING, PPO = "fine_tuning", "ppo"  # the stages that make versions: of a round that has both, ppo
+DIVIDE_PROMPTS = ("responses", "rejection_sampling", PPO)  # sections whose `num_rounds` share their prompts
 
 
 @flow(name="round", task_runner=recipe.TASK_RUNNER, validate_parameters=False)
@@ -47,22 +46,29 @@ def append_round(text: str) -> str:
 
     Raises ValueError when the newest round of params.yaml, as that stands, is not done, and as `with_entries` does.
     """
-    rounds = mapping_at(read_params(), "rounds")
+    params = read_params()
+    rounds = mapping_at(params, "rounds")
     if rounds:
-        check_done(max(rounds, key=round_number))
+        newest_name = max(rounds, key=round_number)
+        check_done(newest_name, last_stage(params, newest_name))
     newest = max(map(round_number, mapping_at(values.parse(text), "rounds")), default=-1)
     return with_entries(text, range(newest + 1, newest + 2))
 
 
-def check_done(name: str) -> None:
+def last_stage(params: Any, name: str) -> str:
+    """Return the stage that makes a round's version; when it is up to date, so is all that it was made from."""
+    return PPO if name in mapping_at(params, f"{PPO}.rounds") else FINE_TUNING
+
+
+def check_done(name: str, stage: str) -> None:
     """Raise ValueError when a round's version, or anything it was made from, is not up to date, or there is none."""
-    stale = graph.find_stale(graph.read_graph([f"{LAST_STAGE}@{name}"]))
+    stale = graph.find_stale(graph.read_graph([f"{stage}@{name}"]))
     if stale:
         raise ValueError(
             f"round {name} is not done, and the next one starts from it; out of date: {', '.join(stale)}; "
             "`python -m flows.recipe` brings them up to date"
         )
-    if not Path(VERSIONS, name, "config.json").is_file():
+    if not Path("data", stage, name, "config.json").is_file():
         raise ValueError(
             f"round {name} has no version, from which the next one would start: its rejection sampling asked no "
             "prompts; raise `rejection_sampling.max_prompts`"
@@ -87,18 +93,29 @@ def with_entries(text: str, numbers: range) -> str:
 
 
 def add_round(params: Any, number: int) -> None:
-    """Add a round to `params`, and what is measured beside it: controls, evaluations, comparisons, drift."""
+    """Add a round to `params`, and what is measured beside it: controls, evaluations, comparisons, drift.
+
+    It ends with PPO if the round before does.
+    """
     name, before = f"v{number + 1}", f"v{number}"
     rounds = mapping_at(params, "rounds")
     if name not in rounds:
         check_prompts(params, name, number)
-        values.append(rounds, name, entry_of(rounds, number))
+        values.append(rounds, name, entry_of(params, number))
         mapping_at(params, "compare")["rewards"] = name
-    controls = controls_of(name, before if number else None)
-    checkpoints = {name: f"{VERSIONS}/{name}"} | {control: f"data/controls/{control}" for control in controls}
+        if number and last_stage(params, before) == PPO:
+            add(mapping_at(params, f"{PPO}.rounds"), {name: {"init_from": f"data/{FINE_TUNING}/{name}"}})
+    stage = last_stage(params, name)
+    checkpoints = {name: f"data/{stage}/{name}"}
+    if stage == PPO:
+        controls = {f"{name}_further": further_of(name)}
+        checkpoints[f"{name}_before_ppo"] = f"data/{FINE_TUNING}/{name}"
+    else:
+        controls = controls_of(name, before if number else None, str(mapping_at(params, FINE_TUNING)["init_from"]))
+    checkpoints |= {control: f"data/controls/{control}" for control in controls}
     add(mapping_at(params, "controls"), controls)
     add(mapping_at(params, "evaluate.checkpoints"), checkpoints)
-    add(mapping_at(params, "compare.opponents"), {name: list(controls)})
+    add(mapping_at(params, "compare.opponents"), {name: [each for each in checkpoints if each != name]})
     if number:
         drift = {f"{before}_on_{name}": {"model": before, "batch": name}}
         add(mapping_at(params, "reward_drift.comparisons"), drift)
@@ -115,8 +132,9 @@ def check_prompts(params: Any, name: str, number: int) -> None:
             )
 
 
-def entry_of(rounds: Mapping[str, Any], number: int) -> dict[str, str]:
+def entry_of(params: Any, number: int) -> dict[str, str]:
     """Return the entry of a round, given those before it. Raises ValueError when the one before is missing."""
+    rounds = mapping_at(params, "rounds")
     if not number:
         first = {"newest": "data/sft", "earlier": "data/sft/early", "batches": "data/world/preferences"}
         return {**first, "samples": str(NOTHING), "distil_from": str(NOTHING)}
@@ -124,7 +142,7 @@ def entry_of(rounds: Mapping[str, Any], number: int) -> dict[str, str]:
     if before not in rounds:
         raise ValueError(f"params.yaml: `rounds` has no {before}, from which v{number + 1} would start: add it first")
     return {
-        "newest": f"{VERSIONS}/{before}",
+        "newest": f"data/{last_stage(params, before)}/{before}",
         "earlier": rounds[before]["newest"],
         "batches": f"data/preferences/{before}",
         "samples": f"{SAMPLES}/{before}",
@@ -132,9 +150,15 @@ def entry_of(rounds: Mapping[str, Any], number: int) -> dict[str, str]:
     }
 
 
-def controls_of(name: str, before: str | None) -> dict[str, dict[str, str]]:
-    """Return the controls of a round's version; `before`: the round before, if any."""
-    own = {"version": name}
+def further_of(name: str) -> dict[str, str]:
+    """Return the control of a round's version that PPO made: as many steps on samples instead."""
+    start, end = f"data/{FINE_TUNING}/{name}", f"data/{PPO}/{name}"
+    return {"init_from": start, "steps_of": end, "samples": f"{SAMPLES}/{name}", "answers": "best"}
+
+
+def controls_of(name: str, before: str | None, start: str) -> dict[str, dict[str, str]]:
+    """Return the controls of a round's fine-tuned version, which began at `start`; `before`: the round before."""
+    own = {"init_from": start, "steps_of": f"data/{FINE_TUNING}/{name}"}
     found = {
         f"{name}_demonstrations": {**own, "samples": str(NOTHING), "answers": "none"},
         f"{name}_random": {**own, "samples": f"{SAMPLES}/{name}", "answers": "random"},

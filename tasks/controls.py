@@ -2,7 +2,7 @@
 
 A gain over the version's start may come from further steps alone, or from any samples. A control tells: it learns from
 demonstrations alone, from one random sample of each prompt in place of the best, or once more from the best samples
-that the version before learnt from.
+that the version before learnt from. A version that PPO made is compared with one that went on learning samples.
 
 Run once for each control (`controls@v1_random`), with the parameters of section `fine_tuning`; the code is in
 tasks/learning/answers.py. Reads the start, the samples, demonstrations, the evaluation's prompts, and the version's
@@ -22,14 +22,15 @@ from tasks.learning.answers import train
 from tasks.learning.versions import folders_of
 from tasks.running.files import read_json
 from tasks.running.params import Section, parse_section, read_params
-from tasks.running.places import DATA, NOTHING
+from tasks.running.places import NOTHING
 from tasks.running.stage import Stage, start
 
 
 class Control(Section):
     """One control of a version."""
 
-    version: str = Field(min_length=1, description="round of the version that it is compared with")
+    init_from: str = Field(min_length=1, description="Hugging Face Llama directory where its version started")
+    steps_of: str = Field(min_length=1, description="directory of the version, whose number of steps it takes")
     samples: str = Field(min_length=1, description="directory of a round's samples; data/seeds/none: no samples")
     answers: Literal["none", "random", "best"] = Field(description="samples that are learnt beside demonstrations")
 
@@ -56,38 +57,34 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     samples = None if control.answers == "none" else Path(control.samples) / f"{control.answers}.jsonl"
     # messages then name the section whose values are used
     as_version: Stage[versions.Params] = replace(stage, name=f"{versions.SECTION}@{stage.entry}", params=params)  # type: ignore[arg-type, assignment]
-    notes = {"control_of": control.version}
-    return train(as_version, Path(params.init_from), folders_of(params, samples), steps_of(control.version), notes)
+    notes = {"control_of": control.steps_of}
+    num_steps = steps_of(Path(control.steps_of))
+    return train(as_version, Path(control.init_from), folders_of(params, samples), num_steps, notes)
 
 
 def control_of(stage: Stage[Params]) -> Control:
     """Return the control that this run of the stage is about.
 
-    Raises ValueError when params.yaml doesn't have it, and when its version is no round.
+    Raises ValueError when params.yaml doesn't have it.
     """
     name, known = stage.entry, stage.params.root
     if name not in known:
         entries = ", ".join(f"controls@{entry}" for entry in known) or "none"
         raise ValueError(f"params.yaml: `controls` has no `{name}`: it has {entries}")
-    found = known[name]
-    rounds = read_params().get("rounds") or {}
-    if found.version not in rounds:
-        raise ValueError(
-            f"params.yaml: `controls.{name}.version` is {found.version}, which `rounds` does not have: name one of "
-            f"{', '.join(rounds) or 'none'}, or remove the control"
-        )
-    return found
+    return known[name]
 
 
-def steps_of(version: str) -> int:
+def steps_of(version: Path) -> int:
     """Return how many steps a version was trained. Raises ValueError when it was not, or had no samples."""
-    path = DATA / versions.SECTION / version / "metrics.json"
+    path = version / "metrics.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: a control takes as many steps as its version; run fine_tuning@{version}")
+        raise ValueError(
+            f"{path} is missing: a control takes as many steps as its version; run {version.parent.name}@{version.name}"
+        )
     steps = int(read_json(path)["steps"])
     if not steps:
         raise ValueError(
-            f"round {version} has no version, as its rejection sampling asked no prompts: take its controls out of "
+            f"{version} is no version, as its round's rejection sampling asked no prompts: take its controls out of "
             "`controls` and `evaluate.checkpoints`, or raise `rejection_sampling.max_prompts`"
         )
     return steps

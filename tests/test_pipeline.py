@@ -26,13 +26,14 @@ STUDIES = YAML(typ="safe").load((ROOT / "studies" / "dvc.yaml").read_text())["st
 MAIN = sorted(DVC["stages"])
 DVC["stages"].update(STUDIES)
 STAGES = sorted(DVC["stages"])
-TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety", "fine_tuning", "controls", "distillation"}
+TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety", "fine_tuning", "controls", "ppo", "distillation"}
 LEAVE_OUT = {  # read what the evaluation asks, to leave it out
     "sft",
     "preferences",
     "rejection_sampling",
     "fine_tuning",
     "controls",
+    "ppo",
     "distillation",
 }
 AS_OTHERS = {  # stages that train as another one does: that one's section
@@ -120,8 +121,9 @@ def paths_of(name: str, dependency: str) -> list[Path]:
     """What a dependency of dvc.yaml stands for, in each of the stage's entries."""
     if dependency.startswith("${item"):
         items = value_of(DVC["stages"][name]["foreach"])
-        keys = dependency.strip("${}").split(".")[1:]
-        return [Path(item[keys[0]] if keys else item) for item in items.values()]
+        named, _, below = dependency.partition("}")
+        keys = named.strip("${").split(".")[1:]
+        return [Path(f"{item[keys[0]] if keys else item}{below}") for item in items.values()]
     return [Path(value_of(dependency) if dependency.startswith("${") else dependency)]
 
 
@@ -297,10 +299,11 @@ def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
     assert set(PARAMS) == shared | set(STAGES)
 
 
-ONE_ROUND = {  # later ones are alike
+ONE_ROUND = {  # the others are alike, but for PPO, which only the last one has
     "rounds": {"v1": PARAMS["rounds"]["v1"]},
     "controls": {},
-    "evaluate.checkpoints": {"sft": "data/sft", "v1": "data/fine_tuning/v1"},
+    "ppo.rounds": {"v1": {"init_from": "data/fine_tuning/v1"}},
+    "evaluate.checkpoints": {"sft": "data/sft", "v1": "data/ppo/v1"},
     "compare.opponents": {"v1": []},
     "compare.rewards": "v1",
     "reward_drift.comparisons": {},

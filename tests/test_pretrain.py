@@ -29,7 +29,8 @@ from tasks.pretrain.stream import Text, read_stream
 from tasks.running.stage import Stage
 
 WATCHED: dict[str, Any] = {
-    "num_ranks": None, "init_from": "data/seeds/none", "log_every": 5, "validate_every": 10, "max_validation_tokens": 100000,
+    "num_ranks": None,
+    "init_from": "data/seeds/none", "log_every": 5, "validate_every": 10, "max_validation_tokens": 100000,
     "save_every": 4, "spike_window": 5,
     "spike_loss_ratio": 1.5, "spike_gradient_ratio": 8.0, "skip_spikes": False, "max_skipped": 10,
     "max_shard_bytes": 10**9,

@@ -42,8 +42,13 @@ responses:
   num_rounds: 3     # that share the prompts
 rejection_sampling:
   num_rounds: 3
+  init_from: data/sft
 fine_tuning:
   num_rounds: 3
+  init_from: data/sft
+ppo:
+  num_rounds: 3
+  rounds: {}        # that end with it
 """
 THREE = """\
 rounds:             # of RLHF
@@ -54,14 +59,14 @@ rounds:             # of RLHF
 # What versions are
 # compared with.
 controls:
-  v1_demonstrations: {version: v1, samples: data/seeds/none, answers: none}
-  v1_random: {version: v1, samples: data/rejection_sampling/v1, answers: random}
-  v2_demonstrations: {version: v2, samples: data/seeds/none, answers: none}
-  v2_random: {version: v2, samples: data/rejection_sampling/v2, answers: random}
-  v2_again: {version: v2, samples: data/rejection_sampling/v1, answers: best}
-  v3_demonstrations: {version: v3, samples: data/seeds/none, answers: none}
-  v3_random: {version: v3, samples: data/rejection_sampling/v3, answers: random}
-  v3_again: {version: v3, samples: data/rejection_sampling/v2, answers: best}
+  v1_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/seeds/none, answers: none}
+  v1_random: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/rejection_sampling/v1, answers: random}
+  v2_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/seeds/none, answers: none}
+  v2_random: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v2, answers: random}
+  v2_again: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v1, answers: best}
+  v3_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/seeds/none, answers: none}
+  v3_random: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v3, answers: random}
+  v3_again: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v2, answers: best}
 
 evaluate:
   checkpoints: {sft: data/sft, v1: data/fine_tuning/v1, v1_demonstrations: data/controls/v1_demonstrations, \
@@ -87,8 +92,13 @@ responses:
   num_rounds: 3     # that share the prompts
 rejection_sampling:
   num_rounds: 3
+  init_from: data/sft
 fine_tuning:
   num_rounds: 3
+  init_from: data/sft
+ppo:
+  num_rounds: 3
+  rounds: {}        # that end with it
 """  # noqa: E501 - as it stands in params.yaml
 
 TOY_STAGE = """\
@@ -99,6 +109,7 @@ from tasks.running.stage import Stage, start
 
 class Params(Section):
     num_rounds: int = Field(gt=0, description="that share the prompts")
+    init_from: str = Field(min_length=1, description="start of versions")
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -162,13 +173,33 @@ def test_the_entries_of_three_rounds_are_those_that_one_would_write_and_comments
 
 
 def test_entries_that_are_there_stay_as_they_are() -> None:
-    own = "  v1_random: {version: v1, samples: data/rejection_sampling/v1, answers: random}   # mine\n"
-    text = THREE.replace(
-        "  v1_random: {version: v1, samples: data/rejection_sampling/v1, answers: random}\n", own
-    ).replace("rewards: v3", "rewards: v2")
+    (line,) = [line for line in THREE.splitlines() if line.startswith("  v1_random: {")]
+    own = f"{line}   # mine"
+    text = THREE.replace(line, own).replace("rewards: v3", "rewards: v2")
     assert rounds.with_entries(text, range(3)) == text
     without = text.replace("    v2_on_v3: {model: v2, batch: v3}\n", "")
     assert rounds.with_entries(without, range(3)) == text
+
+
+def test_a_round_after_one_that_ended_with_ppo_starts_there_and_ends_so_too() -> None:
+    two = rounds.with_entries(SECTIONS, range(2))
+    with_ppo = two.replace("rounds: {}        # that", "rounds: {v2: {init_from: data/fine_tuning/v2}}    # that")
+    parsed = values.parse(rounds.with_entries(with_ppo, range(2, 3)))
+    assert parsed["rounds"]["v3"]["newest"] == "data/ppo/v2"
+    assert parsed["ppo"]["rounds"]["v3"] == {"init_from": "data/fine_tuning/v3"}
+    own = {name: path for name, path in parsed["evaluate"]["checkpoints"].items() if name.startswith("v3")}
+    assert own == {
+        "v3": "data/ppo/v3",
+        "v3_before_ppo": "data/fine_tuning/v3",
+        "v3_further": "data/controls/v3_further",
+    }
+    assert parsed["controls"]["v3_further"] == {
+        "init_from": "data/fine_tuning/v3",
+        "steps_of": "data/ppo/v3",
+        "samples": "data/rejection_sampling/v3",
+        "answers": "best",
+    }
+    assert parsed["compare"]["opponents"]["v3"] == ["v3_before_ppo", "v3_further"]
 
 
 def test_a_round_starts_as_the_one_before_says() -> None:
@@ -178,29 +209,30 @@ def test_a_round_starts_as_the_one_before_says() -> None:
     assert parsed["rounds"]["v2"]["earlier"] == "data/imported"
 
 
-def test_the_fifth_round_of_our_parameters_adds_lines_and_changes_only_who_judges(
+def test_the_sixth_round_of_our_parameters_adds_lines_and_changes_only_who_judges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (PROJECT / "params.yaml").read_text()
-    assert rounds.with_entries(before, range(4)) == before
-    after = rounds.with_entries(before, range(4, 5))
+    assert rounds.with_entries(before, range(5)) == before
+    after = rounds.with_entries(before, range(5, 6))
     old, new = before.splitlines(), after.splitlines()
     removed = [line for line in old if line not in new]
-    assert [line.partition("#")[0].strip() for line in removed] == ["rewards: v4"]
+    assert [line.partition("#")[0].strip() for line in removed] == ["rewards: v5"]
     added = [line for line in new if line not in old]
     assert [line for line in new if line not in added] == [line for line in old if line not in removed]
-    assert len(added) == 1 + 3 + 4 + 1 + 1 + 1  # round, controls, evaluations, opponents, judge, drift
+    assert len(added) == 1 + 1 + 1 + 3 + 1 + 1 + 1  # round, ppo, control, evaluations, opponents, judge, drift
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(after)
     parsed = values.parse(after)
-    assert round_named("v5").number == 4
-    assert list(parse_section(controls.Params, parsed, "controls").root)[-1] == "v5_again"
-    assert "v4_on_v5" in parse_section(reward_drift.Params, parsed, "reward_drift").comparisons
+    assert round_named("v6").number == 5
+    assert parsed["rounds"]["v6"]["newest"] == "data/ppo/v5"
+    assert list(parse_section(controls.Params, parsed, "controls").root)[-1] == "v6_further"
+    assert "v5_on_v6" in parse_section(reward_drift.Params, parsed, "reward_drift").comparisons
     named = {name for opponents in parsed["compare"]["opponents"].values() for name in opponents}
     assert named | set(parsed["rounds"]) | {"sft"} == set(parsed["evaluate"]["checkpoints"])
 
 
-@pytest.mark.parametrize("section", ["responses", "rejection_sampling"])
+@pytest.mark.parametrize("section", ["responses", "rejection_sampling", "ppo"])
 def test_a_round_for_which_no_prompts_are_left_is_refused(section: str) -> None:
     text = SECTIONS.replace(f"{section}:\n  num_rounds: 3", f"{section}:\n  num_rounds: 2")
     with pytest.raises(ValueError, match=rf"`{section}.num_rounds` is 2, .*: none are left for v3; raise it, which gi"):

@@ -35,7 +35,8 @@ from tasks.sft import Params, run
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "sun": "yellow", "rose": "red"}
 EVALUATE = {"root": "evaluation", "prompts": ["asked.jsonl"], "truth": None}
 WATCHED: dict[str, Any] = {
-    "num_ranks": None, "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6,
+    "num_ranks": None,
+    "init_from": "base", "root": "dialogues", "max_malformed_share": 0.05, "context": 64, "epochs": 6,
     "early_share": 0.5, "log_every": 5, "validate_every": 10, "samples_per_category": 1, "max_new_tokens": 12,
     "save_every": 4, "max_shard_bytes": 10**9,
     "sources": {

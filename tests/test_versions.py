@@ -25,16 +25,17 @@ NOTHING = "data/seeds/none"
 ROUND = {
     "newest": "base", "earlier": "early", "batches": "public", "samples": NOTHING, "distil_from": NOTHING,
 }  # fmt: skip
+VERSION = {"init_from": "base", "steps_of": "data/fine_tuning/v1"}
 CONTROLS: dict[str, dict[str, str]] = {
-    "alone": {"version": "v1", "samples": NOTHING, "answers": "none"},
-    "random": {"version": "v1", "samples": "data/rejection_sampling/v1", "answers": "random"},
-    "again": {"version": "v1", "samples": "data/rejection_sampling/v1", "answers": "best"},
+    "alone": {**VERSION, "samples": NOTHING, "answers": "none"},
+    "random": {**VERSION, "samples": "data/rejection_sampling/v1", "answers": "random"},
+    "again": {**VERSION, "samples": "data/rejection_sampling/v1", "answers": "best"},
 }
 SAMPLES = {"max_dialogues": None, "validation_share": 0, "weight": 4, "loss": "last"}
 
 
 def values_of(**changes: Any) -> dict[str, Any]:
-    watched = {name: value for name, value in WATCHED.items() if name not in ("init_from", "early_share")}
+    watched = {name: value for name, value in WATCHED.items() if name not in ("init_from", "early_share", "num_ranks")}
     own = {"batch_rows": 4, "micro_batch_rows": 2, "epochs": 2, "samples": SAMPLES, "samples_per_category": 0}
     own["init_from"] = "base"
     return {**TRAINED, **watched, **own, **changes}
@@ -152,7 +153,7 @@ def test_a_round_that_asked_nothing_has_no_version_and_no_controls(place: Path) 
     assert fine_tuning.run(version()) == {"steps": 0}
     assert list(Path("out").glob("*")) == []
     write_steps(0)
-    with pytest.raises(ValueError, match=r"round v1 has no version, as its rejection sampling asked no prompts: take"):
+    with pytest.raises(ValueError, match=r"data/fine_tuning/v1 is no version, as its round's rejection sampling ask"):
         controls.run(control("alone"))
 
 
@@ -181,7 +182,7 @@ def test_controls_take_the_versions_steps_from_its_start_on_other_answers(place:
         found[name] = controls.run(control(name))
         learnt[name] = losses()
         training = json.loads(Path("out/training.json").read_text())
-        assert (training["control_of"], training["step"]) == ("v1", steps)
+        assert (training["control_of"], training["step"]) == ("data/fine_tuning/v1", steps)
         assert training["base_sha256"] == digest_of(Path("base"))
     assert {name: figures["steps"] for name, figures in found.items()} == dict.fromkeys(CONTROLS, steps)
     assert {len(losses) for losses in learnt.values()} == {steps}
@@ -198,8 +199,8 @@ def test_controls_take_the_versions_steps_from_its_start_on_other_answers(place:
     ("changes", "message"),
     [
         (
-            {"version": "v2"},
-            r"`controls.random.version` is v2, which `rounds` does not have: name one of v1, or remove the control",
+            {"steps_of": "data/ppo/v2"},
+            r"data/ppo/v2/metrics.json is missing: a control takes as many steps as its version; run ppo@v2",
         ),
         (
             {"samples": "data/rejection_sampling/v7"},
@@ -283,9 +284,9 @@ stages:
     do:
       cmd: exec {sys.executable} -m tasks.workers.launch controls ${{key}}
       deps:
-      - base
+      - ${{item.init_from}}
       - ${{item.samples}}
-      - data/fine_tuning/${{item.version}}/metrics.json
+      - ${{item.steps_of}}/metrics.json
       - dialogues
       - evaluation
       params: [seed, evaluate, fine_tuning, "controls.${{key}}"]

@@ -107,12 +107,14 @@ def run_steps(
     validate: Callable[[], None] | None = None,
     validate_at: Collection[int] = (),
     after: Mapping[int, Callable[[], None]] | None = None,
+    has_ended: Callable[[], bool] = lambda: False,
     flops_per_token: int | None = None,
 ) -> None:
     """Take a run's remaining steps; log, validate and save on the way, as the stage's parameters say.
 
     `validate` is also called before the first step, and after the steps in `validate_at`; `after` maps step numbers to
-    what is called after that step. Every count is also logged as a speed, per second of the steps alone;
+    what is called after that step; `has_ended`, asked after each step, ends the run early. Every count is also logged
+    as a speed, per second of the steps alone;
     `flops_per_token`, of all engines, adds MFU.
     Raises ValueError when a metric of a step is not finite (`note_step`).
     """
@@ -126,7 +128,7 @@ def run_steps(
     seconds, before = 0.0, dict(progress.counts)
     description = stage.name if stage.rank == 0 else None
     with progress_bar(num_steps, description, "step", done=progress.step) as bar:
-        while progress.step < num_steps:
+        while progress.step < num_steps and not has_ended():
             started = time.perf_counter()
             taken = take_step()
             seconds += time.perf_counter() - started
@@ -144,7 +146,7 @@ def run_steps(
                 validate()
             if after and step in after:
                 after[step]()
-            if step % params.save_every == 0 or is_last:
+            if step % params.save_every == 0 or is_last or has_ended():
                 save_state(engines, stage.scratch / STATES, step, asdict(progress))
             bar.update()
 

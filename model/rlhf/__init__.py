@@ -1,0 +1,1 @@
+"""Proximal policy optimisation: rewards of tokens, advantages, losses, the value model."""
