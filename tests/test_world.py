@@ -102,6 +102,7 @@ PARAMS = {
         "safe_topics_share": 0.4,
         "safe_attacks": ["logic_manipulation"],
         "borderline_share": 0.1,
+        "preference_borderline_share": 0.1,
         "instruction_share": 0.2,
     },
 }

@@ -229,14 +229,18 @@ def test_every_split_has_its_parts_in_full(truth):
     dialogues = PARAMS.dialogues
     weights = dialogues.weights.model_dump()
     shares = {category: weight / sum(weights.values()) for category, weight in weights.items()}
-    others = {"borderline": dialogues.borderline_share, "instruction": dialogues.instruction_share}
-    mixed = others | {category: share * (1 - sum(others.values())) for category, share in shares.items()}
+
+    def mixed_with(borderline_share):
+        others = {"borderline": borderline_share, "instruction": dialogues.instruction_share}
+        return others | {category: share * (1 - sum(others.values())) for category, share in shares.items()}
+
+    mixed = mixed_with(dialogues.borderline_share)
     safe = dialogues.safe_share
     demonstrated = {"safety": safe} | {category: share * (1 - safe) for category, share in mixed.items()}
     expected = {split: {"safety": 1.0} for split in SAFETY} | {
         "demonstrations": demonstrated,
         "validation": demonstrated,
-        "preference_helpfulness": mixed,
+        "preference_helpfulness": mixed_with(dialogues.preference_borderline_share),
         "sampling_helpfulness": mixed,
         "evaluation_helpfulness": shares,
         "evaluation_borderline": {"borderline": 1.0},

@@ -105,6 +105,7 @@ class Dialogues(Section):
     safe_topics_share: float = Field(gt=0, le=1, description="share of the harms that demonstrations cover")
     safe_attacks: tuple[str, ...] = Field(min_length=1, description="attack vectors that demonstrations cover")
     borderline_share: float = Field(ge=0, lt=1, description="share of borderline prompts among helpful dialogues")
+    preference_borderline_share: float = Field(ge=0, lt=1, description="the same, among the prompts for preferences")
     instruction_share: float = Field(
         ge=0, lt=1, description="share of dialogues with a system message among helpful ones"
     )
@@ -215,10 +216,10 @@ def draw_splits(
                 )
         return drafts
 
-    def helpful(split: str, number: int) -> list[Draft]:
+    def helpful(split: str, number: int, borderline_share: float) -> list[Draft]:
         after_refusal = split not in DEMONSTRATED
-        rest = 1 - params.borderline_share - params.instruction_share
-        shares = {"borderline": params.borderline_share, "instruction": params.instruction_share}
+        rest = 1 - borderline_share - params.instruction_share
+        shares = {"borderline": borderline_share, "instruction": params.instruction_share}
         shares |= {category: rest * share for category, share in shares_of(params).items()}
         return [
             draft
@@ -266,7 +267,8 @@ def draw_splits(
         refusals = harmful_drafts(
             world, params, safe_topics.__contains__, params.safe_attacks, 1, generator(f"{split} safe")
         )
-        splits[split] = shuffled(split, helpful(split, number - num_safe) + fill(split, "safe", num_safe, refusals))
+        kept = helpful(split, number - num_safe, params.borderline_share)
+        splits[split] = shuffled(split, kept + fill(split, "safe", num_safe, refusals))
     split = "open_helpful"
     splits[split] = [
         draft
@@ -278,7 +280,8 @@ def draw_splits(
     splits["open_harmless"] = harmful("open_harmless", [1])
     for use in ("sampling", "preference"):  # the largest last, as wordings are used up
         split = f"{use}_helpfulness"
-        splits[split] = shuffled(split, helpful(split, getattr(params, f"num_{split}")))
+        share = params.preference_borderline_share if use == "preference" else params.borderline_share
+        splits[split] = shuffled(split, helpful(split, getattr(params, f"num_{split}"), share))
         splits[f"{use}_safety"] = shuffled(f"{use}_safety", harmful(f"{use}_safety"))
     return {split: splits[split] for split in (*FILES, *PAIRS)}
 
