@@ -275,14 +275,22 @@ LABEL_STAGE = f"""\
 """
 
 
-def pipeline_runs() -> list[str]:
+def runs_of(query: str) -> list[Any]:
     from mlflow import MlflowClient
 
     client = MlflowClient("sqlite:///mlflow.db")
     experiment = client.get_experiment_by_name("test")
     assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id], "tags.level = 'pipeline'", order_by=["start_time ASC"])
-    return [run.info.status for run in runs]
+    return list(client.search_runs([experiment.experiment_id], query, order_by=["start_time ASC"]))
+
+
+def pipeline_runs() -> list[str]:
+    return [run.info.status for run in runs_of("tags.level = 'pipeline'")]
+
+
+def stage_runs() -> list[tuple[str, str, str]]:
+    """Each stage's run: its name, its status, and its error if it has one."""
+    return [(run.info.run_name, run.info.status, run.data.tags.get("error", "")) for run in runs_of("tags.stage != ''")]
 
 
 @pytest.mark.slow
