@@ -30,6 +30,7 @@ from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, build_model
 from tasks.judging.calibration import Line
 from tasks.judging.ranking import Scales
+from tasks.judging.scales import calibrate
 from tasks.reading.dialogues import DialogueSource, read_dialogues
 from tasks.reading.prompts import KINDS, Prompt
 from tasks.reading.shares import at_most, share_of
@@ -667,7 +668,7 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted_unless_none_does(place
     with pytest.raises(
         ValueError,
         match=r"no helpfulness prompt is left: of the 1 that are round v1's, 0 ask what the evaluation asks, 1 leave "
-        r"no room for an answer in the models' context of 64 tokens, and 0 are to search",
+        r"no room for an answer in the models' context of 64 tokens, and 0 are set apart",
     ):
         run(stage_of())
 
@@ -755,6 +756,22 @@ def test_labels_of_one_class_are_refused(place: Path) -> None:
     write_lines(Path("data/reward_helpfulness/v1/scores.jsonl"), [scores_row("safety", 1, 0)])
     with pytest.raises(ValueError, match=r"there is no held-out helpfulness pair to calibrate"):
         run(stage_of())
+
+
+def test_the_threshold_is_chosen_where_it_decides(place: Path) -> None:
+    path = Path("data/reward_safety/v1/scores.jsonl")
+    everywhere, threshold = calibrate("v1", 0.89)
+    assert threshold.labels == 18
+    # answers to prompts that are not adversarial, one of which is unsafe, though others with lower scores are safe
+    rows = [scores_row("helpfulness", n / 4, -n / 4, True, True) for n in (1, 2, 3)]
+    write_lines(path, [*SAFETY_SCORES, *rows, scores_row("helpfulness", 0, -0.9, True, False)])
+    decided, threshold = calibrate("v1", 0.89)
+    assert (threshold.labels, threshold.unsafe, threshold.precision, threshold.recall) == (8, 1, 1.0, 1.0)
+    assert decided.safety.probability(-0.9) < decided.threshold <= decided.safety.probability(-0.75)
+    # where none of them is unsafe, no answer is called so
+    write_lines(path, [*SAFETY_SCORES, *rows])
+    assert calibrate("v1", 0.89)[0].threshold == 0
+    assert everywhere.threshold > 0
 
 
 # --- kills and ranks ---

@@ -15,20 +15,23 @@ from tasks.running.places import DATA
 def calibrate(round_name: str, precision: float) -> tuple[Scales, Threshold]:
     """Return what the round's reward models' scores mean, by the scores and labels of the pairs held out from them.
 
+    The threshold decides for prompts that are not tagged as adversarial, where most answers are safe: it is chosen on
+    labels of answers to such prompts, or on all labels where there are none of these.
     Raises ValueError as `tasks.judging.calibration` does, and for scores that are missing.
     """
     rows = {kind: read_scores(DATA / f"reward_{kind}" / round_name / "scores.jsonl") for kind in KINDS}
     pairs = [row for row in rows["helpfulness"] if row["kind"] == "helpfulness"]
     helpfulness = fit_helpfulness(*([row[f"{side}_score"] for row in pairs] for side in ("chosen", "rejected")))
     labels = [
-        (float(row[f"{side}_score"]), bool(row[f"{side}_safe"]))
+        (float(row[f"{side}_score"]), bool(row[f"{side}_safe"]), row["kind"] == "safety")
         for row in rows["safety"]
         for side in ("chosen", "rejected")
         if row[f"{side}_safe"] is not None
     ]
-    scores, safe = [score for score, _ in labels], [label for _, label in labels]
-    safety = fit_safety(scores, safe)
-    threshold = choose_threshold([safety.probability(score) for score in scores], safe, precision)
+    safety = fit_safety([score for score, _, _ in labels], [safe for _, safe, _ in labels])
+    decided = [label for label in labels if not label[2]] or labels
+    probabilities = [safety.probability(score) for score, _, _ in decided]
+    threshold = choose_threshold(probabilities, [safe for _, safe, _ in decided], precision)
     return Scales(helpfulness, safety, threshold.threshold), threshold
 
 

@@ -94,6 +94,7 @@ def sample_line(choice: Choice, round_name: str, model: str, scales: Scales) -> 
         "category": prompt.category,
         "risk": prompt.risk,
         "attack": prompt.attack,
+        "difficulty": prompt.difficulty,
         "messages": prompt.messages,
         "round": round_name,
         "model": model,
