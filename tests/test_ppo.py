@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import TRAINED, join_alone, train_tokenizer
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from stages import Workspace, stage_here
+from test_pretrain import write_stream
 from test_rejection_sampling import (
     HELPFULNESS_SCORES,
     PROMPTS,
@@ -25,9 +27,12 @@ from test_rejection_sampling import (
     write_reward,
 )
 
+from model.network.checkpoint import open_checkpoint
+from model.network.packing import batch_of_rows
 from model.rlhf.rollouts import Rollout, padded
 from tasks.judging.calibration import Line
 from tasks.judging.ranking import Reward, Scales, reward_of
+from tasks.learning.stream import read_stream
 from tasks.ppo.__main__ import Params, prompts_of, run
 from tasks.ppo.alarms import Alarms, check_alarms
 from tasks.ppo.experience import Answer, Measured, Weighing, figures_of, plan_batches, weigh
@@ -66,7 +71,8 @@ def values_of(**changes: Any) -> dict[str, Any]:
         "max_prompts": {"helpfulness": 100, "safety": 100}, "num_held_out_prompts": {"helpfulness": 4, "safety": 2},
         "num_rounds": 5, "num_iterations": 6, "num_prompts": 16, "epochs": 1, "value_warmup_iterations": 1,
         "clip": 0.2, "value_clip": 0.2, "kl_coefficient": 0.01, "missing_eos_penalty": 1.0, "max_log_odds": 10.0,
-        "discount": 1.0, "decay": 0.95, "threshold_precision": 0.89, "max_new_tokens": 12, "max_rows": 8,
+        "text": "stream", "text_weight": 0.0, "text_rows": 4, "discount": 1.0, "decay": 0.95,
+        "threshold_precision": 0.89, "max_new_tokens": 12, "max_rows": 8,
         "tokens_at_once": 512, "alarms": {"max_kl": 1000.0, "min_entropy": 0.0, "max_length_ratio": 100.0},
         "validate_every": 2, "patience": 10, "num_shown": 1, "log_every": 1, "save_every": 1,
         "max_shard_bytes": 10**9,
@@ -160,6 +166,36 @@ def test_the_policy_learns_what_is_rewarded(place: Path) -> None:
     assert figures["validation/gain"] > 0.2
 
 
+def write_text(directory: Path, num_tokens: int) -> None:
+    """A stream within the small model's vocabulary."""
+    write_stream(directory, num_tokens)
+    for path in directory.glob("train-*.npy"):
+        np.save(path, np.minimum(np.load(path), 289))
+
+
+def text_loss(directory: Path) -> float:
+    model, _ = open_checkpoint(directory, "fp32", torch.device("cpu"))
+    text = read_stream(Path("stream"))[0]
+    batch = batch_of_rows(text.tokens, text.starts, 0, 8, 64, torch.device("cpu"))
+    with torch.no_grad():
+        return float(model(batch.ids, batch.documents, batch.targets).sum()) / batch.num_targets
+
+
+def test_pretraining_text_can_be_learnt_beside(place: Path) -> None:
+    write_text(Path("stream"), 4000)
+    before = text_loss(Path("chat"))
+    run(stage_of(learning_rate=1e-4, num_iterations=8, validate_every=8, text_weight=0.0))
+    without = text_loss(Path("out"))
+    run(stage_of(learning_rate=1e-4, num_iterations=8, validate_every=8, text_weight=50.0))
+    assert text_loss(Path("out")) < min(before, without) - 0.005
+
+
+def test_a_text_too_short_for_a_step_is_refused(place: Path) -> None:
+    write_text(Path("stream"), 150)
+    with pytest.raises(ValueError, match=r"stream has \d+ tokens, too few for a step of `ppo.text_rows` 4 rows of 64"):
+        run(stage_of(text_weight=1.0))
+
+
 def test_training_ends_when_the_best_policy_is_old(place: Path) -> None:
     # a rate so small that no objective changes: the first policy stays the best one
     figures = run(stage_of(learning_rate=1e-12, patience=2))
@@ -183,6 +219,7 @@ def test_an_interrupted_run_that_had_ended_does_not_begin_again(place: Path) -> 
         ({"num_prompts": 12}, r"num_prompts 12 is not a multiple of batch_rows 8"),
         ({"validate_every": 3, "save_every": 2}, r"validate_every 3 is not a multiple of save_every 2"),
         ({"value_warmup_iterations": 6}, r"value_warmup_iterations 6 leaves none of num_iterations 6"),
+        ({"text_weight": 1.0, "text_rows": 3}, r"text_rows 3 do not divide among the 2 micro batches of a step"),
         ({"num_held_out_prompts": {"helpfulness": 0, "safety": 0}}, r"num_held_out_prompts has none of any kind"),
         ({"kl_coefficient": -0.1}, r"`ppo.kl_coefficient` is -0.1"),
         ({"kl_coefficient": 2}, r"`ppo.kl_coefficient` is 2"),
@@ -389,6 +426,7 @@ stages:
 
 def workspace(root: Path, models: Path, num_ranks: int = 1, **changes: Any) -> Workspace:
     write_world(root, models)
+    write_text(root / "stream", 4000)
     return Workspace(root, "ppo v5", DVC_STAGE, num_ranks=num_ranks, ppo=values_of(**changes), **SECTIONS)
 
 
@@ -405,7 +443,7 @@ def test_twenty_kills_leave_no_trace(tmp_path: Path, models: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_two_ranks_learn_what_one_does(zero_stage: int, tmp_path: Path, models: Path) -> None:
-    values = {"num_iterations": 3, "validate_every": 3, "zero_stage": zero_stage}
+    values = {"num_iterations": 3, "validate_every": 3, "zero_stage": zero_stage, "text_weight": 0.1}
     alone = workspace(tmp_path / "alone", models, **values, micro_batch_rows=4).finish()
     shared = workspace(tmp_path / "shared", models, num_ranks=2, **values, micro_batch_rows=4).finish()
     assert shared == pytest.approx(alone, rel=1e-3, abs=1e-3)

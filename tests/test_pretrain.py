@@ -23,9 +23,9 @@ from model.network.checkpoint import read_config
 from model.network.packing import documents_of
 from model.network.transformer import Llama
 from model.training.engine import Step
+from tasks.learning.stream import Text, read_stream
 from tasks.pretrain import __main__ as pretrain
 from tasks.pretrain.__main__ import Params, is_spike, run
-from tasks.pretrain.stream import Text, read_stream
 from tasks.running.stage import Stage
 
 WATCHED: dict[str, Any] = {

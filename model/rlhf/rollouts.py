@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.network.packing import IGNORED, Documents, documents_of
+from model.network.packing import IGNORED, Batch, Documents, documents_of
 from model.rlhf.losses import policy_losses, value_losses
 
 
@@ -101,12 +101,26 @@ def token_values(model: Any, batch: RolloutBatch) -> Tensor:
     return values_T * batch.is_target
 
 
-def policy_loss(engine: Any, batch: RolloutBatch, clip: float) -> tuple[Tensor, Tensor]:
-    """Return the sum of the policy's losses over a batch's response tokens, and the tokens' log-probabilities (T,)."""
+def policy_loss(
+    engine: Any, batch: RolloutBatch, clip: float, text: Batch | None = None, text_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the policy's losses over a batch's response tokens, and the tokens' log-probabilities (T,).
+
+    With `text`, which the model was pretrained on, the weighted sum of its tokens' losses is added (Ouyang et al. 2022,
+    equation 2); the same forward pass reads both.
+    """
     sampled_T, _, advantages_T, _ = batch.known
-    log_probabilities_T = token_log_probabilities(engine, batch)
+    if text is None:
+        log_probabilities_T = token_log_probabilities(engine, batch)
+        added = torch.zeros((), device=batch.ids.device)
+    else:
+        ids, targets = torch.cat((batch.ids, text.ids)), torch.cat((batch.targets, text.targets))
+        documents = documents_of([*batch.documents.lengths, *text.documents.lengths], batch.ids.device)
+        losses: Tensor = engine(ids, documents, targets)
+        log_probabilities_T = -losses[: len(batch.ids)]
+        added = text_weight * losses[len(batch.ids) :].sum()
     losses_T = policy_losses(log_probabilities_T, sampled_T, advantages_T, clip)
-    return losses_T.sum(), log_probabilities_T.detach()
+    return losses_T.sum() + added, log_probabilities_T.detach()
 
 
 def value_loss(engine: Any, batch: RolloutBatch, clip: float) -> Tensor:

@@ -19,9 +19,10 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from model.network.checkpoint import load_weights, open_checkpoint, read_config, save_model
+from model.network.packing import Batch, batch_of_rows, num_rows, num_targets
 from model.network.ranks import from_all_ranks, join_ranks
 from model.network.transformer import Llama, num_parameters
 from model.rlhf.losses import is_clipped
@@ -42,6 +44,7 @@ from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, Step, build_model, num_micro_batches, start_engine, train_step
 from tasks.judging.scales import calibrate
 from tasks.learning.loop import Progress, Taken, digest_of, read_base, resume, run_steps
+from tasks.learning.stream import Text, read_stream
 from tasks.ppo.alarms import Alarms, check_alarms
 from tasks.ppo.experience import (
     Answer,
@@ -95,6 +98,9 @@ class Params(EngineParams, Asking):
     max_log_odds: float = Field(gt=0, description="rewards, as log-odds, are cut to this either way")
     discount: float = Field(gt=0, le=1, description="weight of a reward one token later")
     decay: float = Field(ge=0, le=1, description="lambda of generalised advantage estimation")
+    text: str = Field(min_length=1, description="directory of the pretraining stream; read if `text_weight` is not 0")
+    text_weight: float = Field(ge=0, description="weight of its mean loss beside the policy's; 0: off")
+    text_rows: int = Field(gt=0, description="rows of it beside each step, over all ranks")
     threshold_precision: float = Field(gt=0, le=1, description="share of answers called unsafe that must be")
     max_new_tokens: int = Field(gt=0, description="maximum tokens of a response, EOS included")
     max_rows: int = Field(gt=0, description="responses drawn at once; more need more memory")
@@ -124,6 +130,11 @@ class Params(EngineParams, Asking):
                 f"value_warmup_iterations {self.value_warmup_iterations} leaves none of num_iterations "
                 f"{self.num_iterations} in which the policy learns"
             )
+        if self.text_weight and self.text_rows % (self.batch_rows // self.micro_batch_rows):
+            raise ValueError(
+                f"text_rows {self.text_rows} do not divide among the {self.batch_rows // self.micro_batch_rows} micro "
+                "batches of a step"
+            )
         if not any(getattr(self.num_held_out_prompts, kind) for kind in KINDS):
             raise ValueError("num_held_out_prompts has none of any kind: the best policy is chosen on them")
         return self
@@ -145,6 +156,7 @@ class Training:
     models: Models
     prompts: list[AskedPrompt]
     held_out: list[AskedPrompt]
+    text: Text | None  # what the model was pretrained on, if it is learnt beside
     progress: Progress
 
     @property
@@ -210,7 +222,8 @@ def prepare(stage: Stage[Params]) -> Training:
     )
     notes: dict[str, Any] = {"best": None, "worse": 0, "deviation": None, "first_length": None, "samples": []}
     progress = resume(stage, engines, Progress({"tokens": 0, "responses": 0}, notes))
-    return Training(stage, base, engines["policy"], engines["value"], models, prompts, held_out, progress)
+    text = read_stream(Path(params.text))[0] if params.text_weight else None
+    return Training(stage, base, engines["policy"], engines["value"], models, prompts, held_out, text, progress)
 
 
 def start_of(params: Params, place: Place) -> Start:
@@ -279,11 +292,13 @@ def learn(
     """Take the steps of an iteration with both models; return their mean losses and norms, ratio and clipped share."""
     params, progress, device = training.stage.params, training.progress, training.policy.device
     is_warm = progress.step >= params.value_warmup_iterations
+    texts = iter(texts_of(training, len(steps)))
     sums = torch.zeros(3, device=device)  # of ratios, of clipped tokens, of tokens
     taken: dict[str, list[Step]] = {"policy": [], "value": []}
 
     def policy_loss_of(engine: Any, batch: RolloutBatch) -> Tensor:
-        loss, log_probabilities_T = policy_loss(engine, batch, params.clip)
+        text, share = next(texts)
+        loss, log_probabilities_T = policy_loss(engine, batch, params.clip, text, params.text_weight * share * count)
         sampled_T, _, advantages_T, _ = batch.known
         clipped_T = is_clipped(log_probabilities_T, sampled_T, advantages_T, params.clip) & batch.is_target
         ratios_T = (log_probabilities_T - sampled_T).exp() * batch.is_target
@@ -314,6 +329,35 @@ def learn(
         "value/loss": statistics.fmean(step.loss for step in value),
         "value/gradient_norm": statistics.fmean(step.gradient_norm for step in value),
     }
+
+
+def texts_of(training: Training, num_steps: int) -> Iterator[tuple[Batch | None, float]]:
+    """Yield what each of this rank's policy micro batches of an iteration reads beside its responses, if anything.
+
+    With it comes 1 / the number of tokens that all texts of its step predict. Steps go through the stream in order,
+    again and again, from where the iteration before has stopped.
+    """
+    params, text = training.stage.params, training.text
+    if text is None:
+        yield from repeat((None, 0.0))
+        return
+    context = training.policy.module.config.max_position_embeddings
+    num_micro = params.batch_rows // params.micro_batch_rows
+    at_once = params.text_rows // num_micro
+    own = own_micro_batches([[number] for number in range(num_micro)])
+    rows = num_rows(text.tokens, context) // params.text_rows * params.text_rows
+    if not rows:
+        raise ValueError(
+            f"{params.text} has {len(text.tokens):,} tokens, too few for a step of `ppo.text_rows` {params.text_rows} "
+            f"rows of {context}: lower it"
+        )
+    taken = max(0, training.progress.step - params.value_warmup_iterations) * params.epochs * num_steps
+    for step in range(taken, taken + params.epochs * num_steps):
+        first = step * params.text_rows % rows
+        total = num_targets(text.starts, first * context, (first + params.text_rows) * context)
+        for (number,) in own:
+            begin = first + number * at_once
+            yield batch_of_rows(text.tokens, text.starts, begin, at_once, context, training.policy.device), 1 / total
 
 
 def is_finite(loss: float, gradient_norm: float) -> bool:

@@ -42,7 +42,7 @@ from model.training.engine import (
     train_step,
 )
 from tasks.learning.loop import Progress, Taken, resume, run_steps, write_curves
-from tasks.pretrain.stream import Text, read_stream
+from tasks.learning.stream import Text, read_stream
 from tasks.running.names import metric_name
 from tasks.running.params import Section
 from tasks.running.places import DATA, NOTHING
