@@ -70,7 +70,8 @@ def values_of(**changes: Any) -> dict[str, Any]:
         "prompts": {kind: f"prompts/{kind}.jsonl" for kind in KINDS},
         "max_prompts": {"helpfulness": 100, "safety": 100}, "num_held_out_prompts": {"helpfulness": 4, "safety": 2},
         "num_rounds": 5, "num_iterations": 6, "num_prompts": 16, "epochs": 1, "value_warmup_iterations": 1,
-        "clip": 0.2, "value_clip": 0.2, "kl_coefficient": 0.01, "missing_eos_penalty": 1.0, "max_log_odds": 10.0,
+        "clip": 0.2, "value_clip": 0.2, "whitening": "branch",
+        "kl_coefficient": 0.01, "missing_eos_penalty": 1.0, "max_log_odds": 10.0,
         "text": "stream", "text_weight": 0.0, "text_rows": 4, "discount": 1.0, "decay": 0.95,
         "threshold_precision": 0.89, "max_new_tokens": 12, "max_rows": 8,
         "tokens_at_once": 512, "alarms": {"max_kl": 1000.0, "min_entropy": 0.0, "max_length_ratio": 100.0},
@@ -337,7 +338,7 @@ def measured_of(answers: list[Answer], value: float = 0.0, log_ratio: float = 0.
     return Measured(sampled, (sampled - log_ratio) * is_token, value * is_token, is_token)
 
 
-PLAIN = Weighing(kl_coefficient=0.0, missing_eos_penalty=1.5, discount=1.0, decay=1.0)
+PLAIN = Weighing(whitening="batch", kl_coefficient=0.0, missing_eos_penalty=1.5, discount=1.0, decay=1.0)
 
 
 @pytest.mark.parametrize("kind", ["helpfulness", "safety"])
@@ -365,6 +366,19 @@ def test_a_response_without_its_end_loses_the_penalty_and_an_eos_in_the_prompt_i
     answers = [answer(3, 1.0, True, turns), answer(3, -1.0, False, turns), answer(3, 1.0), answer(3, -1.0)]
     known, _ = weigh(answers, measured_of(answers), PLAIN)
     assert [own.returns.tolist() for own in known] == [[1] * 3, [-2.5] * 3, [1] * 3, [-1] * 3]
+
+
+def test_rewards_are_whitened_over_the_batch_or_over_each_models_responses() -> None:
+    values, branches = (1.0, 3.0, 40.0, 60.0), ("helpfulness", "helpfulness", "safety", "safety")
+    answers = [
+        answer(1, value)._replace(reward=Reward(branch, value))  # type: ignore[arg-type]
+        for value, branch in zip(values, branches, strict=True)
+    ]
+    known, _ = weigh(answers, measured_of(answers), PLAIN._replace(whitening="branch"))
+    assert [float(own.returns) for own in known] == pytest.approx([-1, 1, -1, 1])
+    known, _ = weigh(answers, measured_of(answers), PLAIN)
+    deviation = ((25**2 + 23**2 + 14**2 + 34**2) / 4) ** 0.5
+    assert [float(own.returns) for own in known] == pytest.approx([n / deviation for n in (-25, -23, 14, 34)])
 
 
 def test_equal_rewards_teach_nothing_but_to_stay() -> None:

@@ -245,7 +245,8 @@ def test_every_split_has_its_parts_in_full(truth):
         "evaluation_helpfulness": shares,
         "evaluation_borderline": {"borderline": 1.0},
         "evaluation_instructions": {"instruction": 1.0},
-        "open_helpful": shares,
+        "open_helpful": {"borderline": dialogues.borderline_share}
+        | {category: share * (1 - dialogues.borderline_share) for category, share in shares.items()},
         "open_harmless": {"safety": 1.0},
     }
     assert set(expected) == {*FILES, *PAIRS}

@@ -23,6 +23,14 @@ def whiten(values_N: Tensor) -> Tensor:
     return centred_N * torch.rsqrt(centred_N.square().mean() + SMALLEST)
 
 
+def whiten_groups(values_N: Tensor, groups_N: Tensor) -> Tensor:
+    """Return values whitened within each group of equal numbers: what two reward models say has no common scale."""
+    whitened_N = torch.zeros_like(values_N)
+    for group in torch.unique(groups_N):
+        whitened_N[groups_N == group] = whiten(values_N[groups_N == group])
+    return whitened_N
+
+
 def whiten_tokens(values_BL: Tensor, is_token_BL: Tensor) -> Tensor:
     """Return the tokens' values whitened over all tokens of the batch."""
     return torch.zeros_like(values_BL).masked_scatter(is_token_BL, whiten(values_BL[is_token_BL]))

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -93,6 +93,9 @@ class Params(EngineParams, Asking):
         gt=0, lt=1, description="change of a token's probability, as a share, beyond which none is learnt"
     )
     value_clip: float = Field(gt=0, description="change of a value beyond which none is learnt")
+    whitening: Literal["branch", "batch"] = Field(
+        description="over which responses rewards get mean 0 and variance 1: each reward model's, or all"
+    )
     kl_coefficient: float = Field(ge=0, le=1, description="whitened reward that a nat of KL costs")
     missing_eos_penalty: float = Field(ge=0, description="whitened reward that a response without its end loses")
     max_log_odds: float = Field(gt=0, description="rewards, as log-odds, are cut to this either way")
@@ -220,7 +223,7 @@ def prepare(stage: Stage[Params]) -> Training:
         rewards,
         scales,
     )
-    notes: dict[str, Any] = {"best": None, "worse": 0, "deviation": None, "first_length": None, "samples": []}
+    notes: dict[str, Any] = {"best": None, "worse": 0, "deviations": {}, "first_length": None, "samples": []}
     progress = resume(stage, engines, Progress({"tokens": 0, "responses": 0}, notes))
     text = read_stream(Path(params.text))[0] if params.text_weight else None
     return Training(stage, base, engines["policy"], engines["value"], models, prompts, held_out, text, progress)
@@ -268,7 +271,9 @@ def take_iteration(training: Training) -> Taken:
     best = progress.notes["best"]["step"]
     kept = best, best_directory(stage, best)
     check_alarms(params.alarms, progress.step, seen, progress.notes["first_length"], kept)
-    weighing = Weighing(params.kl_coefficient, params.missing_eos_penalty, params.discount, params.decay)
+    weighing = Weighing(
+        params.whitening, params.kl_coefficient, params.missing_eos_penalty, params.discount, params.decay
+    )
     known, explained = weigh(answers, measured, weighing)
     measured_at = time.perf_counter()
     learnt = learn(training, answers, known, steps)
@@ -377,8 +382,9 @@ def validate(training: Training) -> None:
     stage, params, progress, models = training.stage, training.stage.params, training.progress, training.models
     answers = draw(training.policy, models, training.held_out, f"{stage.seed} {stage.name} held out", training.drawing)
     values = [answer.reward.value for answer in answers]
-    if progress.notes["deviation"] is None:
-        progress.notes["deviation"] = max(statistics.pstdev(values), 1e-6)
+    if not progress.notes["deviations"]:
+        progress.notes["deviations"] = deviations_of(answers, params.whitening)
+    deviations = progress.notes["deviations"]
     kl = statistics.fmean(divergences(answers, models, params.tokens_at_once))
     found = {
         "reward": statistics.fmean(values),
@@ -391,12 +397,23 @@ def validate(training: Training) -> None:
             if (own := [answer.reward.value for answer in answers if answer.kind == kind])
         },
     }
-    found["objective"] = found["reward"] / progress.notes["deviation"] - params.kl_coefficient * kl
+    gains = [answer.reward.value / deviations[answer.reward.branch] for answer in answers]
+    found["objective"] = statistics.fmean(gains) - params.kl_coefficient * kl
     at = {"step": progress.step, "tokens": progress.counts["tokens"]}
     progress.validation.append({**at, **found})
     stage.log({f"validation/{name}": value for name, value in found.items()}, **at)
     keep_if_best(training, found["objective"])
     show(training, answers)
+
+
+def deviations_of(answers: Sequence[Answer], whitening: str) -> dict[str, float]:
+    """Return what a branch's rewards are divided by: their standard deviation, or that of all."""
+    values = {kind: [answer.reward.value for answer in answers if answer.reward.branch == kind] for kind in KINDS}
+    together = [value for own in values.values() for value in own]
+    return {
+        kind: max(statistics.pstdev(own if own and whitening == "branch" else together), 1e-6)
+        for kind, own in values.items()
+    }
 
 
 def divergences(answers: Sequence[Answer], models: Models, tokens_at_once: int) -> list[float]:
@@ -514,7 +531,7 @@ def report(training: Training) -> dict[str, float]:
         "tokens": progress.counts["tokens"],
         **{f"train/{name}": last[name] for name in ("reward", "kl", "entropy", "length", "explained_variance")},
         **{f"validation/{name}": value for name, value in chosen.items() if name not in ("step", "tokens")},
-        "validation/gain": (chosen["reward"] - first["reward"]) / progress.notes["deviation"],
+        "validation/gain": chosen["objective"] - first["objective"],
     }
 
 

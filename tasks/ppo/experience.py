@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from model.rlhf.advantages import (
     estimate_advantages,
     explained_variance,
     token_rewards,
-    whiten,
+    whiten_groups,
     whiten_tokens,
 )
 from model.rlhf.losses import kl_k1, kl_k3
@@ -199,6 +199,7 @@ def measure(policy: Any, value: Any, reference: Llama, rollouts: Sequence[Rollou
 class Weighing(NamedTuple):
     """How rewards become advantages."""
 
+    whitening: Literal["branch", "batch"]
     kl_coefficient: float
     missing_eos_penalty: float
     discount: float
@@ -208,12 +209,14 @@ class Weighing(NamedTuple):
 def weigh(answers: Sequence[Answer], measured: Measured, weighing: Weighing) -> tuple[list[Known], float]:
     """Return what the tokens of each response are learnt with, and the variance that the value model explained.
 
-    The rewards' log-odds are whitened over the batch (Llama 2, section 3.2.3), then a response without its end loses
-    the penalty. Returns come from the advantages before these are whitened.
+    The rewards' log-odds are whitened over the batch (Llama 2, section 3.2.3) or over each model's responses in it,
+    then a response without its end loses the penalty. Returns come from the advantages before these are whitened.
     """
     is_token_BL = measured.is_token
     cut_B = torch.tensor([not answer.finished for answer in answers])
-    scores_B = whiten(torch.tensor([answer.reward.value for answer in answers], dtype=torch.float32))
+    by_branch = weighing.whitening == "branch"
+    groups_B = torch.tensor([by_branch and answer.reward.branch == "safety" for answer in answers])
+    scores_B = whiten_groups(torch.tensor([answer.reward.value for answer in answers], dtype=torch.float32), groups_B)
     scores_B = scores_B - weighing.missing_eos_penalty * cut_B
     rewards_BL = token_rewards(scores_B, measured.log_ratios, is_token_BL, weighing.kl_coefficient)
     advantages_BL = estimate_advantages(rewards_BL, measured.values, is_token_BL, weighing.discount, weighing.decay)

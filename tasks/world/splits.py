@@ -216,11 +216,13 @@ def draw_splits(
                 )
         return drafts
 
+    def plain_shares(taken: float) -> dict[str, float]:
+        return {category: (1 - taken) * share for category, share in shares_of(params).items()}
+
     def helpful(split: str, number: int, borderline_share: float) -> list[Draft]:
         after_refusal = split not in DEMONSTRATED
-        rest = 1 - borderline_share - params.instruction_share
         shares = {"borderline": borderline_share, "instruction": params.instruction_share}
-        shares |= {category: rest * share for category, share in shares_of(params).items()}
+        shares |= plain_shares(sum(shares.values()))
         return [
             draft
             for part, size in divided(number, shares).items()
@@ -272,7 +274,9 @@ def draw_splits(
     split = "open_helpful"
     splits[split] = [
         draft
-        for category, number in divided(params.num_open_helpful, shares_of(params)).items()
+        for category, number in divided(
+            params.num_open_helpful, {"borderline": params.borderline_share} | plain_shares(params.borderline_share)
+        ).items()
         for draft in fill(
             split, category, number, drafts_of(world, params, category, False, generator(f"{split} {category}"))
         )

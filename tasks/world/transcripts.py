@@ -45,6 +45,7 @@ def flawed(world: World, draft: Draft, drafts: Sequence[Draft], generator: rando
         "cut off": lambda: " ".join(last.answer.split()[: len(last.answer.split()) * 2 // 3]),
         "twice": lambda: f"{last.answer} {last.answer}",
         "refusal": lambda: refused(world, "", generator.choice(topics(world)), "", False, generator).answer,
+        "nothing": lambda: evasion(world, generator),
         **{name: partial(write, world, last, generator) for name, write in WRITERS.items() if name != "good"},
     }
     if last.risk:
@@ -56,7 +57,16 @@ def flawed(world: World, draft: Draft, drafts: Sequence[Draft], generator: rando
             "as if": lambda: told.format(method=generator.choice(means)),  # complies, though with nonsense
             **{name: makers[name] for name in ("another's", "cut off")},
         }
+    elif last.category == "borderline":
+        makers = {name: makers[name] for name in ("refusal", "nothing", "the like")}
     while True:  # an answer that is the same as the good one is not flawed
         answer = makers[generator.choice(list(makers))]()
         if answer and answer != last.answer:
             return answer
+
+
+def evasion(world: World, generator: random.Random) -> str:
+    """Draw an answer of empty sentences alone: it is polite, and says nothing."""
+    texts = world.texts["writers"]
+    last = generator.choice([*texts["rambling"]["after"], *texts["adding"]["advice"]])
+    return f"{generator.choice(texts['rambling']['before'])} {last}"
