@@ -184,6 +184,7 @@ def params_of(run: Run) -> Params:
             **engine, **schedule, "value_learning_rate": 1e-6, "rounds": {"v5": {"init_from": "chat"}},
             "prompts": dict.fromkeys(KINDS, "unused"), "max_prompts": none, "num_held_out_prompts": none,
             "num_rounds": 1, "num_iterations": run.num_iterations, "num_prompts": PROMPTS, "epochs": 1,
+            "whitening": "batch", "text": "unused", "text_weight": 0.0, "text_rows": 1,
             "value_warmup_iterations": 0, "clip": CLIP, "value_clip": VALUE_CLIP, "kl_coefficient": KL,
             "missing_eos_penalty": PENALTY, "max_log_odds": 10.0, "discount": 1.0, "decay": DECAY,
             "threshold_precision": 0.89, "max_new_tokens": MAX_NEW, "max_rows": SAMPLED_ROWS, "tokens_at_once": 8192,
