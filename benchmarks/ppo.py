@@ -212,7 +212,7 @@ def training_of(run: Run) -> Training:
     return Training(
         stage, chat, start_engine(policy, params, num_steps), start_engine(value, params, num_steps),
         Models(tokenizer, reference, rewards, directories, scales),
-        draw_prompts(run.num_iterations * PROMPTS, tokenizer), [],
+        draw_prompts(run.num_iterations * PROMPTS, tokenizer), [], None,
         Progress({"tokens": 0, "responses": 0}, {"best": {"step": 0}, "first_length": None}),
     )  # fmt: skip
 
