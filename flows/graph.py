@@ -106,3 +106,16 @@ def find_stale(nodes: Sequence[Node]) -> list[str]:
         if node.address in changed or any(name in stale for name in node.after):
             stale.append(node.name)
     return stale
+
+
+def count_waiting(nodes: Sequence[Node]) -> dict[str, int]:
+    """Return how many of the stages, given in their order, wait for each one, directly or through others.
+
+    The more wait for a stage, the sooner it should run.
+    """
+    waiting: dict[str, set[str]] = {node.name: set() for node in nodes}
+    for node in reversed(nodes):
+        for name in node.after:
+            if name in waiting:
+                waiting[name] |= {node.name, *waiting[node.name]}
+    return {name: len(others) for name, others in waiting.items()}

@@ -88,13 +88,14 @@ def bring_up_to_date(targets: Sequence[str], compose: Callable[[], str]) -> dict
 def _run_stages(nodes: Sequence[graph.Node], stale: Sequence[str]) -> dict[str, str] | State[Any]:
     """Submit the stale stages, each waiting for those it reads; collect the outcomes."""
     futures: dict[str, PrefectFuture[Any]] = {}
+    urgencies = graph.count_waiting([node for node in nodes if node.name in stale])
     for node in nodes:
         if node.name not in stale:
             continue
         task = reproduce.with_options(retries=int(node.meta.get("retries", 0)))
         wait_for = [futures[name] for name in node.after if name in futures]
         futures[node.name] = task.submit(
-            node.name, node.address, node.meta.get("seat"), wait_for=wait_for, return_state=False
+            node.name, node.address, node.meta.get("seat"), urgencies[node.name], wait_for=wait_for, return_state=False
         )
     outcomes = {node.name: "up to date" for node in nodes}
     failures, waiting = [], []

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -18,10 +19,12 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 from test_stage import processes_in, set_value, wait_for
 
+from flows import graph
 from flows.graph import find_stale, read_graph
 from flows.servers import free_port
 from flows.summary import format_number, main_figures, summarize
 from tasks.running.record import metric_lines
+from tasks.steering.reproduce import Seats
 
 
 @pytest.fixture(autouse=True)
@@ -423,6 +426,34 @@ def messages(port: int) -> list[str]:
 
 
 @pytest.mark.slow
+def test_the_most_urgent_stage_gets_the_next_seat_and_the_first_of_equals() -> None:
+    seats, taken = Seats(1), []
+
+    def stage(name: str, urgency: int) -> threading.Thread:
+        def run() -> None:
+            with seats.taken(urgency):
+                taken.append(name)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        return thread
+
+    with seats.taken(0):
+        threads = []
+        for number, (name, urgency) in enumerate([("control", 2), ("other", 2), ("round", 9), ("report", 1)], start=1):
+            threads.append(stage(name, urgency))
+            wait_for(lambda number=number: len(seats._waiting) == number)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert taken == ["round", "control", "other", "report"]
+
+
+def test_the_more_stages_wait_for_one_the_more_urgent_it_is() -> None:
+    after = {"a": (), "b": ("a",), "c": ("a",), "d": ("c",), "e": ("b", "d"), "f": ("gone",)}
+    nodes = [graph.Node(name, name, before, {}) for name, before in after.items()]
+    assert graph.count_waiting(nodes) == {"a": 4, "b": 1, "c": 2, "d": 1, "e": 0, "f": 0}
+
+
 @pytest.mark.parametrize("num_seats", [1, 2])
 def test_as_many_stages_are_on_the_accelerators_as_there_are_seats(workspace: Path, num_seats: int) -> None:
     stages, params = "stages:\n", Path("params.yaml").read_text()

@@ -6,12 +6,15 @@ the only cache, so the task is never cached; DVC alone decides what is out of da
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +36,51 @@ DVC_ADVICE = (
 )
 WAITING = "Waiting"  # name of the state of a task or flow that waits for people
 
+
+class Seats:
+    """Places for stages on the accelerators; of those that wait for one, the most urgent gets it, then the first."""
+
+    def __init__(self, number: int) -> None:
+        self._free = number
+        self._waiting: list[tuple[int, int]] = []
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, urgency: int) -> Iterator[None]:
+        """Wait for a seat, and hold it for as long as the block lasts."""
+        with self._changed:
+            own = -urgency, next(self._numbers)
+            heapq.heappush(self._waiting, own)
+            self._changed.wait_for(lambda: self._free > 0 and self._waiting[0] == own)
+            heapq.heappop(self._waiting)
+            self._free -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += 1
+                self._changed.notify_all()
+
+
 _children: set[subprocess.Popen[str]] = set()
 _starting = threading.Lock()  # held while a child starts, so that `stop_all` overlooks none
 _stopping = threading.Event()
-_seats = threading.Semaphore()  # of stages on the accelerators: two would share a machine's only one
+_seats = Seats(1)  # two stages would share a machine's only accelerator
 
 
 @task(cache_policy=NO_CACHE, task_run_name="{stage_name}")
-def reproduce(stage_name: str, address: str, seat: str | None) -> str | State[Any]:
+def reproduce(stage_name: str, address: str, seat: str | None, urgency: int) -> str | State[Any]:
     """Bring one stage up to date; return "ran in N s", "restored" (from DVC's run cache) or "up to date".
 
     `address` is DVC's name for the stage. Of the stages whose `seat` is "accelerator", at most as many run at once as
-    `allow_stages` was told. A stage that waits for people ends in the state `Waiting` with the stage's line, so that
-    stages that need it don't start.
+    `allow_stages` was told, those of the greatest `urgency` first. A stage that waits for people ends in the state
+    `Waiting` with the stage's line, so that stages that need it don't start.
     Raises RuntimeError with the stage's own message.
     """
     if seat == "accelerator":
-        with _seats:
+        with _seats.taken(urgency):
             return _run_dvc(stage_name, address)
     return _run_dvc(stage_name, address)
 
@@ -119,7 +150,7 @@ def allow_stages(num_seats: int) -> None:
     A process that has stopped a flow must call it again before it runs another.
     """
     global _seats
-    _seats = threading.Semaphore(num_seats)
+    _seats = Seats(num_seats)
     _stopping.clear()
 
 
