@@ -68,8 +68,9 @@ from model.training.engine import build_model, start_engine
 from tasks.judging.calibration import Line
 from tasks.judging.ranking import Scales
 from tasks.learning.loop import Progress, note_step
-from tasks.ppo.__main__ import VALUE_FROM, Params, Training, take_iteration
+from tasks.ppo.__main__ import VALUE_FROM, take_iteration
 from tasks.ppo.experience import Models
+from tasks.ppo.training import Params, Training
 from tasks.reading.prompts import KINDS, Prompt
 from tasks.reading.shares import Asked
 from tasks.running.params import Machine

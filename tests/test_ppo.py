@@ -33,9 +33,10 @@ from model.rlhf.rollouts import Rollout, padded
 from tasks.judging.calibration import Line
 from tasks.judging.ranking import Reward, Scales, reward_of
 from tasks.learning.stream import read_stream
-from tasks.ppo.__main__ import Params, prompts_of, run
+from tasks.ppo.__main__ import prompts_of, run
 from tasks.ppo.alarms import Alarms, check_alarms
 from tasks.ppo.experience import Answer, Measured, Weighing, figures_of, plan_batches, weigh
+from tasks.ppo.training import Params
 from tasks.reading.prompts import KINDS, Prompt
 from tasks.reading.shares import Asked
 from tasks.running.files import read_lines, write_lines
@@ -140,7 +141,7 @@ def test_it_learns_keeps_the_best_policy_and_leaves_what_it_reads_as_it_was(plac
     assert sorted(objectives) == [0, 2, 4, 6]
     assert best == max(objectives, key=lambda number: (objectives[number], -number))
     assert json.loads(Path("out/training.json").read_text())["step"] == best
-    assert figures["steps"] == max(0, best - 1) * 2
+    assert figures["steps"] == (6 - 1) * 2
     before, after = weights_in(models / "chat"), weights_in(Path("out"))
     assert all(torch.equal(before[name], after[name]) == (best == 0) for name in before)
     for name in ("chat", "data/reward_helpfulness/v5", "data/reward_safety/v5"):
@@ -202,7 +203,7 @@ def test_training_ends_when_the_best_policy_is_old(place: Path) -> None:
     figures = run(stage_of(learning_rate=1e-12, patience=2))
     assert figures["best_iteration"] == 0
     assert figures["iterations"] == 4
-    assert figures["steps"] == 0
+    assert figures["steps"] == (4 - 1) * 2
 
 
 def test_an_interrupted_run_that_had_ended_does_not_begin_again(place: Path) -> None:

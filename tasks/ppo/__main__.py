@@ -20,35 +20,32 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from model.network.checkpoint import load_weights, open_checkpoint, read_config, save_model
+from model.network.checkpoint import load_weights, open_checkpoint, read_config
 from model.network.packing import Batch, batch_of_rows, num_rows, num_targets
-from model.network.ranks import from_all_ranks, join_ranks
-from model.network.transformer import Llama, num_parameters
+from model.network.ranks import join_ranks
+from model.network.transformer import Llama
 from model.rlhf.losses import is_clipped
 from model.rlhf.rollouts import Known, RolloutBatch, batch_of_rollouts, policy_loss, value_loss
 from model.rlhf.value import ValueModel, draw_value_head
-from model.scoring.answers import Asked, check_same_tokenizer, log_probabilities
+from model.scoring.answers import check_same_tokenizer
 from model.scoring.reward import open_reward
 from model.text.tokenizer import Tokenizer
-from model.training.engine import EngineParams, Step, build_model, num_micro_batches, start_engine, train_step
+from model.training.engine import Step, build_model, num_micro_batches, start_engine, train_step
 from tasks.judging.scales import calibrate
-from tasks.learning.loop import Progress, Taken, digest_of, read_base, resume, run_steps
-from tasks.learning.stream import Text, read_stream
-from tasks.ppo.alarms import Alarms, check_alarms
+from tasks.learning.loop import Progress, Taken, read_base, resume, run_steps
+from tasks.learning.stream import read_stream
+from tasks.ppo.alarms import check_alarms
 from tasks.ppo.experience import (
     Answer,
-    Drawing,
     Models,
     Weighing,
     draw,
@@ -58,115 +55,18 @@ from tasks.ppo.experience import (
     plan_batches,
     weigh,
 )
+from tasks.ppo.reporting import report
+from tasks.ppo.training import Params, Start, Training
+from tasks.ppo.trying import best_directory, validate
 from tasks.reading.contamination import read_evaluation
 from tasks.reading.prompts import KINDS, Kind
 from tasks.reading.rounds import Place, round_of
 from tasks.reading.shares import Asked as AskedPrompt
-from tasks.reading.shares import Numbers
-from tasks.reading.taking import Asking, take_prompts
-from tasks.running.files import write_lines
-from tasks.running.params import Section
+from tasks.reading.taking import take_prompts
 from tasks.running.places import DATA
-from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
 
 VALUE_FROM: Kind = "helpfulness"  # the reward model whose layers the value model starts with
-
-
-class Start(Section):
-    """A round that ends with PPO."""
-
-    init_from: str = Field(min_length=1, description="Hugging Face Llama directory to start from")
-
-
-class Params(EngineParams, Asking):
-    """What is sampled, rewarded and learnt, and what is watched on the way; a row is a response with its prompt."""
-
-    rounds: dict[str, Start] = Field(description="rounds that end with PPO, by their names")
-    num_held_out_prompts: Numbers = Field(description="further prompts, on which the policy is tried")
-    num_iterations: int = Field(gt=0, description="maximum iterations; each samples, scores and learns")
-    num_prompts: int = Field(gt=0, description="prompts of an iteration, over all ranks; a response to each")
-    epochs: int = Field(gt=0, description="uses of each response")
-    value_warmup_iterations: int = Field(ge=0, description="first iterations, in which only the value model learns")
-    value_learning_rate: float = Field(gt=0, description="peak of the value model's schedule")
-    clip: float = Field(
-        gt=0, lt=1, description="change of a token's probability, as a share, beyond which none is learnt"
-    )
-    value_clip: float = Field(gt=0, description="change of a value beyond which none is learnt")
-    whitening: Literal["branch", "batch"] = Field(
-        description="over which responses rewards get mean 0 and variance 1: each reward model's, or all"
-    )
-    kl_coefficient: float = Field(ge=0, le=1, description="whitened reward that a nat of KL costs")
-    missing_eos_penalty: float = Field(ge=0, description="whitened reward that a response without its end loses")
-    max_log_odds: float = Field(gt=0, description="rewards, as log-odds, are cut to this either way")
-    discount: float = Field(gt=0, le=1, description="weight of a reward one token later")
-    decay: float = Field(ge=0, le=1, description="lambda of generalised advantage estimation")
-    text: str = Field(min_length=1, description="directory of the pretraining stream; read if `text_weight` is not 0")
-    text_weight: float = Field(ge=0, description="weight of its mean loss beside the policy's; 0: off")
-    text_rows: int = Field(gt=0, description="rows of it beside each step, over all ranks")
-    threshold_precision: float = Field(gt=0, le=1, description="share of answers called unsafe that must be")
-    max_new_tokens: int = Field(gt=0, description="maximum tokens of a response, EOS included")
-    max_rows: int = Field(gt=0, description="responses drawn at once; more need more memory")
-    tokens_at_once: int = Field(gt=0, description="tokens scored at once; more need more memory")
-    alarms: Alarms = Field(description="limits; beyond one of them, the stage stops")
-    validate_every: int = Field(gt=0, description="iterations between two tries on held-out prompts")
-    patience: int = Field(gt=0, description="tries without a better policy after which training ends")
-    num_shown: int = Field(ge=0, description="held-out prompts of each kind whose answers are shown at each try")
-    log_every: int = Field(gt=0, description="iterations between two logged points")
-    save_every: int = Field(gt=0, description="iterations between two saved states, from which a stopped run resumes")
-    max_shard_bytes: int = Field(gt=0, description="maximum bytes of weights in one file of the checkpoint")
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        if self.num_prompts % self.batch_rows:
-            raise ValueError(
-                f"num_prompts {self.num_prompts} is not a multiple of batch_rows {self.batch_rows}: each response is "
-                "learnt once an epoch, in steps of equal size"
-            )
-        if self.validate_every % self.save_every:
-            raise ValueError(
-                f"validate_every {self.validate_every} is not a multiple of save_every {self.save_every}: the best "
-                "policy is kept beside the state that knows it"
-            )
-        if self.value_warmup_iterations >= self.num_iterations:
-            raise ValueError(
-                f"value_warmup_iterations {self.value_warmup_iterations} leaves none of num_iterations "
-                f"{self.num_iterations} in which the policy learns"
-            )
-        if self.text_weight and self.text_rows % (self.batch_rows // self.micro_batch_rows):
-            raise ValueError(
-                f"text_rows {self.text_rows} do not divide among the {self.batch_rows // self.micro_batch_rows} micro "
-                "batches of a step"
-            )
-        if not any(getattr(self.num_held_out_prompts, kind) for kind in KINDS):
-            raise ValueError("num_held_out_prompts has none of any kind: the best policy is chosen on them")
-        return self
-
-    @property
-    def steps_an_iteration(self) -> int:
-        """Steps of each trained model in an iteration."""
-        return self.epochs * self.num_prompts // self.batch_rows
-
-
-@dataclass(frozen=True)
-class Training:
-    """One run: what is trained, on what prompts, and its progress."""
-
-    stage: Stage[Params]
-    base: Path
-    policy: Any  # DeepSpeed's engine
-    value: Any
-    models: Models
-    prompts: list[AskedPrompt]
-    held_out: list[AskedPrompt]
-    text: Text | None  # what the model was pretrained on, if it is learnt beside
-    progress: Progress
-
-    @property
-    def drawing(self) -> Drawing:
-        """How responses are drawn and scored."""
-        params = self.stage.params
-        return Drawing(params.max_new_tokens, params.max_rows, params.tokens_at_once, params.max_log_odds)
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -368,171 +268,6 @@ def texts_of(training: Training, num_steps: int) -> Iterator[tuple[Batch | None,
 def is_finite(loss: float, gradient_norm: float) -> bool:
     """Return whether a step may be taken."""
     return math.isfinite(loss) and math.isfinite(gradient_norm)
-
-
-# --- held-out prompts ---
-
-
-def validate(training: Training) -> None:
-    """Try the policy on the held-out prompts, and keep it if it is the best so far; show some answers.
-
-    What is compared is the objective of training (Llama 2, section 3.2.3): the mean reward, in deviations of the
-    starting policy's, less the KL penalty. Each time the same random numbers are drawn.
-    """
-    stage, params, progress, models = training.stage, training.stage.params, training.progress, training.models
-    answers = draw(training.policy, models, training.held_out, f"{stage.seed} {stage.name} held out", training.drawing)
-    values = [answer.reward.value for answer in answers]
-    if not progress.notes["deviations"]:
-        progress.notes["deviations"] = deviations_of(answers, params.whitening)
-    deviations = progress.notes["deviations"]
-    kl = statistics.fmean(divergences(answers, models, params.tokens_at_once))
-    found = {
-        "reward": statistics.fmean(values),
-        "kl": kl,
-        "length": statistics.fmean(len(answer.rollout.response) for answer in answers),
-        "finished": statistics.fmean(answer.finished for answer in answers),
-        **{
-            f"{kind}/reward": statistics.fmean(own)
-            for kind in KINDS
-            if (own := [answer.reward.value for answer in answers if answer.kind == kind])
-        },
-    }
-    gains = [answer.reward.value / deviations[answer.reward.branch] for answer in answers]
-    found["objective"] = statistics.fmean(gains) - params.kl_coefficient * kl
-    at = {"step": progress.step, "tokens": progress.counts["tokens"]}
-    progress.validation.append({**at, **found})
-    stage.log({f"validation/{name}": value for name, value in found.items()}, **at)
-    keep_if_best(training, found["objective"])
-    show(training, answers)
-
-
-def deviations_of(answers: Sequence[Answer], whitening: str) -> dict[str, float]:
-    """Return what a branch's rewards are divided by: their standard deviation, or that of all."""
-    values = {kind: [answer.reward.value for answer in answers if answer.reward.branch == kind] for kind in KINDS}
-    together = [value for own in values.values() for value in own]
-    return {
-        kind: max(statistics.pstdev(own if own and whitening == "branch" else together), 1e-6)
-        for kind, own in values.items()
-    }
-
-
-def divergences(answers: Sequence[Answer], models: Models, tokens_at_once: int) -> list[float]:
-    """Return the log-ratio of the policy's and the reference's probability of each response; the ranks share them."""
-    own = range(torch.distributed.get_rank(), len(answers), torch.distributed.get_world_size())
-    asked = [Asked(answers[number].rollout.prompt, [answers[number].rollout.response]) for number in own]
-    reference = [each for (each,) in log_probabilities(models.reference, asked, tokens_at_once)]
-    return from_all_ranks(
-        {number: answers[number].log_probability - each for number, each in zip(own, reference, strict=True)}
-    )
-
-
-def best_directory(stage: Stage[Params], step: int) -> Path:
-    """Return where the policy of an iteration is kept while it is the best one."""
-    return stage.scratch / f"best-{step}"
-
-
-def keep_if_best(training: Training, objective: float) -> None:
-    """Save the policy if no earlier one was better, and count for how long none was.
-
-    The one before stays, as a run that is killed now resumes from a state that knows only that one.
-    """
-    stage, progress = training.stage, training.progress
-    before = progress.notes["best"]
-    if before is not None and objective <= before["objective"]:
-        progress.notes["worse"] += 1
-        return
-    progress.notes |= {"best": {"step": progress.step, "objective": objective}, "worse": 0}
-    known = {best_directory(stage, best["step"]) for best in (before, progress.notes["best"]) if best is not None}
-    directory = best_directory(stage, progress.step)
-    if stage.rank == 0:
-        for path in [*stage.scratch.glob("best-*")]:
-            if path not in known or path == directory:
-                shutil.rmtree(path)
-    torch.distributed.barrier()
-    written = {"step": progress.step, "tokens": progress.counts["tokens"], "base_sha256": digest_of(training.base)}
-    save_model(training.policy.module, training.models.tokenizer, directory, written, stage.params.max_shard_bytes)
-
-
-def show(training: Training, answers: Sequence[Answer]) -> None:
-    """Add some answers to the table of samples."""
-    import pandas
-
-    stage, progress = training.stage, training.progress
-    for kind in KINDS:
-        own = [answer for answer in answers if answer.kind == kind]
-        for answer in own[: stage.params.num_shown]:
-            progress.notes["samples"].append(
-                {
-                    "step": progress.step,
-                    "kind": kind,
-                    "category": answer.prompt.category,
-                    "prompt": answer.prompt.messages[-1]["content"],
-                    "answer": answer.text(training.models.tokenizer),
-                    "finished": answer.finished,
-                    "helpfulness": answer.helpfulness,
-                    "safety": answer.safety,
-                    "branch": answer.reward.branch,
-                    "reward": answer.reward.value,
-                }
-            )
-    if stage.rank == 0:
-        pandas.DataFrame(progress.notes["samples"]).to_csv(stage.tables / "samples.csv", index=False)
-
-
-# --- the end ---
-
-PLOTS = {  # name of the plot: its title, the label of its values, and which of the figures of training it shows
-    "rewards": ("Reward of sampled responses", "log-odds (nats)", ["reward", "helpfulness/reward", "safety/reward"]),
-    "kl": ("KL from the starting policy", "nats per response", ["kl", "kl_k3"]),
-    "entropy": ("Entropy of the policy", "nats per token", ["entropy"]),
-    "length": ("Length of responses", "tokens", ["length"]),
-    "shares": ("Shares", "share", ["finished", "safety_branch", "clip_share", "explained_variance"]),
-    "value": ("Loss of the value model", "squared error, halved", ["value/loss"]),
-}
-HELD_OUT = Plot("curves", "Objective on held-out prompts", "iteration", "value", "iteration", "deviations", "measure")
-
-
-def report(training: Training) -> dict[str, float]:
-    """Write the curves and the last answers; return the figures."""
-    import pandas
-
-    stage, progress = training.stage, training.progress
-    first, best = progress.validation[0], progress.notes["best"]
-    chosen = next(row for row in progress.validation if row["step"] == best["step"])
-    if stage.rank == 0:
-        write_lines(
-            stage.output / "samples.jsonl", [row for row in progress.notes["samples"] if row["step"] == best["step"]]
-        )
-        for name, (title, label, measures) in PLOTS.items():
-            rows = [
-                {"iteration": row["step"], "measure": measure, "value": row[measure]}
-                for measure in measures
-                for row in progress.train
-            ]
-            plot = Plot("curves", title, "iteration", "value", "iteration", label, "measure")
-            stage.plot(name, pandas.DataFrame(rows), plot)
-        tries = [
-            {"iteration": row["step"], "measure": measure, "value": row[measure]}
-            for measure in ("objective", "reward", "helpfulness/reward", "safety/reward")
-            for row in progress.validation
-            if measure in row
-        ]
-        stage.plot("held_out", pandas.DataFrame(tries), HELD_OUT)
-    last = progress.train[-1]
-    steps = max(0, best["step"] - stage.params.value_warmup_iterations) * stage.params.steps_an_iteration
-    return {
-        "parameters": num_parameters(training.policy.module.config),
-        "iterations": progress.step,
-        "steps": steps,  # of the policy that is kept: a control takes as many
-        "best_iteration": best["step"],
-        "prompts": len(training.prompts),
-        "held_out_prompts": len(training.held_out),
-        "responses": progress.counts["responses"],
-        "tokens": progress.counts["tokens"],
-        **{f"train/{name}": last[name] for name in ("reward", "kl", "entropy", "length", "explained_variance")},
-        **{f"validation/{name}": value for name, value in chosen.items() if name not in ("step", "tokens")},
-        "validation/gain": chosen["objective"] - first["objective"],
-    }
 
 
 if __name__ == "__main__":
