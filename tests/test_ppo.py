@@ -16,16 +16,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from stages import Workspace, stage_here
 from test_pretrain import write_stream
-from test_rejection_sampling import (
-    HELPFULNESS_SCORES,
-    PROMPTS,
-    QUESTIONS,
-    SAFETY_SCORES,
-    asked,
-    write_chat,
-    write_prompts,
-    write_reward,
-)
+from test_rejection_sampling import PROMPTS, asked, write_chat, write_models, write_prompts
 
 from model.network.checkpoint import open_checkpoint
 from model.network.packing import batch_of_rows
@@ -39,7 +30,7 @@ from tasks.ppo.experience import Answer, Measured, Weighing, figures_of, plan_ba
 from tasks.ppo.training import Params
 from tasks.reading.prompts import KINDS, Prompt
 from tasks.reading.shares import Asked
-from tasks.running.files import read_lines, write_lines
+from tasks.running.files import read_lines
 from tasks.running.params import parse_section
 from tasks.running.stage import Stage
 
@@ -51,14 +42,8 @@ EOS = 2
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    join_alone()
     root = tmp_path_factory.mktemp("ppo-models")
-    tokenizer = train_tokenizer(root, [*QUESTIONS, "[INST] the llama walks over the hill [/INST]"])
-    write_chat(root / "chat", tokenizer)
-    for seed, kind in enumerate(KINDS):
-        directory = root / "data" / f"reward_{kind}" / "v5"
-        write_reward(directory, tokenizer, seed)
-        write_lines(directory / "scores.jsonl", HELPFULNESS_SCORES if kind == "helpfulness" else SAFETY_SCORES)
+    write_models(root, "v5")
     return root
 
 

@@ -91,16 +91,21 @@ SAFETY_SCORES = [scores_row("safety", n / 4, -n / 4, True, False) for n in range
 SAFETY_SCORES += [scores_row("helpfulness", 9, -9), scores_row("safety", 0.1, 0.3, True, False)]
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_models(root: Path, round_name: str) -> None:
+    """A chat model and the two reward models of a round, with their tokenizer and their scores of held-out pairs."""
     join_alone()
-    root = tmp_path_factory.mktemp("models")
     tokenizer = train_tokenizer(root, [*QUESTIONS, "[INST] the llama walks over the hill [/INST]"])
     write_chat(root / "chat", tokenizer)
     for seed, kind in enumerate(KINDS):
-        directory = root / "data" / f"reward_{kind}" / "v1"
+        directory = root / "data" / f"reward_{kind}" / round_name
         write_reward(directory, tokenizer, seed)
         write_lines(directory / "scores.jsonl", HELPFULNESS_SCORES if kind == "helpfulness" else SAFETY_SCORES)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    write_models(root, "v1")
     return root
 
 
