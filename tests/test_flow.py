@@ -281,7 +281,8 @@ LABEL_STAGE = f"""\
 def runs_of(query: str) -> list[Any]:
     from mlflow import MlflowClient
 
-    client = MlflowClient("sqlite:///mlflow.db")
+    # By its whole path: MLflow keeps a store open by its address, and the next test has another folder.
+    client = MlflowClient(f"sqlite:///{Path('mlflow.db').absolute()}")
     experiment = client.get_experiment_by_name("test")
     assert experiment is not None
     return list(client.search_runs([experiment.experiment_id], query, order_by=["start_time ASC"]))

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +79,6 @@ def test_a_killed_stage_is_killed_and_goes_on_as_the_same_run(workspace: Path) -
     (grow,) = runs()["grow"]
     assert grow.info.status == "FINISHED"
     assert [step for step, _ in history(grow, "train/loss")] == list(range(1, 13))
-
-
-def test_a_stage_whose_pipe_is_closed_still_has_its_last_word(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    header = {
-        "stage": "grow", "fingerprint": "f", "pipeline": "p", "experiment": "test", "params": {}, "datasets": [],
-        "code": {"commit": "c", "changed": "false"}, "output": "data/grow",
-    }  # fmt: skip
-    record = Path(".runs/grow/f")
-    read_end, write_end = os.pipe()
-    os.close(write_end)
-    monkeypatch.setattr(sys, "stdin", os.fdopen(read_end))
-    for closed_after, status in ((0.5, "FINISHED"), (1e9, "KILLED")):
-        record_module.open_record(record, header)
-        timer = threading.Timer(closed_after, record_module.close_record, (record, "FINISHED"))
-        timer.start()
-        tracking.follow(record, record_module.read_run(record)["started"])
-        timer.cancel()
-        assert runs()["grow"][-1].info.status == status
-        shutil.rmtree(record)
 
 
 @pytest.mark.slow

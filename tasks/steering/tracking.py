@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 SECONDS_BETWEEN_SENDS = 3.0
-SECONDS_FOR_LAST_WORD = 2.0  # that a stage's record has, once its pipe is closed, before the stage counts as killed
 LINES_PER_BATCH = 1000  # MLflow's limit on metrics in one request
 PARAMS_PER_BATCH = 100  # MLflow's limit on parameters in one request
 LONGEST_PARAM = 6000  # MLflow's limit on the characters of a parameter's value
@@ -291,10 +290,6 @@ def follow(record: Path, started: float) -> None:
         readable, _, _ = select.select([sys.stdin], [], [], SECONDS_BETWEEN_SENDS)
         ended = bool(readable) and os.read(sys.stdin.fileno(), 1) == b""
         run = read_run(record)
-        deadline = time.monotonic() + SECONDS_FOR_LAST_WORD
-        while ended and run["status"] == "RUNNING" and time.monotonic() < deadline:
-            time.sleep(0.1)
-            run = read_run(record)
         if run["started"] != started:
             return  # the stage died and was restarted: the newer run has its own sender
         if ended and run["status"] == "RUNNING":
