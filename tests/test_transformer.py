@@ -212,7 +212,31 @@ def test_token_losses_equal_one_cross_entropy_and_mask_what_is_ignored() -> None
     expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
     assert torch.allclose(losses, expected, atol=1e-5)
     assert (losses[::3] == 0).all()
-    uniform = token_losses(torch.zeros(4, 8), lambda x: x @ weight.T, torch.tensor([1, 2, IGNORED, 3]))
+
+
+def test_the_head_reads_only_what_has_a_target() -> None:
+    weight = torch.randn(20, 8, generator=torch.Generator().manual_seed(13))
+    hidden = torch.ones(6, 8, requires_grad=True)
+    seen: list[int] = []
+
+    def head(hidden_CD: Tensor) -> Tensor:
+        seen.append(len(hidden_CD))
+        return hidden_CD @ weight.T
+
+    token_losses(hidden, head, torch.tensor([IGNORED, 3, IGNORED, 4, 5, IGNORED])).sum().backward()
+    assert sum(seen) == 3
+    gradient = hidden.grad
+    assert gradient is not None
+    assert (gradient.abs().sum(dim=1) > 0).tolist() == [False, True, False, True, True, False]
+    hidden.grad = None
+    losses = token_losses(hidden, head, torch.full((6,), IGNORED))
+    losses.sum().backward()  # of a micro batch that has nothing to learn
+    assert losses.tolist() == [0] * 6
+    assert hidden.grad is not None and (hidden.grad == 0).all()
+
+
+def test_a_uniform_guess_loses_the_logarithm_of_the_vocabulary() -> None:
+    uniform = token_losses(torch.zeros(4, 8), lambda x: x @ torch.ones(8, 20), torch.tensor([1, 2, IGNORED, 3]))
     assert uniform.tolist() == pytest.approx([math.log(20), math.log(20), 0, math.log(20)])
 
 

@@ -91,6 +91,7 @@ PARAMS = {
         "num_open_helpful": 20,
         "num_open_harmless": 20,
         "open_error_rate": 0.2,
+        "open_weights": {"factual": 1, "writing": 3, "language_assistance": 1, "recommendation": 1, "dialogue": 1},
         "weights": {"factual": 4, "writing": 2, "language_assistance": 2, "recommendation": 1, "dialogue": 2},
         "writers": {"good": 1, "bare": 1, "rambling": 1, "adding": 1, "careless": 1},
         "new_wording_share": 0.5,
@@ -103,6 +104,7 @@ PARAMS = {
         "safe_attacks": ["logic_manipulation"],
         "borderline_share": 0.1,
         "preference_borderline_share": 0.1,
+        "open_borderline_share": 0.1,
         "instruction_share": 0.2,
     },
 }

@@ -227,8 +227,10 @@ def test_the_evaluation_has_the_papers_categories_in_equal_parts(lines):
 def test_every_split_has_its_parts_in_full(truth):
     # Each part has the number that its share gives, rounded up or down; safe demonstrations are apart.
     dialogues = PARAMS.dialogues
-    weights = dialogues.weights.model_dump()
-    shares = {category: weight / sum(weights.values()) for category, weight in weights.items()}
+    shares, open_shares = (
+        {category: weight / sum(weights.model_dump().values()) for category, weight in weights.model_dump().items()}
+        for weights in (dialogues.weights, dialogues.open_weights)
+    )
 
     def mixed_with(borderline_share):
         others = {"borderline": borderline_share, "instruction": dialogues.instruction_share}
@@ -245,8 +247,8 @@ def test_every_split_has_its_parts_in_full(truth):
         "evaluation_helpfulness": shares,
         "evaluation_borderline": {"borderline": 1.0},
         "evaluation_instructions": {"instruction": 1.0},
-        "open_helpful": {"borderline": dialogues.borderline_share}
-        | {category: share * (1 - dialogues.borderline_share) for category, share in shares.items()},
+        "open_helpful": {"borderline": dialogues.open_borderline_share}
+        | {category: share * (1 - dialogues.open_borderline_share) for category, share in open_shares.items()},
         "open_harmless": {"safety": 1.0},
     }
     assert set(expected) == {*FILES, *PAIRS}
@@ -509,6 +511,20 @@ def test_a_flaw_to_a_harm_complies_or_misses_the_point(world):
     assert "I will not" in drawn  # cut off
     assert len(drawn) > 10
     assert "I will not say that." not in drawn
+
+
+def test_a_flaw_to_a_text_tells_less_or_the_same_again(world):
+    check = {"check": "facts", "entity": "Mira", "attributes": [], "num_sentences": 3, "min_facts": 3}
+    draft = Draft([Turn("Tell me of Mira.", "One here. Two here. Three here.", "writing", "text", check)])
+    drawn = Counter(flawed(world, draft, [draft], random.Random(seed)) for seed in range(400))
+    less = {"One here. Two here.", "One here. Three here.", "Two here. Three here."}
+    again = {"One here. One here. Three here.", "One here. Two here. One here.", "Two here. Two here. Three here."}
+    assert less | again | {"One here."} <= set(drawn)
+    assert not any(refuses(answer) for answer in drawn)
+    # What differs from the text: one less, said again, careless, bare, rambling, adding, nothing.
+    assert sum(drawn[answer] for answer in less | again) / 400 == pytest.approx(3 / 7, abs=0.1)
+    single = replace(draft.turns[0], answer="One here.")
+    assert "One here." not in {flawed(world, Draft([single]), [draft], random.Random(seed)) for seed in range(100)}
 
 
 def test_a_transcript_is_written_as_hh_rlhf_does(world):

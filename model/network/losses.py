@@ -18,11 +18,14 @@ CHUNK = 1024  # tokens with float32 logits at once: these stay in the processor'
 def token_losses(hidden_TD: Tensor, head: Callable[[Tensor], Tensor], targets_T: Tensor) -> Tensor:
     """Return each token's cross entropy in nats, float32: 0 where the target is IGNORED.
 
-    `head` maps hidden states to logits. There is no mean here: batches, micro batches and ranks hold different numbers
-    of targets, and only the sum over all of them, divided by their number, is the loss.
+    `head` maps hidden states to logits, of those tokens that have a target: in a dialogue, few have. There is no mean
+    here: batches, micro batches and ranks hold different numbers of targets, and only the sum over all of them, divided
+    by their number, is the loss.
     """
+    is_target_T = targets_T != IGNORED
+    chunks = zip(torch.split(hidden_TD[is_target_T], CHUNK), torch.split(targets_T[is_target_T], CHUNK), strict=True)
     losses = [
-        nn.functional.cross_entropy(head(hidden_CD).float(), targets_C, ignore_index=IGNORED, reduction="none")
-        for hidden_CD, targets_C in zip(torch.split(hidden_TD, CHUNK), torch.split(targets_T, CHUNK), strict=True)
+        nn.functional.cross_entropy(head(hidden_CD).float(), targets_C, reduction="none")
+        for hidden_CD, targets_C in chunks
     ]
-    return torch.cat(losses)
+    return torch.zeros(len(targets_T), device=hidden_TD.device).masked_scatter(is_target_T, torch.cat(losses))

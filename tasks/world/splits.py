@@ -92,6 +92,7 @@ class Dialogues(Section):
     num_open_helpful: int = Field(gt=0, description="open-source pairs of answers to helpful prompts")
     num_open_harmless: int = Field(gt=0, description="open-source pairs of answers to adversarial prompts")
     open_error_rate: float = Field(ge=0, lt=0.5, description="share of open-source pairs labelled the wrong way round")
+    open_weights: Weights = Field(description="weights of the helpful categories of open-source pairs")
     weights: Weights = Field(description="weights of the helpful categories")
     writers: WriterWeights = Field(description="weights of those who write demonstrations and earlier turns")
     new_wording_share: float = Field(
@@ -106,6 +107,7 @@ class Dialogues(Section):
     safe_attacks: tuple[str, ...] = Field(min_length=1, description="attack vectors that demonstrations cover")
     borderline_share: float = Field(ge=0, lt=1, description="share of borderline prompts among helpful dialogues")
     preference_borderline_share: float = Field(ge=0, lt=1, description="the same, among the prompts for preferences")
+    open_borderline_share: float = Field(ge=0, lt=1, description="the same, among helpful open-source pairs")
     instruction_share: float = Field(
         ge=0, lt=1, description="share of dialogues with a system message among helpful ones"
     )
@@ -216,13 +218,13 @@ def draw_splits(
                 )
         return drafts
 
-    def plain_shares(taken: float) -> dict[str, float]:
-        return {category: (1 - taken) * share for category, share in shares_of(params).items()}
+    def plain_shares(taken: float, weights: Weights) -> dict[str, float]:
+        return {category: (1 - taken) * share for category, share in shares_of(weights).items()}
 
     def helpful(split: str, number: int, borderline_share: float) -> list[Draft]:
         after_refusal = split not in DEMONSTRATED
         shares = {"borderline": borderline_share, "instruction": params.instruction_share}
-        shares |= plain_shares(sum(shares.values()))
+        shares |= plain_shares(sum(shares.values()), params.weights)
         return [
             draft
             for part, size in divided(number, shares).items()
@@ -272,11 +274,11 @@ def draw_splits(
         kept = helpful(split, number - num_safe, params.borderline_share)
         splits[split] = shuffled(split, kept + fill(split, "safe", num_safe, refusals))
     split = "open_helpful"
+    shares = {"borderline": params.open_borderline_share}
+    shares |= plain_shares(params.open_borderline_share, params.open_weights)
     splits[split] = [
         draft
-        for category, number in divided(
-            params.num_open_helpful, {"borderline": params.borderline_share} | plain_shares(params.borderline_share)
-        ).items()
+        for category, number in divided(params.num_open_helpful, shares).items()
         for draft in fill(
             split, category, number, drafts_of(world, params, category, False, generator(f"{split} {category}"))
         )
@@ -305,10 +307,10 @@ def divided(number: int, weights: Mapping[Any, float]) -> dict[Any, int]:
     return {name: end - start for name, start, end in zip(weights, [0, *ends], ends, strict=False)}
 
 
-def shares_of(params: Dialogues) -> dict[str, float]:
+def shares_of(weights: Weights) -> dict[str, float]:
     """Return the share of each category of helpful dialogues."""
-    weights = params.weights.model_dump()
-    return {category: weight / sum(weights.values()) for category, weight in weights.items()}
+    numbers = weights.model_dump()
+    return {category: number / sum(numbers.values()) for category, number in numbers.items()}
 
 
 def drafts_of(

@@ -12,6 +12,7 @@ from functools import partial
 
 from tasks.world.adversarial import HARMLESS, harmless, refused, topics
 from tasks.world.facts import World
+from tasks.world.judge import sentences
 from tasks.world.turns import Draft
 from tasks.world.writers import WRITERS
 
@@ -59,10 +60,30 @@ def flawed(world: World, draft: Draft, drafts: Sequence[Draft], generator: rando
         }
     elif last.category == "borderline":
         makers = {name: makers[name] for name in ("refusal", "nothing", "the like")}
+    elif last.check and last.check["check"] == "facts":  # how much a text must tell is hard to learn from other flaws
+        makers = {name: makers[name] for name in ("another's", "the like", "nothing", *WRITERS) if name != "good"} | {
+            "one less": lambda: without_one(last.answer, generator),
+            "said again": lambda: said_again(last.answer, generator),
+        }
     while True:  # an answer that is the same as the good one is not flawed
         answer = makers[generator.choice(list(makers))]()
         if answer and answer != last.answer:
             return answer
+
+
+def without_one(text: str, generator: random.Random) -> str:
+    """Return a text without one of its sentences."""
+    said = sentences(text)
+    del said[generator.randrange(len(said))]
+    return " ".join(said)
+
+
+def said_again(text: str, generator: random.Random) -> str:
+    """Return a text that says one of its sentences in the place of another."""
+    said = sentences(text)
+    first, second = generator.sample(range(len(said)), 2) if len(said) > 1 else (0, 0)
+    said[second] = said[first]
+    return " ".join(said)
 
 
 def evasion(world: World, generator: random.Random) -> str:
