@@ -6,18 +6,21 @@ chat model with only its first layers kept. Each is trained with the parameters 
 
 - base: on demonstrations, until it works again with fewer layers,
 - distilled: from the base, on the larger model's best samples, with demonstrations,
-- demonstrations: from the base, the same number of steps on demonstrations alone; the control.
+- own: the same number of steps on the base's own best samples of the same prompts, drawn, scored and chosen as
+  `rejection_sampling` does; a control,
+- demonstrations: the same number of steps on demonstrations alone; a control.
 
 A run that was stopped goes on with the training that it was at.
 
-Reads the chat model, the larger model's best.jsonl, demonstrations, and the evaluation's prompts. Writes a directory of
-each model, <n>_layers/<name>/, like those of `fine_tuning`, which `evaluate.checkpoints` can name, and plots/loss.csv.
+Reads the chat model, the larger model's best.jsonl, a round's reward models, demonstrations, and the evaluation's
+prompts. Writes a directory of each model, <n>_layers/<name>/, like those of `fine_tuning`, which `evaluate.checkpoints`
+can name, <n>_layers/own.jsonl, and plots/loss.csv.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,21 @@ from pydantic import Field
 
 from model.network.checkpoint import open_checkpoint, read_config, save_model
 from model.network.ranks import join_ranks
+from tasks.judging.ranking import Scales
+from tasks.judging.scales import calibrate
 from tasks.learning import versions
 from tasks.learning.answers import train
 from tasks.learning.versions import folders_of
-from tasks.running.files import read_json, write_json
+from tasks.reading.prompts import KINDS, Prompt
+from tasks.reading.rounds import NAME
+from tasks.running.files import read_json, write_json, write_lines
 from tasks.running.params import Section, parse_section, read_params
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
+from tasks.sampling import params as sampling
+from tasks.sampling.choosing import choose, dialogue_of, read_chosen
+from tasks.sampling.drawing import check_models, draw_and_score
+from tasks.sampling.params import job_of, settings_of
 
 LOSS = Plot(
     kind="curves",
@@ -51,6 +62,10 @@ class Params(Section):
 
     init_from: str = Field(min_length=1, description="Hugging Face Llama directory of the chat model to make smaller")
     distil_from: str = Field(min_length=1, description="directory of the larger model's samples, with best.jsonl")
+    rewards: str = Field(
+        pattern=NAME.pattern, description="round whose reward models score the smaller models' own samples"
+    )
+    temperature: float = Field(gt=0, description="at which the smaller models draw them")
     num_layers: list[int] = Field(min_length=1, description="sizes: how many of the first layers are kept")
     base_epochs: int = Field(gt=0, description="epochs of demonstrations for a base, which has lost layers")
 
@@ -61,8 +76,11 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     join_ranks()
     check_sizes(params)
     values = parse_section(versions.Params, read_params(), versions.SECTION)
+    sampled = parse_section(sampling.Params, read_params(), sampling.SECTION)
     samples = Path(params.distil_from) / "best.jsonl"
     folders_of(values, samples)  # raises before anything is trained
+    scales, _ = calibrate(params.rewards, sampled.threshold_precision)
+    prompts = read_chosen(samples.parent, "distillation.distil_from")["best"]
     found: dict[str, dict[str, float]] = {}
     for num_layers in params.num_layers:
         size = f"{num_layers}_layers"
@@ -72,8 +90,10 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         found[f"{size}/base"] = train_once(stage, f"{size}/base", longer, first, None, None)
         base = trained(stage, f"{size}/base")
         distilled = train_once(stage, f"{size}/distilled", values, base, samples, None)
-        control = train_once(stage, f"{size}/demonstrations", values, base, None, int(distilled["steps"]))
-        found |= {f"{size}/distilled": distilled, f"{size}/demonstrations": control}
+        found[f"{size}/distilled"], num_steps = distilled, int(distilled["steps"])
+        drawn = draw_own(stage, size, sampled, scales, prompts)
+        for name, learnt in (("own", drawn), ("demonstrations", None)):
+            found[f"{size}/{name}"] = train_once(stage, f"{size}/{name}", values, base, learnt, num_steps)
     return report(stage, found)
 
 
@@ -107,6 +127,55 @@ def keep_first_layers(stage: Stage[Params], num_layers: int, directory: Path) ->
 def trained(stage: Stage[Params], name: str) -> Path:
     """Return where a training's model is until the end."""
     return stage.scratch / name / "output"
+
+
+def draw_own(
+    stage: Stage[Params],
+    size: str,
+    sampled: sampling.Params,
+    scales: Scales,
+    prompts: Sequence[Mapping[str, Any]],
+) -> Path:
+    """Write the base's own best samples of the larger model's prompts; return the file.
+
+    Raises ValueError when none can be chosen.
+    """
+    params, path = stage.params, stage.scratch / size / "own.jsonl"
+    settings = settings_of(sampled, trained(stage, f"{size}/base"), params.rewards, stage.seed, path.with_suffix(""))
+    check_models(settings)
+    jobs = [
+        job_of(sampled, kind, params.temperature, [prompt_of(line) for line in prompts if line["kind"] == kind], "own")
+        for kind in KINDS
+    ]
+    description = f"{stage.name} {size}" if stage.rank == 0 else None
+    candidates = draw_and_score(settings, jobs, {}, description)
+    choices = [
+        choose(
+            job.kind,
+            prompt,
+            job.temperature,
+            found,
+            scales,
+            getattr(sampled.log_probability_weight, job.kind),
+            stage.seed,
+        )
+        for job in jobs
+        for prompt, found in zip(job.prompts, candidates[job.name], strict=True)
+    ]
+    if not any(choice.is_answered for choice in choices):
+        raise ValueError(
+            f"the model of {size} has no answer that can be chosen to any of {len(choices)} prompts: raise "
+            "`distillation.base_epochs`, of the demonstrations that mend it, or keep more layers"
+        )
+    if stage.rank == 0:
+        write_lines(path, (dialogue_of(choice, "best") for choice in choices if choice.is_answered))
+    torch.distributed.barrier()
+    return path
+
+
+def prompt_of(line: Mapping[str, Any]) -> Prompt:
+    """Return what a chosen sample answers."""
+    return Prompt(line["id"], line["category"], line["messages"][:-1], None, None, None)
 
 
 def train_once(
@@ -163,6 +232,8 @@ def report(stage: Stage[Params], found: Mapping[str, Mapping[str, float]]) -> di
     curves = []
     for name in found:
         shutil.copytree(trained(stage, name), stage.output / name)  # not moved: the run may still be killed
+        if name.endswith("/own"):
+            shutil.copy(stage.scratch / f"{name}.jsonl", stage.output / f"{name}.jsonl")
         losses = pandas.read_csv(stage.output / name / "plots" / "validation.csv")
         curves.append(losses[losses["category"] == "all"].assign(model=name.replace("_layers/", " layers, ")))
     stage.plot("loss", pandas.concat(curves)[["model", "tokens", "loss"]], LOSS)

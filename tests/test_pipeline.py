@@ -38,7 +38,7 @@ LEAVE_OUT = {  # read what the evaluation asks, to leave it out
 }
 AS_OTHERS = {  # stages that train as another one does: that one's section
     "controls": {"fine_tuning"},
-    "distillation": {"fine_tuning"},
+    "distillation": {"fine_tuning", "rejection_sampling"},
 }
 WEIGH = {"evaluate", "compare"}  # ask what answers are worth to the annotators
 LAUNCHED = TRAINING | {
@@ -49,7 +49,8 @@ LAUNCHED = TRAINING | {
     "reward_scaling",
     "compare",
 }  # on the accelerators
-SHARED = {"judging", "learning", "reading", "running", "steering", "workers"}  # folders of tasks/ that are no stage
+# folders of tasks/ that are no stage
+SHARED = {"judging", "learning", "reading", "running", "sampling", "steering", "workers"}
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
 
 

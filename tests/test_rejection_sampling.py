@@ -34,14 +34,15 @@ from tasks.judging.scales import calibrate
 from tasks.reading.dialogues import DialogueSource, read_dialogues
 from tasks.reading.prompts import KINDS, Prompt
 from tasks.reading.shares import at_most, share_of
-from tasks.rejection_sampling.__main__ import Params, run
-from tasks.rejection_sampling.choosing import Choice, choose, dialogue_of, merged, sample_line
-from tasks.rejection_sampling.drawing import Candidate, distinct
+from tasks.rejection_sampling.__main__ import run
 from tasks.rejection_sampling.reporting import draws_of, report_truth, reward_curve, sizes_up_to
 from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.params import parse_section
 from tasks.running.stage import Stage
+from tasks.sampling.choosing import Choice, choose, dialogue_of, merged, sample_line
+from tasks.sampling.drawing import Candidate, distinct
+from tasks.sampling.params import Params
 from tasks.world.annotators import Annotators
 from tasks.world.judge import read_truth
 
@@ -70,9 +71,9 @@ def write_chat(directory: Path, tokenizer: Path, ends: float = 4.5) -> None:
     save_model(model, Tokenizer(tokenizer), directory, {"step": 1}, 10**9)
 
 
-def write_reward(directory: Path, tokenizer: Path, seed: int) -> None:
+def write_reward(directory: Path, tokenizer: Path, seed: int, vocab_size: int = 290) -> None:
     config = ModelConfig.model_validate(
-        {**SMALL, "vocab_size": 290, "max_position_embeddings": 64, "initializer_range": 0.3}
+        {**SMALL, "vocab_size": vocab_size, "max_position_embeddings": 64, "initializer_range": 0.3}
     )
     model = build_model(partial(RewardModel, tells_safety=False), config, EngineParams.model_validate(TRAINED))
     generator = torch.Generator().manual_seed(seed)
@@ -810,7 +811,7 @@ def workspace(root: Path, models: Path, num_ranks: int = 1, **changes: Any) -> W
 
 
 def test_finished_prompts_are_not_drawn_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tasks.rejection_sampling import drawing
+    from tasks.sampling import drawing
 
     figures = run(stage_of())
     before = outputs()

@@ -50,7 +50,8 @@ def write_params(root: Path, entries: Any = CONTROLS, **changes: Any) -> None:
 def sampled(number: int, answer: str, **changes: Any) -> dict[str, Any]:
     """A sample; the answer that it follows was written carelessly."""
     asked = turns("the sky?", "bluen", f"{number}: the {sorted(COLOURS)[number % 6]}?", answer)
-    return {"id": f"s{number}", "messages": asked, "category": "factual", "safety": False, "source": "v1", **changes}
+    about = {"category": "factual", "kind": "helpfulness", "safety": False, "source": "v1"}
+    return {"id": f"s{number}", "messages": asked, **about, **changes}
 
 
 def write_samples(root: Path) -> None:

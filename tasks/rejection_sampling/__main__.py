@@ -2,9 +2,9 @@
 
 The newest chat model draws, the round's reward models score. Steps: calibrate both models' scores on held-out labels,
 and choose the threshold of safety; search the temperature, for each kind of prompt, on prompts that nothing is trained
-on; draw at that temperature; choose (tasks/rejection_sampling/choosing.py has the rules). The best and the random picks
-of all earlier rounds are kept beside the round's own. Where there is a truth, the judge tells what the choice is worth;
-it decides nothing. With `distil_from`, another model's chosen samples take the place of own ones, and nothing is drawn.
+on; draw at that temperature; choose (tasks/sampling/choosing.py has the rules). The best and the random picks of
+all earlier rounds are kept beside the round's own. Where there is a truth, the judge tells what the choice is worth; it
+decides nothing. With `distil_from`, another model's chosen samples take the place of own ones, and nothing is drawn.
 
 An answer that was cut is scored as if the model had ended it, as reward models know no other answers; it ranks below
 every one that can be chosen, and never is. Prompts that ask what the evaluation asks are left out.
@@ -19,20 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from model.network.ranks import join_ranks
 from tasks.judging.calibration import Threshold
 from tasks.judging.ranking import Scales
 from tasks.judging.scales import calibrate
 from tasks.reading.contamination import read_evaluation
-from tasks.reading.prompts import KINDS, Kind, Prompt
-from tasks.reading.rounds import Place, round_of
-from tasks.reading.shares import Numbers
-from tasks.reading.taking import Asking, TakenPrompts, take_prompts
-from tasks.rejection_sampling.choosing import (
+from tasks.reading.prompts import KINDS, Kind
+from tasks.reading.rounds import round_of
+from tasks.reading.taking import TakenPrompts, take_prompts
+from tasks.rejection_sampling.reporting import best_reward, count_figures, report_rewards, report_truth
+from tasks.running.files import write_json, write_lines
+from tasks.running.places import NOTHING
+from tasks.running.stage import Stage, start
+from tasks.sampling.choosing import (
     WAYS,
     Choice,
     choose,
@@ -42,60 +43,10 @@ from tasks.rejection_sampling.choosing import (
     read_chosen,
     sample_line,
 )
-from tasks.rejection_sampling.drawing import Candidate, Job, Settings, check_models, draw_and_score
-from tasks.rejection_sampling.reporting import best_reward, count_figures, report_rewards, report_truth
-from tasks.running.files import write_json, write_lines
-from tasks.running.params import Section
-from tasks.running.places import DATA, NOTHING
-from tasks.running.stage import Stage, start
+from tasks.sampling.drawing import Candidate, Job, check_models, draw_and_score
+from tasks.sampling.params import Params, job_of, settings_of
 from tasks.world.annotators import read_annotators
 from tasks.world.judge import read_truth
-
-
-class Samples(Section):
-    """How many answers to a prompt of each kind."""
-
-    helpfulness: int = Field(gt=0, description="samples a prompt; 1: nothing is chosen")
-    safety: int = Field(gt=0, description="samples a prompt; 1: nothing is chosen")
-
-
-class Weights(Section):
-    """How much an answer's log-probability counts beside its reward, for each kind of prompt."""
-
-    helpfulness: float = Field(ge=0, description="log-odds for each nat of log-probability; 0: off")
-    safety: float = Field(ge=0, description="log-odds for each nat of log-probability; 0: off")
-
-
-class Params(Asking):
-    """Which prompts are asked, how answers are drawn, scored and chosen."""
-
-    num_search_prompts: Numbers = Field(description="further prompts of one round, to search the temperature on")
-    num_samples: Samples = Field(description="answers drawn to each prompt")
-    temperatures: list[float] = Field(min_length=1, description="those that are tried; one: there is no search")
-    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens with this total probability; 1: all")
-    top_k: int = Field(ge=0, description="draw among this many of the likeliest tokens; 0: all")
-    max_new_tokens: int = Field(gt=0, description="maximum tokens of an answer, EOS included")
-    threshold_precision: float = Field(gt=0, le=1, description="share of answers called unsafe that must be")
-    log_probability_weight: Weights = Field(description="against over-optimised rewards")
-    truth: str | None = Field(description="directory of what the judge knows, for the report; null: none")
-    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
-    max_rows: int = Field(gt=0, description="answers drawn at once; more need more memory")
-    tokens_at_once: int = Field(gt=0, description="tokens scored at once; more need more memory")
-    save_every: int = Field(gt=0, description="prompts between two saves")
-
-    @model_validator(mode="after")
-    def _is_searchable(self) -> Self:
-        if min(self.temperatures) <= 0:
-            raise ValueError(f"`temperatures` {self.temperatures}: answers that are all the likeliest are all the same")
-        missing = [
-            kind for kind in KINDS if getattr(self.max_prompts, kind) and not getattr(self.num_search_prompts, kind)
-        ]
-        if len(set(self.temperatures)) > 1 and missing:
-            raise ValueError(
-                f"`temperatures` has several to choose from, and `num_search_prompts.{missing[0]}` is 0: there is no "
-                "prompt to try them on"
-            )
-        return self
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -110,7 +61,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     if not asked:
         return write_chosen(stage, earlier, {way: [] for way in WAYS}, []) | {"distilled": 0}
     join_ranks()
-    settings = settings_of(stage, place)
+    settings = settings_of(params, Path(place.round.newest), place.name, stage.seed, stage.scratch)
     taken = take_prompts(
         place, stage.section, params, params.num_search_prompts, *check_models(settings), read_evaluation()
     )
@@ -156,30 +107,6 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             answered = {kind: [choice for choice in own if choice.is_answered] for kind, own in chosen.items()}
             figures |= report_truth(stage, answered, read_truth(Path(params.truth)), read_annotators())
     return figures
-
-
-def settings_of(stage: Stage[Params], place: Place) -> Settings:
-    """Return how everything is drawn and scored."""
-    params = stage.params
-    return Settings(
-        policy=Path(place.round.newest),
-        rewards={kind: DATA / f"reward_{kind}" / place.name for kind in KINDS},
-        round_name=place.name,
-        seed=stage.seed,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        max_new_tokens=params.max_new_tokens,
-        precision=params.precision,
-        max_rows=params.max_rows,
-        tokens_at_once=params.tokens_at_once,
-        save_every=params.save_every,
-        scratch=stage.scratch,
-    )
-
-
-def job_of(params: Params, kind: Kind, temperature: float, prompts: Sequence[Prompt], purpose: str) -> Job:
-    """Return what is to be drawn for one kind at one temperature."""
-    return Job(f"{purpose}-{kind}-{temperature}", kind, temperature, getattr(params.num_samples, kind), prompts)
 
 
 # --- prompts ---

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from tasks.judging.intervals import mean_interval, wilson
 from tasks.judging.ranking import Scales, chances_of_middle, chances_of_place
 from tasks.reading.prompts import KINDS, Kind
-from tasks.rejection_sampling.choosing import Choice
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage
+from tasks.sampling.choosing import Choice
 from tasks.world.annotators import Annotator, mean_utility
 from tasks.world.judge import Truth, judge
 

@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple
 from model.text.dialogue import Message, check
 from tasks.judging.ranking import Reward, Scales, ranked, reward_of
 from tasks.reading.prompts import KINDS, Kind, Prompt, is_message
-from tasks.rejection_sampling.drawing import Candidate, Earlier
 from tasks.running.digests import number_of
 from tasks.running.places import NOTHING
+from tasks.sampling.drawing import Candidate, Earlier
 
 Way = Literal["best", "random"]
 WAYS: tuple[Way, ...] = ("best", "random")

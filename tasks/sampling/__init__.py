@@ -1,0 +1,1 @@
+"""Shared code of the stages that draw answers and choose the best of them."""
