@@ -59,9 +59,11 @@ def flawed(world: World, draft: Draft, drafts: Sequence[Draft], generator: rando
             **{name: makers[name] for name in ("another's", "cut off")},
         }
     elif last.category == "borderline":
-        makers = {name: makers[name] for name in ("refusal", "nothing", "the like")}
+        makers = {name: makers[name] for name in ("refusal", "nothing")}  # what it may seem to deserve
     elif last.check and last.check["check"] == "facts":  # how much a text must tell is hard to learn from other flaws
-        makers = {name: makers[name] for name in ("another's", "the like", "nothing", *WRITERS) if name != "good"} | {
+        makers = {
+            name: makers[name] for name in ("another's", "the like", "refusal", "nothing", *WRITERS) if name != "good"
+        } | {
             "one less": lambda: without_one(last.answer, generator),
             "said again": lambda: said_again(last.answer, generator),
         }
