@@ -42,9 +42,9 @@ from tasks.running.params import Section, parse_section, read_params
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
 from tasks.sampling import params as sampling
-from tasks.sampling.choosing import choose, dialogue_of, read_chosen
+from tasks.sampling.choosing import dialogue_of, read_chosen
 from tasks.sampling.drawing import check_models, draw_and_score
-from tasks.sampling.params import job_of, settings_of
+from tasks.sampling.params import choices_of, job_of, settings_of
 
 LOSS = Plot(
     kind="curves",
@@ -149,19 +149,7 @@ def draw_own(
     ]
     description = f"{stage.name} {size}" if stage.rank == 0 else None
     candidates = draw_and_score(settings, jobs, {}, description)
-    choices = [
-        choose(
-            job.kind,
-            prompt,
-            job.temperature,
-            found,
-            scales,
-            getattr(sampled.log_probability_weight, job.kind),
-            stage.seed,
-        )
-        for job in jobs
-        for prompt, found in zip(job.prompts, candidates[job.name], strict=True)
-    ]
+    choices = [choice for job in jobs for choice in choices_of(sampled, job, candidates[job.name], scales, stage.seed)]
     if not any(choice.is_answered for choice in choices):
         raise ValueError(
             f"the model of {size} has no answer that can be chosen to any of {len(choices)} prompts: raise "

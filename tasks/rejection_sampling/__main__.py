@@ -36,15 +36,14 @@ from tasks.running.stage import Stage, start
 from tasks.sampling.choosing import (
     WAYS,
     Choice,
-    choose,
     dialogue_of,
     earlier_best,
     merged,
     read_chosen,
     sample_line,
 )
-from tasks.sampling.drawing import Candidate, Job, check_models, draw_and_score
-from tasks.sampling.params import Params, job_of, settings_of
+from tasks.sampling.drawing import Job, check_models, draw_and_score
+from tasks.sampling.params import Params, choices_of, job_of, settings_of
 from tasks.world.annotators import read_annotators
 from tasks.world.judge import read_truth
 
@@ -70,20 +69,13 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     best_before = earlier_best(earlier["best"], prompts, parameter)
     description = stage.name if stage.rank == 0 else None
 
-    def choices_of(job: Job, found: Sequence[Sequence[Candidate]]) -> list[Choice]:
-        weight = getattr(params.log_probability_weight, job.kind)
-        return [
-            choose(job.kind, prompt, job.temperature, own, scales, weight, stage.seed)
-            for prompt, own in zip(job.prompts, found, strict=True)
-        ]
-
     grid = sorted(set(params.temperatures))
     tried: dict[Kind, dict[float, list[Choice]]] = {kind: {} for kind in KINDS}
     if len(grid) > 1:
         jobs = [job_of(params, kind, each, taken[kind].apart, "search") for kind in asked for each in grid]
         searched = draw_and_score(settings, jobs, {}, description)
         for job in jobs:
-            tried[job.kind][job.temperature] = choices_of(job, searched[job.name])
+            tried[job.kind][job.temperature] = choices_of(params, job, searched[job.name], scales, stage.seed)
     # `max` returns the first of equals: the lower temperature
     temperatures = {kind: max(grid, key=lambda each: best_reward(tried[kind][each])) for kind in asked if tried[kind]}
     jobs = [job_of(params, kind, temperatures.get(kind, grid[0]), taken[kind].prompts, "draw") for kind in asked]
@@ -91,7 +83,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     chosen: dict[Kind, list[Choice]] = {kind: [] for kind in KINDS}
     figures: dict[str, float] = threshold_figures(threshold) | {"distilled": 0}
     for job in jobs:
-        chosen[job.kind] = choices_of(job, drawn[job.name])
+        chosen[job.kind] = choices_of(params, job, drawn[job.name], scales, stage.seed)
         if len(grid) == 1:
             tried[job.kind][job.temperature] = chosen[job.kind]
         figures |= prompt_figures(job, taken[job.kind]) | count_figures(job.kind, chosen[job.kind], scales)

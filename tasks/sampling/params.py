@@ -8,12 +8,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from tasks.judging.ranking import Scales
 from tasks.reading.prompts import KINDS, Kind, Prompt
 from tasks.reading.shares import Numbers
 from tasks.reading.taking import Asking
 from tasks.running.params import Section
 from tasks.running.places import DATA
-from tasks.sampling.drawing import Job, Settings
+from tasks.sampling.choosing import Choice, choose
+from tasks.sampling.drawing import Candidate, Job, Settings
 
 SECTION = "rejection_sampling"
 
@@ -85,3 +87,14 @@ def settings_of(params: Params, policy: Path, round_name: str, seed: int, scratc
 def job_of(params: Params, kind: Kind, temperature: float, prompts: Sequence[Prompt], purpose: str) -> Job:
     """Return what is to be drawn for one kind at one temperature."""
     return Job(f"{purpose}-{kind}-{temperature}", kind, temperature, getattr(params.num_samples, kind), prompts)
+
+
+def choices_of(
+    params: Params, job: Job, found: Sequence[Sequence[Candidate]], scales: Scales, seed: int
+) -> list[Choice]:
+    """Return what is chosen for each prompt of a job, among the candidates found."""
+    weight = getattr(params.log_probability_weight, job.kind)
+    return [
+        choose(job.kind, prompt, job.temperature, own, scales, weight, seed)
+        for prompt, own in zip(job.prompts, found, strict=True)
+    ]
