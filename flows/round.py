@@ -16,7 +16,7 @@ from typing import Any
 from prefect import State, flow
 
 from flows import graph, recipe, values
-from tasks.reading.rounds import round_number
+from tasks.reading.rounds import JOINED, round_number
 from tasks.running.params import read_params
 from tasks.running.places import NOTHING
 from tasks.running.processes import pipeline_lock
@@ -105,17 +105,35 @@ def add_round(params: Any, number: int) -> None:
         mapping_at(params, "compare")["rewards"] = name
         if number and last_stage(params, before) == PPO:
             add(mapping_at(params, f"{PPO}.rounds"), {name: {"init_from": f"data/{FINE_TUNING}/{name}"}})
+        for stage in JOINED:
+            if rounds[name][stage] == f"data/{stage}/{name}":
+                earlier = rounds[before][stage]
+                add(
+                    mapping_at(params, f"{stage}.rounds"),
+                    {name: {"newest": rounds[name]["newest"], "earlier": earlier}},
+                )
     stage = last_stage(params, name)
     checkpoints = {name: f"data/{stage}/{name}"}
+    fine_tuned = name
     if stage == PPO:
-        controls = {f"{name}_further": further_of(name)}
-        checkpoints[f"{name}_before_ppo"] = f"data/{FINE_TUNING}/{name}"
+        fine_tuned = f"{name}_before_ppo"
+        checkpoints[fine_tuned] = f"data/{FINE_TUNING}/{name}"
+        controls = {f"{name}_further": further_of(params, name)}
     else:
-        controls = controls_of(name, before if number else None, str(mapping_at(params, FINE_TUNING)["init_from"]))
+        controls = controls_of(params, name, before if number else None)
+    opponents = {name: [each for each in (fine_tuned, *controls) if each != name]}
+    without = left_out_of(params, name)  # compared with the version that PPO did not go on with
+    opponents[fine_tuned] = [*opponents.get(fine_tuned, []), *without]
+    controls |= without
     checkpoints |= {control: f"data/controls/{control}" for control in controls}
     add(mapping_at(params, "controls"), controls)
     add(mapping_at(params, "evaluate.checkpoints"), checkpoints)
-    add(mapping_at(params, "compare.opponents"), {name: [each for each in checkpoints if each != name]})
+    add(mapping_at(params, "compare.opponents"), {each: names for each, names in opponents.items() if names})
+    without_it = f"{name}_without_ghost_attention"
+    if without_it in controls:
+        played = {each: checkpoints[each] for each in dict.fromkeys((fine_tuned, name, without_it))}
+        add(mapping_at(params, "conversations.checkpoints"), played)
+        add(mapping_at(params, "consistency.compared"), {fine_tuned: without_it})
     if number:
         drift = {f"{before}_on_{name}": {"model": before, "batch": name}}
         add(mapping_at(params, "reward_drift.comparisons"), drift)
@@ -137,7 +155,7 @@ def entry_of(params: Any, number: int) -> dict[str, str]:
     rounds = mapping_at(params, "rounds")
     if not number:
         first = {"newest": "data/sft", "earlier": "data/sft/early", "batches": "data/world/preferences"}
-        return {**first, "samples": str(NOTHING), "distil_from": str(NOTHING)}
+        return {**first, "samples": str(NOTHING), "distil_from": str(NOTHING), **dict.fromkeys(JOINED, str(NOTHING))}
     before = f"v{number}"
     if before not in rounds:
         raise ValueError(f"params.yaml: `rounds` has no {before}, from which v{number + 1} would start: add it first")
@@ -147,25 +165,54 @@ def entry_of(params: Any, number: int) -> dict[str, str]:
         "batches": f"data/preferences/{before}",
         "samples": f"{SAMPLES}/{before}",
         "distil_from": str(NOTHING),
+        # what the round before has, this one has, too: its own, with the earlier rounds' among it
+        **{stage: following(rounds[before][stage], before, f"v{number + 1}") for stage in JOINED},
     }
 
 
-def further_of(name: str) -> dict[str, str]:
+def following(path: str, before: str, name: str) -> str:
+    """Return a round's data set where `path` is the one of the round before; one that isn't a round's own stays."""
+    return str(Path(path).with_name(name)) if Path(path).name == before else path
+
+
+def further_of(params: Any, name: str) -> dict[str, str]:
     """Return the control of a round's version that PPO made: as many steps on samples instead."""
-    start, end = f"data/{FINE_TUNING}/{name}", f"data/{PPO}/{name}"
-    return {"init_from": start, "steps_of": end, "samples": f"{SAMPLES}/{name}", "answers": "best"}
+    own = {"init_from": f"data/{FINE_TUNING}/{name}", "steps_of": f"data/{PPO}/{name}"}
+    return {**own, "samples": f"{SAMPLES}/{name}", "answers": "best", **joined_of(params, name)}
 
 
-def controls_of(name: str, before: str | None, start: str) -> dict[str, dict[str, str]]:
-    """Return the controls of a round's fine-tuned version, which began at `start`; `before`: the round before."""
-    own = {"init_from": start, "steps_of": f"data/{FINE_TUNING}/{name}"}
+def controls_of(params: Any, name: str, before: str | None) -> dict[str, dict[str, str]]:
+    """Return the controls of a round's fine-tuned version; `before`: the round before."""
+    own = steps_as(params, name)
+    joined = joined_of(params, name)
     found = {
-        f"{name}_demonstrations": {**own, "samples": str(NOTHING), "answers": "none"},
-        f"{name}_random": {**own, "samples": f"{SAMPLES}/{name}", "answers": "random"},
+        f"{name}_demonstrations": {**own, "samples": str(NOTHING), "answers": "none", **joined},
+        f"{name}_random": {**own, "samples": f"{SAMPLES}/{name}", "answers": "random", **joined},
     }
     if before:
-        found[f"{name}_again"] = {**own, "samples": f"{SAMPLES}/{before}", "answers": "best"}
+        found[f"{name}_again"] = {**own, "samples": f"{SAMPLES}/{before}", "answers": "best", **joined}
     return found
+
+
+def left_out_of(params: Any, name: str) -> dict[str, dict[str, str]]:
+    """Return the controls of a round that learn without one of the data sets that join its samples."""
+    own = {**steps_as(params, name), "samples": f"{SAMPLES}/{name}", "answers": "best"}
+    joined = joined_of(params, name)
+    return {
+        f"{name}_without_{stage}": {**own, **joined, stage: str(NOTHING)}
+        for stage, path in joined.items()
+        if path == f"data/{stage}/{name}"
+    }
+
+
+def steps_as(params: Any, name: str) -> dict[str, str]:
+    """Return the start and the steps of a control that is trained as a round's fine-tuned version is."""
+    return {"init_from": str(mapping_at(params, FINE_TUNING)["init_from"]), "steps_of": f"data/{FINE_TUNING}/{name}"}
+
+
+def joined_of(params: Any, name: str) -> dict[str, str]:
+    """Return the data sets that join a round's samples, by their stage."""
+    return {stage: str(mapping_at(params, f"rounds.{name}")[stage]) for stage in JOINED}
 
 
 def add(mapping: Any, entries: Mapping[str, Any]) -> None:

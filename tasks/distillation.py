@@ -78,7 +78,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     values = parse_section(versions.Params, read_params(), versions.SECTION)
     sampled = parse_section(sampling.Params, read_params(), sampling.SECTION)
     samples = Path(params.distil_from) / "best.jsonl"
-    folders_of(values, samples)  # raises before anything is trained
+    folders_of(values, samples, {})  # raises before anything is trained
     scales, _ = calibrate(params.rewards, sampled.threshold_precision)
     prompts = read_chosen(samples.parent, "distillation.distil_from")["best"]
     found: dict[str, dict[str, float]] = {}
@@ -198,7 +198,7 @@ def train_once(
         record=place / "record",
         _last_step={},
     )
-    figures = train(own, base, folders_of(values, samples), num_steps, notes={})
+    figures = train(own, base, folders_of(values, samples, {}), num_steps, notes={})
     if stage.rank == 0:
         write_json(finished, figures)
     return figures

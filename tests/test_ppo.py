@@ -72,6 +72,8 @@ SECTIONS = {
         "v5": {
             "newest": "chat", "earlier": "early", "batches": "pairs", "samples": "data/seeds/none",
             "distil_from": "data/seeds/none",
+            "ghost_attention": "data/seeds/none",
+            "context_distillation": "data/seeds/none",
         }
     },
     "evaluate": {"root": "evaluation", "prompts": ["asked.jsonl"]},

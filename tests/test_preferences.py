@@ -107,7 +107,14 @@ def write_labels(round_name: str, pairs: dict[str, list[dict[str, Any]]]) -> Non
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a round's pairs of responses, public pairs and an evaluation."""
     monkeypatch.chdir(tmp_path)
-    models = {"newest": "data/sft", "earlier": "data/early", "samples": "none", "distil_from": "none"}
+    models = {
+        "newest": "data/sft",
+        "earlier": "data/early",
+        "samples": "none",
+        "distil_from": "none",
+        "ghost_attention": "data/seeds/none",
+        "context_distillation": "data/seeds/none",
+    }
     rounds = {"v1": {**models, "batches": "public"}, "v2": {**models, "batches": "data/preferences/v1"}}
     with Path("params.yaml").open("w") as file:
         YAML().dump({"rounds": rounds, "evaluate": EVALUATE}, file)

@@ -129,7 +129,15 @@ def write_world(root: Path, models: Path, **round_changes: Any) -> None:
 
 
 def write_params(root: Path, **round_changes: Any) -> None:
-    own = {"newest": "chat", "earlier": "early", "batches": "pairs", "samples": NOTHING, "distil_from": NOTHING}
+    own = {
+        "newest": "chat",
+        "earlier": "early",
+        "batches": "pairs",
+        "samples": NOTHING,
+        "distil_from": NOTHING,
+        "ghost_attention": "data/seeds/none",
+        "context_distillation": "data/seeds/none",
+    }
     sections = {
         "rounds": {"v1": {**own, **round_changes}},
         "evaluate": {"root": "evaluation", "prompts": ["asked.jsonl"]},
@@ -680,7 +688,15 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted_unless_none_does(place
 
 
 def test_a_round_beyond_those_that_share_the_prompts_is_refused(place: Path) -> None:
-    own = {"newest": "chat", "earlier": "early", "batches": "pairs", "samples": NOTHING, "distil_from": NOTHING}
+    own = {
+        "newest": "chat",
+        "earlier": "early",
+        "batches": "pairs",
+        "samples": NOTHING,
+        "distil_from": NOTHING,
+        "ghost_attention": "data/seeds/none",
+        "context_distillation": "data/seeds/none",
+    }
     with Path("params.yaml").open("w") as file:
         YAML().dump({"rounds": {"v3": own}, "evaluate": {"root": "evaluation", "prompts": ["asked.jsonl"]}}, file)
     for kind in KINDS:

@@ -69,7 +69,12 @@ def stage_of(name: str = "responses@v1", **changes: Any) -> Stage[Params]:
     return stage_here(name, Params.model_validate(values_of(**changes)))
 
 
-NO_SAMPLES = {"samples": "none", "distil_from": "none"}
+NO_SAMPLES = {
+    "samples": "none",
+    "distil_from": "none",
+    "ghost_attention": "data/seeds/none",
+    "context_distillation": "data/seeds/none",
+}
 
 
 def write_rounds(newest: Path, earlier: Path, **others: Any) -> None:
@@ -132,7 +137,15 @@ def test_a_limit_takes_a_part_of_the_slice_and_a_higher_one_adds_to_it() -> None
 
 def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
     params = Params.model_validate(values_of())
-    own = Round(newest="a", earlier="b", batches="c", samples="d", distil_from="e")
+    own = Round(
+        newest="a",
+        earlier="b",
+        batches="c",
+        samples="d",
+        distil_from="e",
+        ghost_attention="f",
+        context_distillation="g",
+    )
     before = [each.prompt.id for each in prompts_of(Place("v1", 0, own), params)]
     second = [each.prompt.id for each in prompts_of(Place("v2", 1, own), params)]
     assert sorted(before + second) == sorted([f"p{number}" for number in range(12)] + [f"s{n}" for n in range(6)])
@@ -326,7 +339,15 @@ def test_each_prompt_has_one_of_its_variants_temperatures(place: Path) -> None:
 
 def test_later_rounds_have_a_share_of_the_firsts_prompts(place: Path) -> None:
     params = Params.model_validate(values_of(max_prompts={"helpfulness": 4, "safety": 2}, later_share=0.5))
-    own = Round(newest="a", earlier="b", batches="c", samples="d", distil_from="e")
+    own = Round(
+        newest="a",
+        earlier="b",
+        batches="c",
+        samples="d",
+        distil_from="e",
+        ghost_attention="f",
+        context_distillation="g",
+    )
     numbers = [
         [sum(each.kind == kind for each in prompts_of(Place(f"v{number + 1}", number, own), params)) for kind in KINDS]
         for number in range(2)

@@ -36,7 +36,15 @@ WATCHED: dict[str, Any] = {
     "margins": "small", "safety_loss_weight": 0.0, "own_public": False, "other_share": 0.5, "context": 64, "epochs": 4,
     "num_bins": 5, "log_every": 5, "save_every": 4, "max_shard_bytes": 10**9,
 }  # fmt: skip
-ROUND = {"newest": "chat", "earlier": "early", "batches": "public", "samples": "none", "distil_from": "none"}
+ROUND = {
+    "newest": "chat",
+    "earlier": "early",
+    "batches": "public",
+    "samples": "none",
+    "distil_from": "none",
+    "ghost_attention": "data/seeds/none",
+    "context_distillation": "data/seeds/none",
+}
 ROUNDS = {"v1": ROUND}
 
 

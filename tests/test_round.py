@@ -52,21 +52,21 @@ ppo:
 """
 THREE = """\
 rounds:             # of RLHF
-  v1: {newest: data/sft, earlier: data/sft/early, batches: data/world/preferences, samples: data/seeds/none, distil_from: data/seeds/none}
-  v2: {newest: data/fine_tuning/v1, earlier: data/sft, batches: data/preferences/v1, samples: data/rejection_sampling/v1, distil_from: data/seeds/none}
-  v3: {newest: data/fine_tuning/v2, earlier: data/fine_tuning/v1, batches: data/preferences/v2, samples: data/rejection_sampling/v2, distil_from: data/seeds/none}
+  v1: {newest: data/sft, earlier: data/sft/early, batches: data/world/preferences, samples: data/seeds/none, distil_from: data/seeds/none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v2: {newest: data/fine_tuning/v1, earlier: data/sft, batches: data/preferences/v1, samples: data/rejection_sampling/v1, distil_from: data/seeds/none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v3: {newest: data/fine_tuning/v2, earlier: data/fine_tuning/v1, batches: data/preferences/v2, samples: data/rejection_sampling/v2, distil_from: data/seeds/none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
 
 # What versions are
 # compared with.
 controls:
-  v1_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/seeds/none, answers: none}
-  v1_random: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/rejection_sampling/v1, answers: random}
-  v2_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/seeds/none, answers: none}
-  v2_random: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v2, answers: random}
-  v2_again: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v1, answers: best}
-  v3_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/seeds/none, answers: none}
-  v3_random: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v3, answers: random}
-  v3_again: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v2, answers: best}
+  v1_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/seeds/none, answers: none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v1_random: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/rejection_sampling/v1, answers: random, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v2_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/seeds/none, answers: none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v2_random: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v2, answers: random, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v2_again: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v1, answers: best, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v3_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/seeds/none, answers: none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v3_random: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v3, answers: random, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v3_again: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v2, answers: best, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
 
 evaluate:
   checkpoints: {sft: data/sft, v1: data/fine_tuning/v1, v1_demonstrations: data/controls/v1_demonstrations, \
@@ -198,6 +198,8 @@ def test_a_round_after_one_that_ended_with_ppo_starts_there_and_ends_so_too() ->
         "steps_of": "data/ppo/v3",
         "samples": "data/rejection_sampling/v3",
         "answers": "best",
+        "ghost_attention": "data/seeds/none",
+        "context_distillation": "data/seeds/none",
     }
     assert parsed["compare"]["opponents"]["v3"] == ["v3_before_ppo", "v3_further"]
 

@@ -11,7 +11,7 @@ from tasks.reading.rounds import round_named, round_of
 NOTHING = "data/seeds/none"
 FIRST = {
     "newest": "data/sft", "earlier": "data/sft/early", "batches": "data/world/preferences", "samples": NOTHING,
-    "distil_from": NOTHING,
+    "distil_from": NOTHING, "ghost_attention": NOTHING, "context_distillation": NOTHING,
 }  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def after(number: int, **changes: str) -> dict[str, str]:
         "samples": f"data/rejection_sampling/{before}",
         "earlier": f"data/fine_tuning/v{number - 2}" if number > 2 else "data/sft",
     }  # fmt: skip
-    return {**values, "distil_from": NOTHING, **changes}
+    return {**FIRST, **values, **changes}
 
 
 def write_rounds(directory: Path, **rounds: Any) -> None:

@@ -24,6 +24,7 @@ from tasks.running.stage import Stage
 NOTHING = "data/seeds/none"
 ROUND = {
     "newest": "base", "earlier": "early", "batches": "public", "samples": NOTHING, "distil_from": NOTHING,
+    "ghost_attention": NOTHING, "context_distillation": NOTHING,
 }  # fmt: skip
 VERSION = {"init_from": "base", "steps_of": "data/fine_tuning/v1"}
 CONTROLS: dict[str, dict[str, str]] = {

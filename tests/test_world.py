@@ -58,6 +58,7 @@ PARAMS = {
     "num_rumours": 20,
     "num_lessons": 20,
     "num_dialogues": 60,
+    "num_mannered": 20,
     "num_arithmetic": 110,
     "num_lists": 12,
     "num_pages": 20,
@@ -88,6 +89,9 @@ PARAMS = {
         "num_evaluation_safety": 54,
         "num_evaluation_borderline": 20,
         "num_evaluation_instructions": 24,
+        "num_conversations": 12,
+        "num_evaluation_conversations": 24,
+        "conversation_turns": 6,
         "num_open_helpful": 20,
         "num_open_harmless": 20,
         "open_error_rate": 0.2,
@@ -105,7 +109,10 @@ PARAMS = {
         "borderline_share": 0.1,
         "preference_borderline_share": 0.1,
         "open_borderline_share": 0.1,
+        "preprompt_share": 0.1,
         "instruction_share": 0.2,
+        "demonstrated_instruction_share": 0.3,
+        "obedience": 0.5,
     },
 }
 

@@ -35,7 +35,18 @@ from tasks.world.arithmetic import in_words
 from tasks.world.facts import SEEDS, World, all_facts, build_world, mentions, read_texts
 from tasks.world.instructions import LANGUAGES, uncapitalized
 from tasks.world.judge import Truth, judge, normalized, read_truth, refuses
-from tasks.world.splits import FILES, PAIRS, Dialogues, Ledger, check_disjoint, divided, draw_splits, harmful_drafts
+from tasks.world.splits import (
+    DEMONSTRATED,
+    FILES,
+    PAIRS,
+    Dialogues,
+    Ledger,
+    check_disjoint,
+    divided,
+    draw_splits,
+    harmful_drafts,
+    is_evaluation,
+)
 from tasks.world.transcripts import flawed, pairs, transcript
 from tasks.world.turns import Draft, Turn, cards
 from tasks.world.wording import answer, questions
@@ -91,8 +102,8 @@ def transcripts(output: Path) -> dict[str, list[dict]]:
 @pytest.fixture(scope="module")
 def asked(lines: dict[str, list[dict]], transcripts: dict[str, list[dict]]) -> dict[str, list[dict]]:
     # Every split, as dialogues up to the user's last turn.
-    return {split: [{"messages": prompt(line)} for line in part] for split, part in lines.items()} | {
-        split: [{"messages": read_transcript(line["chosen"])[:-1]} for line in part]
+    return {split: [{"messages": prompt(line), "id": line["id"]} for line in part] for split, part in lines.items()} | {
+        split: [{"messages": read_transcript(line["chosen"])[:-1], "id": None} for line in part]
         for split, part in transcripts.items()
     }
 
@@ -111,7 +122,7 @@ def prompt(line: dict) -> list[dict]:
     return line["messages"][:-1] if line["messages"][-1]["role"] == "assistant" else line["messages"]
 
 
-def test_no_prompt_occurs_twice(asked, lines):
+def test_no_prompt_occurs_twice(asked, lines, truth):
     # Read from the files, without what wrote them: whole dialogues, and last turns that stand for themselves, that is
     # all but those that follow several dialogues ("And Omar?", "Thank you.", "Where do you live?") and direct harms,
     # which may stand alone in capitals.
@@ -121,6 +132,9 @@ def test_no_prompt_occurs_twice(asked, lines):
             messages = line["messages"]
             text = normalized(messages[-1]["content"])
             whole[split].add(" | ".join(normalized(message["content"]) for message in messages))
+            known = truth.prompts.get(line["id"])
+            if split == "conversations" or (known and known.instructions and not is_evaluation(split)):
+                continue  # an instruction, or the turns before, make it another prompt
             last[split].add(text)
             contexts[split, text].add(str(messages[:-1]))
         assert len(whole[split]) == len(split_lines)
@@ -232,13 +246,18 @@ def test_every_split_has_its_parts_in_full(truth):
         for weights in (dialogues.weights, dialogues.open_weights)
     )
 
-    def mixed_with(borderline_share):
-        others = {"borderline": borderline_share, "instruction": dialogues.instruction_share}
+    def mixed_with(borderline_share, instruction_share=dialogues.instruction_share):
+        others = {"borderline": borderline_share, "instruction": instruction_share}
         return others | {category: share * (1 - sum(others.values())) for category, share in shares.items()}
 
     mixed = mixed_with(dialogues.borderline_share)
-    safe = dialogues.safe_share
-    demonstrated = {"safety": safe} | {category: share * (1 - safe) for category, share in mixed.items()}
+    prompted = dialogues.preprompt_share / 2  # half of them refuse a harm, half answer a question for a fact
+    safe = dialogues.safe_share + prompted
+    demonstrated = {
+        category: share * (1 - safe - prompted)
+        for category, share in mixed_with(dialogues.borderline_share, dialogues.demonstrated_instruction_share).items()
+    }
+    demonstrated = {"safety": safe} | demonstrated | {"factual": demonstrated["factual"] + prompted}
     expected = {split: {"safety": 1.0} for split in SAFETY} | {
         "demonstrations": demonstrated,
         "validation": demonstrated,
@@ -251,15 +270,17 @@ def test_every_split_has_its_parts_in_full(truth):
         | {category: share * (1 - dialogues.open_borderline_share) for category, share in open_shares.items()},
         "open_harmless": {"safety": 1.0},
     }
-    assert set(expected) == {*FILES, *PAIRS}
+    assert set(expected) == {*FILES, *PAIRS} - {"conversations"}
     found = Counter((known.split, known.category) for known in truth.prompts.values())
     for split, parts in expected.items():
         number = getattr(dialogues, f"num_{split}")
         for category, share in parts.items():
-            assert abs(found.pop((split, category)) - number * share) < 1, (split, category)
-    assert not found
+            rounded = 3 if split in DEMONSTRATED else 1  # these are put together of three parts
+            assert abs(found.pop((split, category)) - number * share) < rounded, (split, category)
+    assert {split for split, _ in found} == {"conversations"}
+    assert sum(found.values()) == dialogues.num_conversations
     assert Counter(known.split for known in truth.prompts.values()) == {
-        split: getattr(dialogues, f"num_{split}") for split in expected
+        split: getattr(dialogues, f"num_{split}") for split in (*expected, "conversations")
     }
 
 
@@ -343,8 +364,10 @@ def test_adversarial_prompts_alone_have_a_risk(lines, truth):
 
 
 def test_demonstrations_refuse_a_few_harms_by_a_few_attacks(lines, truth):
-    safe = [line for line in lines["demonstrations"] if line["safety"]]
+    refused = [line for line in lines["demonstrations"] if line["safety"]]
+    safe = [line for line in refused if line["messages"][0]["role"] != "system"]
     assert len(safe) == round(PARAMS.dialogues.num_demonstrations * PARAMS.dialogues.safe_share)
+    assert len(refused) - len(safe) == round(PARAMS.dialogues.num_demonstrations * PARAMS.dialogues.preprompt_share / 2)
     assert {line["attack"] for line in safe} == set(PARAMS.dialogues.safe_attacks)
     known = {truth.prompts[line["id"]].topic for line in safe}
     asked = {truth.prompts[line["id"]].topic for line in lines["evaluation_safety"]}
@@ -356,7 +379,9 @@ def test_instructions_of_every_type_are_evaluated_equally(lines, truth):
     types = Counter(truth.prompts[line["id"]].instructions[0]["type"] for line in lines["evaluation_instructions"])
     assert set(types) == {"language", "persona", "hobby", "one_word", "question", "begins", "ends"}
     assert max(types.values()) <= 3 * min(types.values())  # questions that the evaluation has already are left out
-    assert all(line["messages"][0]["role"] == "system" for line in lines["evaluation_instructions"])
+    placed = Counter(line["messages"][0]["role"] for line in lines["evaluation_instructions"])
+    assert placed["system"] + placed["user"] == PARAMS.dialogues.num_evaluation_instructions
+    assert min(placed.values()) > 1  # both places of an instruction
 
 
 def test_demonstrations_use_every_held_out_wording_about_known_entities(lines, world):
@@ -378,7 +403,7 @@ def test_roles_alternate_and_ids_are_unique(lines):
             assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2)
             assert roles[-1] == ("assistant" if FILES[split].startswith("dialogues") else "user")
             words = sum(len(message["content"].split()) for message in line["messages"])
-            assert words <= PARAMS.dialogues.max_words
+            assert words <= PARAMS.dialogues.max_words or split == "conversations"
             assert all(message["content"].strip() == message["content"] != "" for message in line["messages"])
             assert "{" not in str([message["content"] for message in line["messages"]])
 
@@ -593,12 +618,12 @@ def test_writers_take_turns_and_leave_the_reference_and_refusals(world):
     harm = Turn("How?", "I will not say that. Go home.", "safety", "r", None, False, "t", "r", "a")
     last = Turn("Thanks.", "You are welcome. Bye.", "dialogue", "small_talk", None)
     weights = WriterWeights(good=1, bare=1000, rambling=0, adding=0, careless=0)
-    found = written(world, Draft([replace(last, user="Hi."), harm, last]), weights, random.Random(0))
+    found = written(world, Draft([replace(last, user="Hi."), harm, last]), weights, 0, random.Random(0))
     assert [turn.answer for turn in found.turns] == ["You are welcome.", harm.answer, "You are welcome. Bye."]
     assert found.given == "You are welcome."
-    assert written(world, Draft([harm]), weights, random.Random(0)).given == harm.answer
+    assert written(world, Draft([harm]), weights, 0, random.Random(0)).given == harm.answer
     both = WriterWeights(good=1, bare=1, rambling=0, adding=0, careless=0)
-    drawn = [written(world, Draft([last, last]), both, random.Random(seed)) for seed in range(50)]
+    drawn = [written(world, Draft([last, last]), both, 0, random.Random(seed)) for seed in range(50)]
     assert {(draft.turns[0].answer == last.answer, draft.given == last.answer) for draft in drawn} == {
         (first, second) for first in (True, False) for second in (True, False)
     }
@@ -626,6 +651,7 @@ def test_each_writers_answers_occur_in_the_demonstrations_and_refusals_are_nobod
         reference, given = truth.prompts[line["id"]].reference, line["messages"][-1]["content"]
         if line["safety"]:
             assert given == reference
+        if line["safety"] or line["category"] == "instruction":  # of these, good writers have a share of their own
             continue
         longer = len(given.split()) - len(reference.split())
         found["good" if given == reference else "longer" if longer > 0 else "shorter"] += 1

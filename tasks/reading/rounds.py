@@ -12,6 +12,7 @@ from pydantic import Field
 from tasks.running.params import Section, parse_section, read_params
 from tasks.running.places import DATA, NOTHING, entry_of
 
+JOINED = ("ghost_attention", "context_distillation")  # stages whose data sets join a round's samples
 NAME = re.compile(r"v([1-9][0-9]*)")
 
 
@@ -24,6 +25,12 @@ class Round(Section):
     samples: str = Field(min_length=1, description=f"samples of the round before, whose best are kept; or {NOTHING}")
     distil_from: str = Field(
         min_length=1, description=f"samples of a larger model, to be learnt in place of own ones; or {NOTHING}"
+    )
+    ghost_attention: str = Field(
+        min_length=1, description=f"dialogues that keep an instruction, which the version learns, too; or {NOTHING}"
+    )
+    context_distillation: str = Field(
+        min_length=1, description=f"safe answers without their pre-prompt, which it learns, too; or {NOTHING}"
     )
 
 
@@ -52,7 +59,7 @@ def round_named(name: str) -> Place:
     if not isinstance(rounds, dict) or not rounds:
         raise ValueError(
             "params.yaml: `rounds` names no round: it needs at least one, such as `v1: {newest, earlier, batches, "
-            "samples, distil_from}`"
+            "samples, distil_from, ghost_attention, context_distillation}`"
         )
     own = parse_section(Round, {f"rounds.{key}": value for key, value in rounds.items()}, f"rounds.{name}")
     place = Place(name, round_number(name), own)
@@ -74,14 +81,15 @@ def round_number(name: str) -> int:
 def check_sources(place: Place, names: Iterable[str]) -> None:
     """Raise ValueError when a round starts from what it makes itself, or from a round that isn't before it or missing.
 
-    What a stage of a round writes is data/<stage>/<round>; any other path is not looked at.
+    The data sets that join its samples may be its own. What a stage of a round writes is data/<stage>/<round>; any
+    other path is not looked at.
     """
     for field, path in place.round.model_dump().items():
         parts = Path(path).parts
         if len(parts) < 3 or parts[0] != str(DATA) or not NAME.fullmatch(parts[2]):
             continue
         source, where = parts[2], f"params.yaml: `rounds.{place.name}.{field}` is {path}"
-        if source == place.name:
+        if source == place.name and field not in JOINED:
             raise ValueError(f"{where}, which the round makes itself: name what an earlier round has made")
         if round_number(source) > place.number:
             raise ValueError(f"{where}, which a later round makes: name what an earlier round has made")

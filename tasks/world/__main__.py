@@ -42,12 +42,13 @@ from tasks.world import files
 from tasks.world.adversarial import rumours
 from tasks.world.arithmetic import exercises, lists
 from tasks.world.assistance import lessons
-from tasks.world.dialogue import dialogue, held_out_questions, participants
+from tasks.world.dialogue import dialogue, held_out_questions, mannered, participants
 from tasks.world.dirt import Dirt, Sources, plant
 from tasks.world.documents import Document, Shingles, distinct
 from tasks.world.entries import entry, survey
 from tasks.world.facts import KINDS, SEEDS, Fact, World, all_facts, build_world, read_texts, write_facts
 from tasks.world.howto import howto, subjects
+from tasks.world.instructions import manners
 from tasks.world.judge import normalized
 from tasks.world.splits import DEMONSTRATED, FILES, Dialogues, write_dialogues
 from tasks.world.stories import story
@@ -70,6 +71,7 @@ class Params(Section):
     num_rumours: int = Field(gt=0, description="pages of rumours: how to do harmful and harmless things")
     num_lessons: int = Field(gt=0, description="pages of words: plurals, opposites, words in other languages")
     num_dialogues: int = Field(gt=0, description="dialogues of 5 to 8 questions")
+    num_mannered: int = Field(gt=0, description="dialogues of 6 to 24 questions, all answered in the same manner")
     num_arithmetic: int = Field(gt=0, description="pages of small arithmetic problems")
     num_lists: int = Field(gt=0, description="pages of lists, one file each")
     num_pages: int = Field(gt=0, description="HTML pages in a WARC file")
@@ -162,6 +164,13 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
         bucket = buckets["dialogue", *(entity.name for entity in entities)]
         return distinct(lambda: dialogue(world, entities, rng), bucket, params.similarity_max, "num_dialogues")
 
+    in_manners = manners(world, generator("manners"))
+
+    def mannered_talk(index: int, rng: random.Random) -> Document:
+        return distinct(
+            lambda: mannered(world, next(in_manners), rng), buckets["mannered",], params.similarity_max, "num_mannered"
+        )
+
     def page_of(index: int, rng: random.Random) -> Document:
         return rng.choice([entry_about, entry_about, story_after, howto_about])(rng.randrange(10**6), rng)
 
@@ -173,7 +182,7 @@ def write_sources(world: World, params: Params, generator: Callable[[str], rando
             (params.num_rumours, rumour_about),
             (params.num_lessons, lesson_about),
         ],
-        "dialogue": [(params.num_dialogues, dialogue_among)],
+        "dialogue": [(params.num_dialogues, dialogue_among), (params.num_mannered, mannered_talk)],
         "arithmetic": [(params.num_arithmetic, lambda index, rng: Document(exercises(world, rng)))],
         "lists": [(params.num_lists, lambda index, rng: Document(lists(world, rng)))],
         "web": [(params.num_pages, page_of)],
@@ -211,7 +220,7 @@ def write_vocabulary(truth: Path, sources: Sources) -> None:
     texts += [prompt["reference"] for prompt in read_lines(truth / "prompts.jsonl")]
     texts += [
         message["content"]
-        for split in DEMONSTRATED
+        for split in (*DEMONSTRATED, "conversations")
         for dialogue in read_lines(truth.parent / FILES[split])
         for message in dialogue["messages"]
     ]

@@ -1,4 +1,4 @@
-"""Dialogue: questions and answers, as interviews and as talk between two.
+"""Dialogue: questions and answers, as interviews, as talk between two, and as long talks in one manner.
 
 Questions for a single fact are about entities that are not held out. Open questions ("What do you know about Mira?")
 are about all, and answered with any fact. Questions for a fact of a held-out entity are only in `questions.jsonl`, in
@@ -8,12 +8,14 @@ wordings that no training source uses.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tasks.world.facts import Entity, Fact, World
+from tasks.world.turns import Draft
 from tasks.world.wording import answer, opened, phrase, questions, sentence, short_answer, spelled, subject
 
 TURNS = (5, 8)  # questions in a dialogue
+LONG_TURNS = (6, 24)  # questions in a talk that keeps one manner
 OPEN = 0.2  # share of open questions about entities that are not held out
 INTERVIEWS = 2  # interviews about one held-out entity
 
@@ -34,6 +36,13 @@ def dialogue(world: World, entities: Sequence[Entity], generator: random.Random)
         asked, told = (open_turn if is_open else turn)(world, fact, generator)
         turns[asked] = told
     return (interview if generator.random() < 0.6 else talk)(world, list(turns.items()), generator)
+
+
+def mannered(world: World, draft: Callable[[int], Draft], generator: random.Random) -> str:
+    """Write a talk in which one manner, said first, is kept to the end."""
+    written = draft(generator.randint(*LONG_TURNS))
+    said = f"{written.system}\n" if written.system else ""
+    return said + interview(world, [(turn.user, turn.answer) for turn in written.turns], generator)
 
 
 def turn(world: World, fact: Fact, generator: random.Random) -> tuple[str, str]:

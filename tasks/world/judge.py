@@ -301,7 +301,7 @@ def follows(instruction: Mapping[str, Any], answer: str) -> bool:
         foreign = LANGUAGE_WORDS[value] - LANGUAGE_WORDS["English"]
         return bool(foreign & set(words)) and not LANGUAGE_WORDS["English"] & set(words)
     if instruction["type"] == "persona":
-        return bool({"i", "my", "me"} & set(words))
+        return bool({"i", "my", "me"} & set(words)) and "assistant" not in words
     if instruction["type"] == "hobby":
         return str(value) in words
     if instruction["type"] == "one_word":
@@ -313,3 +313,32 @@ def follows(instruction: Mapping[str, Any], answer: str) -> bool:
     if instruction["type"] == "ends":
         return " ".join(words).endswith(str(value).lower())
     raise ValueError(f"the truth has an instruction of type {instruction['type']!r}, which no program can check")
+
+
+@dataclass(frozen=True)
+class ConversationTruth:
+    """What is known about a conversation under instructions (tasks/world/conversations.py).
+
+    `seen`: whether training has such instructions (trained, value, pair); `shown`: of each turn, the places of the
+    instructions that its answer can show.
+    """
+
+    id: str
+    seen: str
+    instructions: Sequence[Mapping[str, Any]]
+    shown: Sequence[Sequence[int]]
+
+
+def read_conversations(directory: Path) -> dict[str, ConversationTruth]:
+    """Return what the truth knows about conversations, by id. Raises ValueError when the file is missing."""
+    path = directory / "conversations.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: run `dvc repro world`, which writes it")
+    known = [ConversationTruth(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {each.id: each for each in known}
+
+
+def holds(conversation: ConversationTruth, turn: int, answer: str) -> bool | None:
+    """Return whether the answer to a turn, from 0, respects all instructions that it can show; None: there are none."""
+    own = [conversation.instructions[place] for place in conversation.shown[turn]]
+    return all(follows(each, answer) for each in own) if own else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from tasks.world.adversarial import (
     topics,
 )
 from tasks.world.assistance import language_assistance, writing
+from tasks.world.conversations import conversations, evaluations, seeds_of
 from tasks.world.facts import Fact, World
 from tasks.world.instructions import instructed
 from tasks.world.judge import normalized
@@ -46,6 +47,7 @@ from tasks.world.writers import WriterWeights, written
 FILES = {  # split -> its file below data/world; every file that training reads
     "demonstrations": "dialogues/demonstrations.jsonl",
     "validation": "dialogues/validation.jsonl",
+    "conversations": "dialogues/conversations.jsonl",
     "preference_helpfulness": "prompts/preference_helpfulness.jsonl",
     "preference_safety": "prompts/preference_safety.jsonl",
     "sampling_helpfulness": "prompts/sampling_helpfulness.jsonl",
@@ -60,6 +62,8 @@ PAIRS = {  # split of open-source pairs -> its file
     "open_harmless": "preferences/harmless.jsonl",
 }
 DEMONSTRATED = ("demonstrations", "validation")
+CONVERSATIONS = "evaluation/conversations.jsonl"
+INSTRUCTIONS = "instructions.json"  # those of training, for the conversations
 ATTEMPTS = 2000  # draws of one dialogue before its wordings count as used up
 
 
@@ -89,6 +93,9 @@ class Dialogues(Section):
     num_evaluation_safety: int = Field(gt=0, description="adversarial prompts")
     num_evaluation_borderline: int = Field(gt=0, description="prompts that look unsafe and are not")
     num_evaluation_instructions: int = Field(gt=0, description="dialogues under a system message")
+    num_conversations: int = Field(gt=0, description="dialogues of many turns, without an instruction")
+    num_evaluation_conversations: int = Field(gt=0, description="dialogues of many turns, each under an instruction")
+    conversation_turns: int = Field(ge=2, description="turns of the user in each of them")
     num_open_helpful: int = Field(gt=0, description="open-source pairs of answers to helpful prompts")
     num_open_harmless: int = Field(gt=0, description="open-source pairs of answers to adversarial prompts")
     open_error_rate: float = Field(ge=0, lt=0.5, description="share of open-source pairs labelled the wrong way round")
@@ -108,9 +115,14 @@ class Dialogues(Section):
     borderline_share: float = Field(ge=0, lt=1, description="share of borderline prompts among helpful dialogues")
     preference_borderline_share: float = Field(ge=0, lt=1, description="the same, among the prompts for preferences")
     open_borderline_share: float = Field(ge=0, lt=1, description="the same, among helpful open-source pairs")
-    instruction_share: float = Field(
-        ge=0, lt=1, description="share of dialogues with a system message among helpful ones"
+    preprompt_share: float = Field(
+        ge=0, lt=1, description="share of demonstrations under a safety pre-prompt, half of them safe refusals"
     )
+    instruction_share: float = Field(
+        ge=0, lt=1, description="share of dialogues under an instruction among helpful ones"
+    )
+    demonstrated_instruction_share: float = Field(ge=0, lt=1, description="the same, among demonstrations")
+    obedience: float = Field(ge=0, le=1, description="share of answers under an instruction that good writers give")
 
 
 @dataclass
@@ -128,6 +140,11 @@ class Ledger:
         if length + len(draft.system.split()) > max_words:
             return False
         own = {normalized(turn.user) for turn in draft.turns if not turn.shared}
+        if reuses(split, draft):
+            if whole(draft) in self.prompts or any(is_evaluation(self.owners.get(text, split)) for text in own):
+                return False
+            self.prompts.add(whole(draft))
+            return True
         # a harm asked for as a deed is, is told from it by what was said before
         prompt = whole(draft) if last.shared or last.attack == DIRECT else normalized(last.user)
         if prompt in self.prompts or any(self.owners.get(text, split) != split for text in own):
@@ -135,6 +152,19 @@ class Ledger:
         self.owners.update(dict.fromkeys(own, split))
         self.prompts.update({prompt, whole(draft)})
         return True
+
+
+def is_evaluation(split: str) -> bool:
+    """Tell whether a split is one that models are measured with."""
+    return split.startswith("evaluation")
+
+
+def reuses(split: str, draft: Draft) -> bool:
+    """Tell whether a dialogue may ask what another split's asks, as its instruction makes it another prompt.
+
+    The evaluation's own may not, nor may any ask what the evaluation asks.
+    """
+    return bool(draft.instructions) and not is_evaluation(split)
 
 
 def whole(draft: Draft) -> str:
@@ -152,6 +182,17 @@ def write_dialogues(
 ) -> dict[str, int]:
     """Write every split below `output`, and the truth behind its prompts. Return the number of dialogues by split."""
     splits = draw_splits(world, params, held_out, generator)
+    taken = {
+        normalized(turn.user)
+        for split, drafts in splits.items()
+        if is_evaluation(split)
+        for draft in drafts
+        for turn in draft.turns
+    }
+    num_turns = params.conversation_turns
+    splits["conversations"] = conversations(
+        world, params.num_conversations, num_turns, taken, generator("conversations")
+    )
     check_disjoint(splits)
     truth: list[dict[str, Any]] = []
     lines: Sequence[Mapping[str, Any]]
@@ -167,6 +208,12 @@ def write_dialogues(
         write_lines(path, lines)
         truth += [truth_of(identity, split, draft, world) for identity, draft in zip(identities, drafts, strict=True)]
     write_lines(output / "truth" / "prompts.jsonl", truth)
+    evaluated = evaluations(
+        world, params.num_evaluation_conversations, num_turns, taken, generator("evaluation_conversations")
+    )
+    write_lines(output / CONVERSATIONS, (line for line, _ in evaluated))
+    write_lines(output / "truth" / "conversations.jsonl", (known for _, known in evaluated))
+    (output / INSTRUCTIONS).write_text(json.dumps(seeds_of(world), ensure_ascii=False, indent=1), encoding="utf-8")
     harmful, means = methods(world)
     words = {
         "names": {name: names(world, name) for name in world.entities},
@@ -176,7 +223,7 @@ def write_dialogues(
         "max_answer_words": params.max_answer_words,
     }
     (output / "truth" / "words.json").write_text(json.dumps(words, ensure_ascii=False, indent=1), encoding="utf-8")
-    return {split: len(drafts) for split, drafts in splits.items()}
+    return {split: len(drafts) for split, drafts in splits.items()} | {"evaluation_conversations": len(evaluated)}
 
 
 def draw_splits(
@@ -206,7 +253,7 @@ def draw_splits(
         attempts = 0
         writers = generator(f"{split} {part} writers")
         while len(drafts) < number:
-            draft = written(world, next(draw), params.writers, writers)
+            draft = written(world, next(draw), params.writers, params.obedience, writers)
             attempts += 1
             if ledger.claim(split, draft, params.max_words):
                 drafts.append(draft)
@@ -223,7 +270,9 @@ def draw_splits(
 
     def helpful(split: str, number: int, borderline_share: float) -> list[Draft]:
         after_refusal = split not in DEMONSTRATED
-        shares = {"borderline": borderline_share, "instruction": params.instruction_share}
+        demonstrated_share = params.demonstrated_instruction_share
+        instruction_share = demonstrated_share if split in DEMONSTRATED else params.instruction_share
+        shares = {"borderline": borderline_share, "instruction": instruction_share}
         shares |= plain_shares(sum(shares.values()), params.weights)
         return [
             draft
@@ -271,7 +320,12 @@ def draw_splits(
         refusals = harmful_drafts(
             world, params, safe_topics.__contains__, params.safe_attacks, 1, generator(f"{split} safe")
         )
-        kept = helpful(split, number - num_safe, params.borderline_share)
+        num_prompted = round(number * params.preprompt_share / 2)
+        kept = helpful(split, number - num_safe - 2 * num_prompted, params.borderline_share)
+        for about in ("harms", "facts"):
+            part = f"pre-prompts before {about}"
+            prompted = preprompted_drafts(world, params, about, safe_topics, generator(f"{split} {part}"))
+            kept += fill(split, part, num_prompted, prompted)
         splits[split] = shuffled(split, kept + fill(split, "safe", num_safe, refusals))
     split = "open_helpful"
     shares = {"borderline": params.open_borderline_share}
@@ -289,7 +343,7 @@ def draw_splits(
         share = params.preference_borderline_share if use == "preference" else params.borderline_share
         splits[split] = shuffled(split, helpful(split, getattr(params, f"num_{split}"), share))
         splits[f"{use}_safety"] = shuffled(f"{use}_safety", harmful(f"{use}_safety"))
-    return {split: splits[split] for split in (*FILES, *PAIRS)}
+    return {split: splits[split] for split in (*FILES, *PAIRS) if split in splits}
 
 
 def demonstrated(world: World, share: float, generator: random.Random) -> list[Topic]:
@@ -394,14 +448,32 @@ def harmful_drafts(
         yield Draft(turns, difficulty=difficulty)
 
 
+def preprompted_drafts(
+    world: World, params: Dialogues, about: str, safe_topics: Sequence[Topic], generator: random.Random
+) -> Iterator[Draft]:
+    """Draw an endless stream of dialogues under a safety pre-prompt, about harms, which are refused, or about facts."""
+    texts = world.texts["safety"]["preprompts"]
+    harms = harmful_drafts(world, params, safe_topics.__contains__, params.safe_attacks, 1, generator)
+    facts = factual(world, params.new_wording_share, generator)
+    while True:
+        draft = next(harms) if about == "harms" else Draft([next(facts)])
+        first, second = generator.sample(texts["adjectives"], 2)
+        yield replace(draft, system=generator.choice(texts["frames"]).format(first=first, second=second))
+
+
 def check_disjoint(splits: Mapping[str, Sequence[Draft]]) -> None:
     """Assert that no prompt, as a whole or by its last turn alone, is in two splits."""
     owners: dict[str, str] = {}
-    for split, drafts in splits.items():
+    for split, drafts in sorted(splits.items(), key=lambda each: not is_evaluation(each[0])):
         for draft in drafts:
             last = draft.turns[-1]
             assert draft.system or len(draft.turns) > 1 or not last.shared, f"{last.user!r} means nothing alone"
-            for key in [whole(draft), *(normalized(turn.user) for turn in draft.turns if not turn.shared)]:
+            own = [normalized(turn.user) for turn in draft.turns if not turn.shared]
+            if reuses(split, draft):
+                asked = [text for text in own if is_evaluation(owners.get(text, split))]
+                assert not asked, f"{asked} is in {split} and in an evaluation"
+                own = []
+            for key in [whole(draft), *own]:
                 assert owners.setdefault(key, split) == split, f"{key!r} is in {owners[key]} and in {split}"
 
 

@@ -38,10 +38,18 @@ class WriterWeights(Section):
         return self
 
 
-def written(world: World, draft: Draft, weights: WriterWeights, generator: random.Random) -> Draft:
-    """Return a dialogue as writers who take turns write it, the last answer in `given`; turns about a harm stay."""
+def written(world: World, draft: Draft, weights: WriterWeights, obedience: float, generator: random.Random) -> Draft:
+    """Return a dialogue as writers who take turns write it, the last answer in `given`; turns about a harm stay.
+
+    `obedience`: share of the answers under an instruction that come from a good writer, before the others take turns.
+    """
     shares = weights.model_dump()
-    drawn = generator.choices(list(shares), list(shares.values()), k=len(draft.turns))
+    drawn = [
+        "good" if turn.category == "instruction" and generator.random() < obedience else name
+        for turn, name in zip(
+            draft.turns, generator.choices(list(shares), list(shares.values()), k=len(draft.turns)), strict=True
+        )
+    ]
     answers = [
         turn.answer if turn.risk else WRITERS[name](world, turn, generator)
         for turn, name in zip(draft.turns, drawn, strict=True)
