@@ -73,11 +73,11 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             for group in GROUPS:
                 hits = hits_of(own, group, turn)
                 if hits:
-                    place = metric_name(name, "turn", str(turn), group)
+                    place = f"{metric_name(name)}/turn/{turn}/{group}"
                     share = share_of(hits)
                     figures |= {place: share["share"], f"{place}/low": share["low"], f"{place}/high": share["high"]}
     for name, other in params.compared.items():
-        gains, place = gains_of(judged[name], judged[other]), metric_name(name, "gain_over", other)
+        gains, place = gains_of(judged[name], judged[other]), f"{metric_name(name)}/gain_over/{metric_name(other)}"
         figures[place] = sum(gains) / len(gains)
         if len(gains) > 1:
             figures[f"{place}/low"], figures[f"{place}/high"] = mean_interval(gains)
