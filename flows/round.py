@@ -201,7 +201,7 @@ def left_out_of(params: Any, name: str) -> dict[str, dict[str, str]]:
     return {
         f"{name}_without_{stage}": {**own, **joined, stage: str(NOTHING)}
         for stage, path in joined.items()
-        if path == f"data/{stage}/{name}"
+        if path != str(NOTHING)
     }
 
 
