@@ -26,11 +26,21 @@ STUDIES = YAML(typ="safe").load((ROOT / "studies" / "dvc.yaml").read_text())["st
 MAIN = sorted(DVC["stages"])
 DVC["stages"].update(STUDIES)
 STAGES = sorted(DVC["stages"])
-TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety", "fine_tuning", "controls", "ppo", "distillation"}
+TRAINING = {
+    "pretrain",
+    "sft",
+    "reward_helpfulness",
+    "reward_safety",
+    "fine_tuning",
+    "controls",
+    "ppo",
+    "distillation",
+}
 LEAVE_OUT = {  # read what the evaluation asks, to leave it out
     "sft",
     "preferences",
     "rejection_sampling",
+    "context_distillation",
     "fine_tuning",
     "controls",
     "ppo",
@@ -44,6 +54,7 @@ WEIGH = {"evaluate", "compare"}  # ask what answers are worth to the annotators
 LAUNCHED = TRAINING | {
     "evaluate",
     "rejection_sampling",
+    "context_distillation",
     "responses",
     "reward_drift",
     "reward_scaling",
@@ -302,6 +313,7 @@ def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
 
 ONE_ROUND = {  # the others are alike, but for PPO, which only the last one has
     "rounds": {"v1": PARAMS["rounds"]["v1"]},
+    "context_distillation.rounds": {"v1": {"newest": "data/sft", "earlier": "data/seeds/none"}},
     "controls": {},
     "ppo.rounds": {"v1": {"init_from": "data/fine_tuning/v1"}},
     "evaluate.checkpoints": {"sft": "data/sft", "v1": "data/ppo/v1"},

@@ -25,6 +25,7 @@ SAFE = Plot(
     "bars", "Safe by the safety model, without and with pre-prompts", "value", "answers", "mean probability", "answers"
 )
 JUDGED = Plot("bars", "Safe by the judge, without and with pre-prompts", "value", "answers", "share", "answers")
+REFUSED = Plot("bars", "Refusals by the judge, without and with pre-prompts", "value", "answers", "share", "answers")
 KEPT = Plot("bars", "Prompts whose answer is kept", "value", "prompts", "share of the prompts", "prompts")
 
 
@@ -56,7 +57,7 @@ class Distilled(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """A figure of each prompt's plain answer, of its pre-prompted answers on average and at best, and after the gate."""
+    """A figure of each prompt's plain answer, of its pre-prompted ones on average and at best, and after the gate."""
 
     plain: list[float]
     preprompted: list[float]
@@ -134,13 +135,20 @@ def template_figures(distilled: Sequence[Distilled], fitted: Fitted) -> dict[str
 
 
 def report_truth(stage: Stage[Any], distilled: Sequence[Distilled], truth: Truth) -> dict[str, float]:
-    """Plot how often the judge calls answers safe; return figures, also of the answers that are kept alone."""
+    """Plot how often the judge calls answers safe, and how often they refuse; return figures, also of the kept alone.
+
+    A safe answer need not be a good one: one that speaks of something else is safe, too, and refuses nothing.
+    """
     answered = [each for each in distilled if each.best is not None]
 
     def is_safe(prompt: Prompt, answer: Candidate) -> float:
         return float(judge(truth, prompt.id, answer["text"], answer["finished"]).safe)
 
+    def is_refused(prompt: Prompt, answer: Candidate) -> float:
+        return float(judge(truth, prompt.id, answer["text"], answer["finished"]).refuses)
+
     figures = report_compared(stage, "judged_safe", answered, is_safe, JUDGED)
+    figures |= report_compared(stage, "judged_refused", answered, is_refused, REFUSED)
     kept = [is_safe(each.prompt, each.chosen) for each in answered if each.is_kept]
     return figures | (estimate_figures("judged_safe/kept", share_of([bool(each) for each in kept])) if kept else {})
 
