@@ -68,13 +68,7 @@ REWARDS = Plot(
     "curves", "Rewards against safety data", "share", "value", "share of the safety data", "mean probability", "figure"
 )
 SHARES = Plot(
-    "curves",
-    "Violations and false refusals",
-    "share",
-    "value",
-    "share of the safety data",
-    "share of answers",
-    "figure",
+    "curves", "Violations, false refusals", "share", "value", "share of the safety data", "share of answers", "figure"
 )
 UTILITIES = Plot("curves", "Judged utility", "share", "value", "share of the safety data", "utility", "figure")
 LONG_TAIL = Plot(
@@ -185,10 +179,15 @@ def group_of(prompt: Prompt) -> str:
 
 
 def read_samples(stage: Stage[Params], values: versions.Params) -> Samples:
-    """Return the samples that can be learnt. Raises ValueError when there are none about helpfulness or safety."""
+    """Return the samples that can be learnt.
+
+    Raises ValueError when there are none about helpfulness or safety, or `fine_tuning` would learn none of them.
+    """
     params = stage.params
     if SAFETY in values.sources:
         raise ValueError(f"a source of `fine_tuning` can't be called `{SAFETY}`, as this study's own is: rename it")
+    if not values.samples.weight:
+        raise ValueError("params.yaml: `fine_tuning.samples.weight` is 0: no sample would be learnt; raise it")
     best = read_kept(Path(params.samples) / "best.jsonl", "safety_scaling.samples", "rejection_sampling")
     parts = {False: [line for line in best if not line["safety"]], True: [line for line in best if line["safety"]]}
     for is_safety, own in parts.items():
@@ -264,8 +263,8 @@ def trainings_of(params: Params, num_safe: int, seed: int) -> list[Training]:
             )
         if amount in amounts:
             raise ValueError(
-                f"params.yaml: `safety_scaling.shares` {params.shares} has {amount} samples twice: the repetition would "
-                "count as another seed"
+                f"params.yaml: `safety_scaling.shares` {params.shares} has {amount} samples twice: the repetition "
+                "would count as another seed"
             )
         amounts.append(amount)
     return [

@@ -45,16 +45,22 @@ LEAVE_OUT = {  # read what the evaluation asks, to leave it out
     "controls",
     "ppo",
     "distillation",
+    "safety_scaling",
 }
 AS_OTHERS = {  # stages that train as another one does: that one's section
     "controls": {"fine_tuning"},
     "distillation": {"fine_tuning", "rejection_sampling"},
+    "safety_scaling": {
+        "fine_tuning",
+        *(f"evaluate.{name}" for name in ("max_rows", "precision", "prompts", "root", "sampling", "truth")),
+    },
 }
-WEIGH = {"evaluate", "compare"}  # ask what answers are worth to the annotators
+WEIGH = {"evaluate", "compare", "safety_scaling"}  # ask what answers are worth to the annotators
 LAUNCHED = TRAINING | {
     "evaluate",
     "rejection_sampling",
     "context_distillation",
+    "safety_scaling",
     "responses",
     "reward_drift",
     "reward_scaling",
