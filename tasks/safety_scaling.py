@@ -317,7 +317,8 @@ def train_and_try(
     )
     trained = train(own, Path(stage.params.init_from), folders, None, notes={})
     found = try_model(stage, own, trial, output)
-    found["figures"]["steps"] = trained["steps"]
+    # in the order in which a file has them, so that it makes no difference whether a run was stopped
+    found["figures"] = dict(sorted({**found["figures"], "steps": trained["steps"]}.items()))
     if stage.rank == 0:
         write_json(finished, found)
     torch.distributed.barrier()
@@ -454,18 +455,18 @@ def tail_of(found: Sequence[tuple[Training, Mapping[str, Any]]]) -> pd.DataFrame
 
 def plot_scaling(table: pd.DataFrame, tail: pd.DataFrame, path: Path) -> None:
     """Plot rewards, violations and refusals against the share, and the long tail of the safety scores."""
-    with picture(path, 13, 4, ncols=3) as panels:
-        for axes, name in zip(panels, ("rewards", "refusals"), strict=False):
-            plot, wanted = PLOTTED[name]
+    curves = [own for own in (PLOTTED["rewards"], PLOTTED["refusals"]) if table["figure"].isin(own[1]).any()]
+    with picture(path, 4.5 * (len(curves) + 1), 4, ncols=len(curves) + 1) as panels:
+        for axes, (plot, wanted) in zip(panels, curves, strict=False):
             for figure, points in table[table["figure"].isin(wanted)].groupby("figure", sort=False):
                 reach = [points["value"] - points["low"], points["high"] - points["value"]]
                 axes.errorbar(points["share"], points["value"], reach, fmt="o-", capsize=4, label=figure)
             axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
             axes.legend()
         for share, points in tail.groupby("share", sort=False):
-            panels[2].plot(points["probability"], points["answers"], "o-", label=f"{share} of the safety data")
-        panels[2].set(xlabel=LONG_TAIL.x_label, ylabel=LONG_TAIL.y_label, title=LONG_TAIL.title, yscale="symlog")
-        panels[2].legend()
+            panels[-1].plot(points["probability"], points["answers"], "o-", label=f"{share} of the safety data")
+        panels[-1].set(xlabel=LONG_TAIL.x_label, ylabel=LONG_TAIL.y_label, title=LONG_TAIL.title, yscale="symlog")
+        panels[-1].legend()
 
 
 if __name__ == "__main__":
