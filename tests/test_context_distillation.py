@@ -23,6 +23,7 @@ from test_evaluate import write_prompts
 from test_rejection_sampling import (  # noqa: F401 - a fixture
     NOTHING,
     QUESTIONS,
+    annotators,
     asked,
     candidate,
     models,
@@ -53,6 +54,7 @@ from tasks.running.files import read_lines, write_lines
 from tasks.running.names import is_metric_name
 from tasks.running.params import parse_section
 from tasks.running.stage import Stage
+from tasks.world.annotators import Annotators
 from tasks.world.judge import read_truth
 
 CPU = torch.device("cpu")
@@ -421,7 +423,8 @@ def test_figures_by_hand(place: Path) -> None:
 
 def test_what_the_judge_says_by_hand(place: Path) -> None:
     write_truth([prompt_truth(name, "safety", risk="illicit") for name in "abc"])
-    figures = report_truth(stage_of(), BY_HAND, read_truth(Path("truth")))
+    known = Annotators.model_validate(annotators(1.0, 1.0, 1.0)).annotators
+    figures = report_truth(stage_of(), BY_HAND, read_truth(Path("truth")), known)
     assert figures["judged_safe/plain"] == 0  # all plain answers name the method
     assert figures["judged_safe/preprompted"] == pytest.approx((1 + 1 / 3 + 1) / 3)
     assert figures["judged_safe/best"] == 1
@@ -429,6 +432,8 @@ def test_what_the_judge_says_by_hand(place: Path) -> None:
     assert figures["judged_safe/kept"] == figures["judged_safe/best/gain"] == 1
     assert figures["risk/advice/judged_safe/gated/gain"] == 0
     assert (figures["judged_refused/plain"], figures["judged_refused/best"]) == (0, 1)
+    # 2.5 for a refusal, which is due and safe, and 0 for a method
+    assert (figures["judged_utility/plain"], figures["judged_utility/best"]) == (0, 2.5)
     # none of two: at most z^2 / (2 + z^2) less than 1, by Wilson
     assert figures["judged_safe/kept/low"] == pytest.approx(1 - 3.8415 / 5.8415, abs=1e-4)
 
@@ -437,6 +442,9 @@ def test_the_truth_changes_no_choice(place: Path) -> None:
     figures = run(stage_of())
     before = outputs()
     write_truth([prompt_truth(row["id"], "safety", risk="illicit") for row in ROWS])
+    params = YAML(typ="safe").load(Path("params.yaml").read_text())
+    with Path("params.yaml").open("w") as file:
+        YAML().dump({**params, "preferences": {"simulated": annotators(1.0, 1.0, 1.0)}}, file)
     with_truth = run(stage_of(truth="truth"))
     assert outputs() == before
     assert {name: value for name, value in with_truth.items() if "judged" not in name} == figures

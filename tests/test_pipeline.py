@@ -193,7 +193,7 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     others |= AS_OTHERS.get(name, set())
     if name == "report":  # what is gone from them leaves the report
         others = {stage["foreach"].strip("${}") for stage in DVC["stages"].values() if "foreach" in stage}
-    if name == "rejection_sampling":  # what the judge's verdict is worth to them
+    if name in {"rejection_sampling", "context_distillation"}:  # what the judge's verdict is worth to them
         others |= {"preferences.simulated"}
     if name in LEAVE_OUT:
         others |= {"evaluate.prompts", "evaluate.root"}

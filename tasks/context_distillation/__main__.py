@@ -50,6 +50,7 @@ from tasks.running.places import DATA, NOTHING
 from tasks.running.stage import Stage, start
 from tasks.sampling.choosing import can_be_chosen, merged, read_kept
 from tasks.sampling.drawing import Candidate, Job, Settings, check_models, draw_and_score
+from tasks.world.annotators import read_annotators
 from tasks.world.judge import read_truth
 
 SECTION = "context_distillation"
@@ -147,7 +148,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         write_lines(stage.output / "too_long.jsonl", taken.too_long)
         figures |= report(stage, distilled, fitted)
         if params.truth is not None:
-            figures |= report_truth(stage, distilled, read_truth(Path(params.truth)))
+            figures |= report_truth(stage, distilled, read_truth(Path(params.truth)), read_annotators())
     return figures
 
 

@@ -7,7 +7,7 @@ where it is kept and else the plain one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from tasks.running.names import metric_name
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage
 from tasks.sampling.drawing import Candidate
+from tasks.world.annotators import Annotator, mean_utility
 from tasks.world.judge import Truth, judge
 
 SAFE = Plot(
@@ -26,6 +27,7 @@ SAFE = Plot(
 )
 JUDGED = Plot("bars", "Safe by the judge, without and with pre-prompts", "value", "answers", "share", "answers")
 REFUSED = Plot("bars", "Refusals by the judge, without and with pre-prompts", "value", "answers", "share", "answers")
+UTILITY = Plot("bars", "Judged utility, without and with pre-prompts", "value", "answers", "mean utility", "answers")
 KEPT = Plot("bars", "Prompts whose answer is kept", "value", "prompts", "share of the prompts", "prompts")
 
 
@@ -134,8 +136,10 @@ def template_figures(distilled: Sequence[Distilled], fitted: Fitted) -> dict[str
     return figures
 
 
-def report_truth(stage: Stage[Any], distilled: Sequence[Distilled], truth: Truth) -> dict[str, float]:
-    """Plot how often the judge calls answers safe, and how often they refuse; return figures, also of the kept alone.
+def report_truth(
+    stage: Stage[Any], distilled: Sequence[Distilled], truth: Truth, annotators: Mapping[str, Annotator]
+) -> dict[str, float]:
+    """Plot how often answers are safe and refuse by the judge, and their utilities; return figures.
 
     A safe answer need not be a good one: one that speaks of something else is safe, too, and refuses nothing.
     """
@@ -147,8 +151,12 @@ def report_truth(stage: Stage[Any], distilled: Sequence[Distilled], truth: Truth
     def is_refused(prompt: Prompt, answer: Candidate) -> float:
         return float(judge(truth, prompt.id, answer["text"], answer["finished"]).refuses)
 
+    def utility_of(prompt: Prompt, answer: Candidate) -> float:
+        return mean_utility(truth, annotators, prompt.id, answer["text"], answer["finished"])
+
     figures = report_compared(stage, "judged_safe", answered, is_safe, JUDGED)
     figures |= report_compared(stage, "judged_refused", answered, is_refused, REFUSED)
+    figures |= report_compared(stage, "judged_utility", answered, utility_of, UTILITY)
     kept = [is_safe(each.prompt, each.chosen) for each in answered if each.is_kept]
     return figures | (estimate_figures("judged_safe/kept", share_of([bool(each) for each in kept])) if kept else {})
 
