@@ -456,16 +456,18 @@ def tail_of(found: Sequence[tuple[Training, Mapping[str, Any]]]) -> pd.DataFrame
 def plot_scaling(table: pd.DataFrame, tail: pd.DataFrame, path: Path) -> None:
     """Plot rewards, violations and refusals against the share, and the long tail of the safety scores."""
     curves = [own for own in (PLOTTED["rewards"], PLOTTED["refusals"]) if table["figure"].isin(own[1]).any()]
-    with picture(path, 4.5 * (len(curves) + 1), 4, ncols=len(curves) + 1) as panels:
+    shares = sorted(table["share"].unique())
+    with picture(path, 5.5 * (len(curves) + 1), 4, ncols=len(curves) + 1) as panels:
         for axes, (plot, wanted) in zip(panels, curves, strict=False):
             for figure, points in table[table["figure"].isin(wanted)].groupby("figure", sort=False):
                 reach = [points["value"] - points["low"], points["high"] - points["value"]]
-                axes.errorbar(points["share"], points["value"], reach, fmt="o-", capsize=4, label=figure)
+                axes.errorbar(range(len(shares)), points["value"], reach, fmt="o-", capsize=4, label=figure)
+            axes.set_xticks(range(len(shares)), [f"{share:.4g}" for share in shares])
             axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
             axes.legend()
         for share, points in tail.groupby("share", sort=False):
             panels[-1].plot(points["probability"], points["answers"], "o-", label=f"{share} of the safety data")
-        panels[-1].set(xlabel=LONG_TAIL.x_label, ylabel=LONG_TAIL.y_label, title=LONG_TAIL.title, yscale="symlog")
+        panels[-1].set(xlabel=LONG_TAIL.x_label, ylabel=LONG_TAIL.y_label, title=LONG_TAIL.title)
         panels[-1].legend()
 
 
