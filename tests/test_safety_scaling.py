@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pandas
 import pytest
 from ranks import join_alone, train_tokenizer
 from ruamel.yaml import YAML
-from stages import stage_here
+from stages import Workspace, stage_here
 from test_evaluate import write_prompts
 from test_rejection_sampling import (
     HELPFULNESS_SCORES,
@@ -180,6 +182,37 @@ def test_without_a_truth_only_the_reward_models_tell(place: Path) -> None:
         "safety/reward", "safety/below_0.1", "safety/below_0.5", "helpfulness/reward", "borderline/reward", "steps",
     }  # fmt: skip
     assert {path.stem for path in Path("out/plots").glob("*.csv")} == {"rewards", "tail"}
+
+
+DVC_STAGE = f"""\
+stages:
+  safety_scaling:
+    cmd: exec {sys.executable} -m tasks.workers.launch safety_scaling
+    deps:
+    - ${{safety_scaling.init_from}}
+    - ${{safety_scaling.samples}}
+    params:
+    - safety_scaling
+    outs:
+    - data/safety_scaling
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_does(place: Path) -> None:
+    sections = YAML(typ="safe").load(Path("params.yaml").read_text())
+    found = []
+    for num_ranks in (1, 2):
+        root = place / f"ranks{num_ranks}"
+        for name in ("base", "data", "dialogues", "evaluation", "truth"):
+            shutil.copytree(place / name, root / name)
+        values = stage_params(samples="data/rejection_sampling/v1", shares=[0, 1]).model_dump()
+        workspace = Workspace(root, "safety_scaling", DVC_STAGE, num_ranks, safety_scaling=values, **sections)
+        found.append(workspace.finish())
+    alone, shared = found  # sums of gradients are rounded otherwise, so that an answer may differ
+    assert set(alone) == set(shared)
+    assert shared["share_1/steps"] == alone["share_1/steps"]
+    assert shared["share_0/safety/reward"] == pytest.approx(alone["share_0/safety/reward"], abs=0.2)
 
 
 # --- what is learnt ---
