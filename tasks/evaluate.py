@@ -14,94 +14,31 @@ Writes answers.jsonl and plots/shares.csv; for MLflow also the tables of answers
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple
-
-import torch
-from pydantic import Field
 
 from model.network.checkpoint import open_checkpoint
-from model.network.ranks import from_all_ranks, join_ranks
-from model.network.transformer import Llama
-from model.sampling.sampler import Sampling, sample
-from model.text.dialogue import decode_answer, encode_prompt
-from model.text.tokenizer import Tokenizer
-from tasks.judging.intervals import mean_interval, wilson
-from tasks.reading.prompts import KINDS, Prompt, as_text, is_adversarial, kind_of, read_prompts
-from tasks.running.digests import number_of
-from tasks.running.files import read_json, write_json, write_lines
-from tasks.running.names import metric_name
-from tasks.running.params import Section
+from model.network.ranks import join_ranks
+from tasks.judging.answering import (
+    Judged,
+    Known,
+    Params,
+    Share,
+    answer_all,
+    figures_of,
+    judge_answer,
+    outcomes_of,
+    shares_of,
+    utilities_of,
+)
+from tasks.reading.prompts import as_text, read_prompts
+from tasks.running.files import write_lines
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
-from tasks.world.annotators import Annotator, mean_utility, read_annotators
-from tasks.world.judge import Judgement, Truth, judge, read_truth
-
-HEADLINES = (
-    "well_formed",
-    "helpfulness/right",
-    "helpfulness/false_refusals",
-    "factual/right",
-    "factual/held_out/right",
-    "safety/violations",
-    "borderline/false_refusals",
-    "instruction/followed",
-)
-SHARD = 256  # prompts that a rank answers between two saves
-
-
-class Params(Section):
-    """Which checkpoints answer which prompts, and how."""
-
-    checkpoints: dict[str, str] = Field(
-        min_length=1, description="Hugging Face Llama directory of each checkpoint, by the name of its evaluation"
-    )
-    root: str = Field(min_length=1, description="directory of the prompt files, which DVC watches")
-    prompts: list[str] = Field(min_length=1, description="prompt files below `root`, JSON lines")
-    truth: str | None = Field(description="directory of what the judge knows; null: answers are not judged")
-    sampling: Sampling = Field(description="how answers are drawn; temperature 0: always the likeliest token")
-    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
-    max_rows: int = Field(gt=0, description="answers generated at once; more need more memory")
-
-
-class Answer(NamedTuple):
-    """What a checkpoint answered; without tokens if the prompt left no room in the context."""
-
-    text: str
-    num_tokens: int
-    finished: bool
-
-
-class Known(NamedTuple):
-    """What answers are judged by: the truth, and the annotators whose utilities are averaged."""
-
-    truth: Truth
-    annotators: Mapping[str, Annotator]
-
-
-class Judged(NamedTuple):
-    """A prompt, its answer, and what the truth says of them; `held_out`: it asks for a fact of a held-out entity."""
-
-    prompt: Prompt
-    answer: Answer
-    judgement: Judgement | None
-    utility: float | None
-    held_out: bool
-
-
-class Share(NamedTuple):
-    """How many of how many prompts, and the share with its 95% interval."""
-
-    hits: int
-    prompts: int
-    share: float
-    low: float
-    high: float
+from tasks.world.annotators import read_annotators
+from tasks.world.judge import read_truth
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -112,7 +49,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     known = None if params.truth is None else Known(read_truth(Path(params.truth)), read_annotators())
     device = join_ranks()
     model, tokenizer = open_checkpoint(checkpoint, params.precision, device)
-    answers = answer_all(stage, model, tokenizer, prompts)
+    answers = answer_all(stage, params, model, tokenizer, prompts)
     judged = [judge_answer(prompt, answer, known) for prompt, answer in zip(prompts, answers, strict=True)]
     shares = shares_of(outcomes_of(each) for each in judged)
     if stage.rank == 0:
@@ -138,116 +75,6 @@ def checkpoint_of(stage: Stage[Params]) -> Path:
         names = ", ".join(f"evaluate@{name}" for name in known)
         raise ValueError(f"`evaluate.checkpoints` has no `{item}`: evaluate one of {names}")
     return Path(known[item])
-
-
-# --- answers ---
-
-
-def answer_all(stage: Stage[Params], model: Llama, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[Answer]:
-    """Return the answer to each prompt; the ranks share the prompts, and each gets all answers."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    context = model.config.max_position_embeddings
-    encoded = {
-        number: encode_prompt(prompts[number].messages, tokenizer) for number in range(rank, len(prompts), world)
-    }
-    fitting = [number for number, ids in encoded.items() if len(ids) < context]
-    own = {number: Answer("", 0, finished=False) for number in encoded}
-    for first in range(0, len(fitting), SHARD):
-        numbers = fitting[first : first + SHARD]
-        saved = stage.scratch / "answers" / f"{rank}-{first}.json"
-        if not saved.exists():
-            started = time.monotonic()
-            responses = sample(
-                model,
-                [encoded[number] for number in numbers],
-                stage.params.sampling,
-                num_samples=1,
-                eos_id=tokenizer.eos_id,
-                seeds=[number_of(f"{stage.seed} evaluate {prompts[number].id}") for number in numbers],
-                max_rows=stage.params.max_rows,
-                description=f"{stage.name} {first + len(numbers)} of {len(fitting)}" if rank == 0 else None,
-            )
-            num_tokens = sum(len(response.ids) for (response,) in responses)
-            stage.log({"tokens_per_second": num_tokens / (time.monotonic() - started)}, step=first + len(numbers))
-            write_json(saved, [[response.ids, response.finished] for (response,) in responses])
-        for number, (ids, finished) in zip(numbers, read_json(saved), strict=True):
-            own[number] = Answer(decode_answer(ids, tokenizer), len(ids), finished)
-    return from_all_ranks(own)
-
-
-# --- figures ---
-
-
-def judge_answer(prompt: Prompt, answer: Answer, known: Known | None) -> Judged:
-    """Judge an answer, if there is a truth to judge it against."""
-    if known is None:
-        return Judged(prompt, answer, judgement=None, utility=None, held_out=False)
-    judgement = judge(known.truth, prompt.id, answer.text, answer.finished)
-    utility = mean_utility(known.truth, known.annotators, prompt.id, answer.text, answer.finished)
-    return Judged(prompt, answer, judgement, utility, known.truth.prompts[prompt.id].held_out)
-
-
-def outcomes_of(judged: Judged) -> dict[str, bool]:
-    """Return the figures that one answer counts for, and whether it is a hit in each."""
-    prompt, answer, judgement, held_out = judged.prompt, judged.answer, judged.judgement, judged.held_out
-    category = metric_name(prompt.category)
-    if judgement is None:
-        well_formed = answer.finished and bool(answer.text)
-        return {"well_formed": well_formed, f"{category}/well_formed": well_formed}
-    found = {"well_formed": judgement.well_formed, f"{category}/well_formed": judgement.well_formed}
-    if judgement.right is not None:
-        found[f"{category}/right"] = judgement.right
-        if category == "factual":
-            found[f"factual/{'held_out' if held_out else 'known'}/right"] = judgement.right
-    if judgement.follows is not None:
-        found[f"{category}/followed"] = judgement.follows
-    if not is_adversarial(prompt.category, prompt.risk):
-        if judgement.right is not None:
-            found["helpfulness/right"] = judgement.right
-        found["helpfulness/false_refusals"] = found[f"{category}/false_refusals"] = judgement.refuses
-        return found
-    found["safety/refused"] = judgement.refuses
-    found["safety/violations"] = not judgement.safe
-    for kind, value in (("risk", prompt.risk), ("attack", prompt.attack), ("difficulty", prompt.difficulty)):
-        if value is not None:
-            found[metric_name("safety", kind, str(value), "violations")] = not judgement.safe
-    return found
-
-
-def utilities_of(judged: Sequence[Judged]) -> dict[str, float]:
-    """Return the mean utility of the answers to adversarial prompts, and to all others; none without a truth."""
-    figures: dict[str, float] = {}
-    for name in KINDS:
-        own = [each for each in judged if kind_of(each.prompt.category, each.prompt.risk) == name]
-        values = [each.utility for each in own if each.utility is not None]
-        if values:
-            figures[f"{name}/utility"] = fmean(values)
-        if len(values) > 1:
-            figures[f"{name}/utility/low"], figures[f"{name}/utility/high"] = mean_interval(values)
-    return figures
-
-
-def shares_of(outcomes: Iterable[Mapping[str, bool]]) -> dict[str, Share]:
-    """Return each figure's share, by name, the headlines first."""
-    found: dict[str, list[bool]] = defaultdict(list)
-    for outcome in outcomes:
-        for name, hit in outcome.items():
-            found[name].append(hit)
-    shares = {}
-    for name in sorted(found, key=lambda name: (name not in HEADLINES, name)):
-        hits, prompts = sum(found[name]), len(found[name])
-        shares[name] = Share(hits, prompts, hits / prompts, *wilson(hits, prompts))
-    return shares
-
-
-def figures_of(shares: Mapping[str, Share]) -> dict[str, float]:
-    """Return the shares as metrics, the headlines with their intervals."""
-    figures = {}
-    for name, share in shares.items():
-        figures[name] = share.share
-        if name in HEADLINES:
-            figures |= {f"{name}/low": share.low, f"{name}/high": share.high}
-    return figures
 
 
 # --- files ---

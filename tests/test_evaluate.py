@@ -21,8 +21,9 @@ from model.network.transformer import Llama, ModelConfig
 from model.text.dialogue import decode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
 from model.training.engine import EngineParams, build_model, draw_weights
-from tasks import evaluate
-from tasks.evaluate import Answer, Judged, Params, figures_of, outcomes_of, run, shares_of, utilities_of
+from tasks.evaluate import run
+from tasks.judging import answering
+from tasks.judging.answering import Answer, Judged, Params, figures_of, outcomes_of, shares_of, utilities_of
 from tasks.reading.prompts import Prompt
 from tasks.running.names import metric_name
 from tasks.running.stage import Stage
@@ -169,18 +170,18 @@ def test_random_numbers_belong_to_the_prompt_and_finished_answers_are_not_drawn_
     run(stage_of(params))
     whole = Path("out/answers.jsonl").read_bytes()
     assert whole.decode().splitlines() == backwards[::-1]
-    monkeypatch.setattr(evaluate, "SHARD", 3)
+    monkeypatch.setattr(answering, "SHARD", 3)
     run(stage_of(params))
     assert Path("out/answers.jsonl").read_bytes() == whole
     Path("scratch/answers/0-6.json").unlink()  # as if killed before the last of three shards
     drawn: list[int] = []
-    sample = evaluate.sample
+    sample = answering.sample
 
     def counting(model: Any, prompts: Any, *rest: Any, **named: Any) -> Any:
         drawn.append(len(prompts))
         return sample(model, prompts, *rest, **named)
 
-    monkeypatch.setattr(evaluate, "sample", counting)
+    monkeypatch.setattr(answering, "sample", counting)
     run(stage_here("evaluate@sft", params, fresh=False))
     assert drawn == [1]
     assert Path("out/answers.jsonl").read_bytes() == whole

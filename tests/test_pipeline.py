@@ -26,24 +26,41 @@ STUDIES = YAML(typ="safe").load((ROOT / "studies" / "dvc.yaml").read_text())["st
 MAIN = sorted(DVC["stages"])
 DVC["stages"].update(STUDIES)
 STAGES = sorted(DVC["stages"])
-TRAINING = {"pretrain", "sft", "reward_helpfulness", "reward_safety", "fine_tuning", "controls", "ppo", "distillation"}
-LEAVE_OUT = {  # read what the evaluation asks, to leave it out
+TRAINING = {
+    "pretrain",
     "sft",
-    "preferences",
-    "rejection_sampling",
+    "reward_helpfulness",
+    "reward_safety",
     "fine_tuning",
     "controls",
     "ppo",
     "distillation",
 }
+LEAVE_OUT = {  # read what the evaluation asks, to leave it out
+    "sft",
+    "preferences",
+    "rejection_sampling",
+    "context_distillation",
+    "fine_tuning",
+    "controls",
+    "ppo",
+    "distillation",
+    "safety_scaling",
+}
 AS_OTHERS = {  # stages that train as another one does: that one's section
     "controls": {"fine_tuning"},
     "distillation": {"fine_tuning", "rejection_sampling"},
+    "safety_scaling": {
+        "fine_tuning",
+        *(f"evaluate.{name}" for name in ("max_rows", "precision", "prompts", "root", "sampling", "truth")),
+    },
 }
-WEIGH = {"evaluate", "compare"}  # ask what answers are worth to the annotators
+WEIGH = {"evaluate", "compare", "safety_scaling"}  # ask what answers are worth to the annotators
 LAUNCHED = TRAINING | {
     "evaluate",
     "rejection_sampling",
+    "context_distillation",
+    "safety_scaling",
     "responses",
     "reward_drift",
     "reward_scaling",
@@ -176,7 +193,7 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     others |= AS_OTHERS.get(name, set())
     if name == "report":  # what is gone from them leaves the report
         others = {stage["foreach"].strip("${}") for stage in DVC["stages"].values() if "foreach" in stage}
-    if name == "rejection_sampling":  # what the judge's verdict is worth to them
+    if name in {"rejection_sampling", "context_distillation"}:  # what the judge's verdict is worth to them
         others |= {"preferences.simulated"}
     if name in LEAVE_OUT:
         others |= {"evaluate.prompts", "evaluate.root"}
@@ -302,6 +319,7 @@ def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
 
 ONE_ROUND = {  # the others are alike, but for PPO, which only the last one has
     "rounds": {"v1": PARAMS["rounds"]["v1"]},
+    "context_distillation.rounds": {"v1": {"newest": "data/sft", "earlier": "data/seeds/none"}},
     "controls": {},
     "ppo.rounds": {"v1": {"init_from": "data/fine_tuning/v1"}},
     "evaluate.checkpoints": {"sft": "data/sft", "v1": "data/ppo/v1"},

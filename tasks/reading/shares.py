@@ -41,6 +41,19 @@ class Asked(NamedTuple):
 def shares_of(place: Place, files: Files, limits: Numbers, num_rounds: int, section: str) -> dict[Kind, list[Prompt]]:
     """Return the round's share of each kind's prompts, in their file's order; none of a kind whose limit is 0.
 
+    Raises ValueError as `read_share` does.
+    """
+    return {
+        kind: read_share(place, Path(getattr(files, kind)), num_rounds, section, f"prompts.{kind}")
+        if getattr(limits, kind)
+        else []
+        for kind in KINDS
+    }
+
+
+def read_share(place: Place, path: Path, num_rounds: int, section: str, parameter: str) -> list[Prompt]:
+    """Return the round's share of a file's prompts, in the file's order; `parameter` names the file.
+
     Raises ValueError for a round beyond those that share the prompts, and as `read_prompts` does.
     """
     if place.number >= num_rounds:
@@ -48,13 +61,7 @@ def shares_of(place: Place, files: Files, limits: Numbers, num_rounds: int, sect
             f"params.yaml: `rounds.{place.name}`: the prompts are divided among `{section}.num_rounds` {num_rounds} "
             "rounds: raise it, which gives every round other prompts"
         )
-    shares: dict[Kind, list[Prompt]] = {kind: [] for kind in KINDS}
-    for kind in KINDS:
-        if getattr(limits, kind):
-            path = Path(getattr(files, kind))
-            prompts = read_prompts([path], f"{section}.prompts.{kind}")
-            shares[kind] = share_of(prompts, place.number, num_rounds)
-    return shares
+    return share_of(read_prompts([path], f"{section}.{parameter}"), place.number, num_rounds)
 
 
 def share_of(prompts: Sequence[Prompt], number: int, num_rounds: int) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pydantic import Field
@@ -29,7 +30,7 @@ class TakenPrompts(NamedTuple):
     apart: list[Prompt]  # nothing is trained on them
     prompts: list[Prompt]
     num_evaluation: int  # left out: the evaluation asks the same
-    num_too_long: int  # left out: no room for an answer
+    too_long: list[Prompt]  # left out: no room for an answer
 
 
 def take_prompts(
@@ -43,24 +44,36 @@ def take_prompts(
 ) -> dict[Kind, TakenPrompts]:
     """Return the round's prompts of each kind, and those set apart, which are others.
 
-    Two stages that set the same number apart of the same share set the same prompts apart.
     Raises ValueError as `shares_of` does, and for a kind of which no prompt is left.
     """
     shares = shares_of(place, params.prompts, params.max_prompts, params.num_rounds, section)
     taken = {}
     for kind, share in shares.items():
-        own = [prompt for prompt in share if not asks_the_same(prompt.messages, evaluation)]
-        fitting = [prompt for prompt in own if len(encode_prompt(prompt.messages, tokenizer)) < context]
-        apart = at_most(fitting, getattr(num_apart, kind), "search")
-        ids = {prompt.id for prompt in apart}
-        rest = [prompt for prompt in fitting if prompt.id not in ids]
         limit = getattr(params.max_prompts, kind)
-        taken[kind] = TakenPrompts(apart, at_most(rest, limit), len(share) - len(own), len(own) - len(fitting))
-        if limit and not rest:
+        found = divide(share, getattr(num_apart, kind), tokenizer, context, evaluation)
+        taken[kind] = found._replace(prompts=at_most(found.prompts, limit))
+        if limit and not found.prompts:
             raise ValueError(
-                f"no {kind} prompt is left: of the {len(share)} that are round {place.name}'s, {len(share) - len(own)} "
-                f"ask what the evaluation asks, {len(own) - len(fitting)} leave no room for an answer in the models' "
-                f"context of {context} tokens, and {len(apart)} are set apart: bring more in "
+                f"no {kind} prompt is left: of the {len(share)} that are round {place.name}'s, {found.num_evaluation} "
+                f"ask what the evaluation asks, {len(found.too_long)} leave no room for an answer in the models' "
+                f"context of {context} tokens, and {len(found.apart)} are set apart: bring more in "
                 f"`{section}.prompts.{kind}`, or shorter ones"
             )
     return taken
+
+
+def divide(
+    share: Sequence[Prompt], num_apart: int, tokenizer: Tokenizer, context: int, evaluation: EvaluationPrompts
+) -> TakenPrompts:
+    """Return which prompts of a round's share are set apart, all that are left, and what is left out.
+
+    Two stages that set the same number apart of the same share set the same prompts apart.
+    """
+    own = [prompt for prompt in share if not asks_the_same(prompt.messages, evaluation)]
+    lengths = {prompt.id: len(encode_prompt(prompt.messages, tokenizer)) for prompt in own}
+    fitting = [prompt for prompt in own if lengths[prompt.id] < context]
+    apart = at_most(fitting, num_apart, "search")
+    ids = {prompt.id for prompt in apart}
+    rest = [prompt for prompt in fitting if prompt.id not in ids]
+    too_long = [prompt for prompt in own if lengths[prompt.id] >= context]
+    return TakenPrompts(apart, rest, len(share) - len(own), too_long)

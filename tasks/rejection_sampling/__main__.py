@@ -124,7 +124,7 @@ def prompt_figures(job: Job, taken: TakenPrompts) -> dict[str, float]:
         f"{job.kind}/prompts": len(taken.prompts),
         f"{job.kind}/search_prompts": len(taken.apart),
         f"{job.kind}/evaluation_prompts": taken.num_evaluation,
-        f"{job.kind}/too_long": taken.num_too_long,
+        f"{job.kind}/too_long": len(taken.too_long),
         f"{job.kind}/temperature": job.temperature,
     }
 

@@ -137,13 +137,17 @@ def read_chosen(directory: Path, parameter: str) -> dict[Way, list[dict[str, Any
     """
     if directory == NOTHING:
         return {way: [] for way in WAYS}
-    return {way: _read_dialogues(directory / f"{way}.jsonl", parameter) for way in WAYS}
+    return {way: read_kept(directory / f"{way}.jsonl", parameter, "rejection_sampling") for way in WAYS}
 
 
-def _read_dialogues(path: Path, parameter: str) -> list[dict[str, Any]]:
+def read_kept(path: Path, parameter: str, stage: str) -> list[dict[str, Any]]:
+    """Return the dialogues of a file that a stage wrote, below a directory that `parameter` names.
+
+    Raises ValueError as `read_chosen` does.
+    """
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing, though `{parameter}` names its directory: run the stage `rejection_sampling` of that "
+            f"{path} is missing, though `{parameter}` names its directory: run the stage `{stage}` of that "
             f"round first, or write {NOTHING} if there is none"
         )
     lines: dict[str, dict[str, Any]] = {}

@@ -47,13 +47,17 @@ class Settings(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Prompts of one kind that are answered at one temperature; `name` is that of its folder in the scratch."""
+    """Prompts of one kind that are answered at one temperature; `name` is that of its folder in the scratch.
+
+    Answers are scored as answers to the prompts that they were drawn from, or to those of `scored`, in the same order.
+    """
 
     name: str
     kind: Kind
     temperature: float
     num_samples: int
     prompts: Sequence[Prompt]
+    scored: Sequence[Prompt] | None = None
 
 
 class Earlier(NamedTuple):
@@ -82,11 +86,12 @@ class Candidate(Drawn):
 
 
 class Shard(NamedTuple):
-    """Some prompts of a job."""
+    """Some prompts of a job, and those that their answers are scored with."""
 
     job: Job
     number: int
     prompts: Sequence[Prompt]
+    scored: Sequence[Prompt]
 
 
 def draw_and_score(
@@ -97,11 +102,7 @@ def draw_and_score(
     Equal answers are one candidate; the best of earlier rounds is the first. Raises ValueError for a score that is not
     finite, and as `check_models` does.
     """
-    shards = [
-        Shard(job, number, job.prompts[begin : begin + settings.save_every])
-        for job in jobs
-        for number, begin in enumerate(range(0, len(job.prompts), settings.save_every))
-    ]
+    shards = [shard for job in jobs for shard in _shards_of(job, settings.save_every)]
 
     def open_policy() -> tuple[Llama, Tokenizer]:
         return open_checkpoint(settings.policy, settings.precision, join_ranks())
@@ -118,12 +119,12 @@ def draw_and_score(
 
         def score(models: tuple[RewardModel, Tokenizer], number: int) -> list[list[float]]:
             model, tokenizer = models
-            asked = [_asked(*each, tokenizer) for each in zip(shards[number].prompts, drawn[number], strict=True)]
+            asked = [_asked(*each, tokenizer) for each in zip(shards[number].scored, drawn[number], strict=True)]
             return score_answers(model, asked, settings.tokens_at_once)
 
         scores[kind] = _worked_off(settings.scratch / kind, shards, open_model, score, description)
         for shard, found in zip(shards, scores[kind], strict=True):
-            check_finite(shard.prompts, found, directory)
+            check_finite(shard.scored, found, directory)
     together: dict[str, list[list[Candidate]]] = {job.name: [] for job in jobs}
     for number, shard in enumerate(shards):
         raw = zip(drawn[number], scores["helpfulness"][number], scores["safety"][number], strict=True)
@@ -154,6 +155,16 @@ def check_finite(prompts: Sequence[Prompt], scores: Sequence[Sequence[float]], m
         for score in found:
             if not math.isfinite(score):
                 raise ValueError(f"{model} scores an answer to prompt {prompt.id} {score}: the reward model is broken")
+
+
+def _shards_of(job: Job, size: int) -> list[Shard]:
+    """Divide a job's prompts."""
+    scored = job.prompts if job.scored is None else job.scored
+    assert len(scored) == len(job.prompts)
+    return [
+        Shard(job, number, job.prompts[begin : begin + size], scored[begin : begin + size])
+        for number, begin in enumerate(range(0, len(job.prompts), size))
+    ]
 
 
 def _worked_off(
