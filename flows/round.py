@@ -114,26 +114,17 @@ def add_round(params: Any, number: int) -> None:
                 )
     stage = last_stage(params, name)
     checkpoints = {name: f"data/{stage}/{name}"}
-    fine_tuned = name
     if stage == PPO:
-        fine_tuned = f"{name}_before_ppo"
-        checkpoints[fine_tuned] = f"data/{FINE_TUNING}/{name}"
+        checkpoints[f"{name}_before_ppo"] = f"data/{FINE_TUNING}/{name}"
         controls = {f"{name}_further": further_of(params, name)}
     else:
         controls = controls_of(params, name, before if number else None)
-    opponents = {name: [each for each in (fine_tuned, *controls) if each != name]}
-    without = left_out_of(params, name)  # compared with the version that PPO did not go on with
-    opponents[fine_tuned] = [*opponents.get(fine_tuned, []), *without]
-    controls |= without
     checkpoints |= {control: f"data/controls/{control}" for control in controls}
     add(mapping_at(params, "controls"), controls)
     add(mapping_at(params, "evaluate.checkpoints"), checkpoints)
-    add(mapping_at(params, "compare.opponents"), {each: names for each, names in opponents.items() if names})
-    without_it = f"{name}_without_ghost_attention"
-    if without_it in controls:
-        played = {each: checkpoints[each] for each in dict.fromkeys((fine_tuned, name, without_it))}
-        add(mapping_at(params, "conversations.checkpoints"), played)
-        add(mapping_at(params, "consistency.compared"), {fine_tuned: without_it})
+    add(mapping_at(params, "compare.opponents"), {name: [each for each in checkpoints if each != name]})
+    if joined_of(params, name)["ghost_attention"] != str(NOTHING):
+        add(mapping_at(params, "conversations.checkpoints"), {name: checkpoints[name]})
     if number:
         drift = {f"{before}_on_{name}": {"model": before, "batch": name}}
         add(mapping_at(params, "reward_drift.comparisons"), drift)
@@ -183,7 +174,7 @@ def further_of(params: Any, name: str) -> dict[str, str]:
 
 def controls_of(params: Any, name: str, before: str | None) -> dict[str, dict[str, str]]:
     """Return the controls of a round's fine-tuned version; `before`: the round before."""
-    own = steps_as(params, name)
+    own = {"init_from": str(mapping_at(params, FINE_TUNING)["init_from"]), "steps_of": f"data/{FINE_TUNING}/{name}"}
     joined = joined_of(params, name)
     found = {
         f"{name}_demonstrations": {**own, "samples": str(NOTHING), "answers": "none", **joined},
@@ -192,22 +183,6 @@ def controls_of(params: Any, name: str, before: str | None) -> dict[str, dict[st
     if before:
         found[f"{name}_again"] = {**own, "samples": f"{SAMPLES}/{before}", "answers": "best", **joined}
     return found
-
-
-def left_out_of(params: Any, name: str) -> dict[str, dict[str, str]]:
-    """Return the controls of a round that learn without one of the data sets that join its samples."""
-    own = {**steps_as(params, name), "samples": f"{SAMPLES}/{name}", "answers": "best"}
-    joined = joined_of(params, name)
-    return {
-        f"{name}_without_{stage}": {**own, **joined, stage: str(NOTHING)}
-        for stage, path in joined.items()
-        if path != str(NOTHING)
-    }
-
-
-def steps_as(params: Any, name: str) -> dict[str, str]:
-    """Return the start and the steps of a control that is trained as a round's fine-tuned version is."""
-    return {"init_from": str(mapping_at(params, FINE_TUNING)["init_from"]), "steps_of": f"data/{FINE_TUNING}/{name}"}
 
 
 def joined_of(params: Any, name: str) -> dict[str, str]:

@@ -18,15 +18,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.network.attention import highest_attention
+from model.inspecting.attention import highest_attention
 from model.network.checkpoint import open_checkpoint
 from model.network.ranks import join_ranks
 from model.sampling.sampler import Sampling
 from model.text.dialogue import encode_dialogue
+from tasks.conversing.playing import Player, Script, messages_of, play
 from tasks.running.files import write_lines
 from tasks.running.params import Section
 from tasks.running.stage import Stage, start
-from tasks.sampling.playing import Player, Script, messages_of, play
 
 BIN = 8  # neighbouring tokens that are one place of the picture (the paper bins them, too)
 

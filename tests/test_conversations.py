@@ -18,15 +18,15 @@ from ruamel.yaml import YAML
 from stages import stage_here
 from test_rejection_sampling import models  # noqa: F401 - a fixture
 
-from model.network.attention import highest_attention
+from model.inspecting.attention import highest_attention
 from model.network.checkpoint import open_checkpoint
 from model.network.packing import documents_of
 from model.network.transformer import attend, rotary_angles
 from tasks import consistency, conversations
 from tasks.consistency import Held, gains_of, hits_of, judge_all, turns_of
+from tasks.conversing.playing import is_answer
 from tasks.ghost_attention.instructions import Instruction, read_kinds, respects, shown_in
 from tasks.running.files import read_lines, write_lines
-from tasks.sampling.playing import is_answer
 from tasks.world.conversations import ABOUT, TYPES, evaluations, seeds_of
 from tasks.world.conversations import conversations as draw_conversations
 from tasks.world.facts import SEEDS, World, build_world, read_texts

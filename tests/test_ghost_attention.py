@@ -17,6 +17,7 @@ from test_rejection_sampling import QUESTIONS, models  # noqa: F401 - a fixture
 
 from model.network.checkpoint import read_config, read_tokenizer
 from model.text.dialogue import encode_dialogue
+from tasks.conversing.playing import Drawn, Script, messages_of
 from tasks.ghost_attention.__main__ import Params, Told, Turn, parts_of, run
 from tasks.ghost_attention.instructions import (
     Instruction,
@@ -31,7 +32,6 @@ from tasks.ghost_attention.instructions import (
 )
 from tasks.reading.rounds import round_named
 from tasks.running.files import read_lines, write_lines
-from tasks.sampling.playing import Drawn, Script, messages_of
 
 NOTHING = "data/seeds/none"
 KIND: dict[str, Any] = {

@@ -60,6 +60,8 @@ LAUNCHED = TRAINING | {
     "evaluate",
     "rejection_sampling",
     "context_distillation",
+    "ghost_attention",
+    "conversations",
     "safety_scaling",
     "responses",
     "reward_drift",
@@ -67,7 +69,7 @@ LAUNCHED = TRAINING | {
     "compare",
 }  # on the accelerators
 # folders of tasks/ that are no stage
-SHARED = {"judging", "learning", "reading", "running", "sampling", "steering", "workers"}
+SHARED = {"conversing", "judging", "learning", "reading", "running", "sampling", "steering", "workers"}
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
 
 
@@ -193,6 +195,8 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     others |= AS_OTHERS.get(name, set())
     if name == "report":  # what is gone from them leaves the report
         others = {stage["foreach"].strip("${}") for stage in DVC["stages"].values() if "foreach" in stage}
+    if name == "consistency":  # what there is to judge
+        others |= {"conversations.checkpoints"}
     if name in {"rejection_sampling", "context_distillation"}:  # what the judge's verdict is worth to them
         others |= {"preferences.simulated"}
     if name in LEAVE_OUT:
@@ -318,7 +322,13 @@ def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
 
 
 ONE_ROUND = {  # the others are alike, but for PPO, which only the last one has
-    "rounds": {"v1": PARAMS["rounds"]["v1"]},
+    "rounds": {
+        "v1": PARAMS["rounds"]["v1"]
+        | {name: f"data/{name}/v1" for name in ("ghost_attention", "context_distillation")}
+    },
+    "ghost_attention.rounds": {"v1": {"newest": "data/sft", "earlier": "data/seeds/none"}},
+    "conversations.checkpoints": {"v1": "data/ppo/v1"},
+    "consistency.compared": {},
     "context_distillation.rounds": {"v1": {"newest": "data/sft", "earlier": "data/seeds/none"}},
     "controls": {},
     "ppo.rounds": {"v1": {"init_from": "data/fine_tuning/v1"}},

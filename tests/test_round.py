@@ -222,7 +222,8 @@ def test_the_sixth_round_of_our_parameters_adds_lines_and_changes_only_who_judge
     assert [line.partition("#")[0].strip() for line in removed] == ["rewards: v5"]
     added = [line for line in new if line not in old]
     assert [line for line in new if line not in added] == [line for line in old if line not in removed]
-    assert len(added) == 1 + 1 + 1 + 3 + 1 + 1 + 1  # round, ppo, control, evaluations, opponents, judge, drift
+    # round, ghost_attention, ppo, control, evaluations, opponents, conversations, judge, drift; distillation: v2's
+    assert len(added) == 1 + 1 + 1 + 1 + 3 + 1 + 1 + 1 + 1
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(after)
     parsed = values.parse(after)
@@ -232,6 +233,9 @@ def test_the_sixth_round_of_our_parameters_adds_lines_and_changes_only_who_judge
     assert "v5_on_v6" in parse_section(reward_drift.Params, parsed, "reward_drift").comparisons
     named = {name for opponents in parsed["compare"]["opponents"].values() for name in opponents}
     assert named | set(parsed["rounds"]) | {"sft"} == set(parsed["evaluate"]["checkpoints"])
+    assert parsed["rounds"]["v6"]["ghost_attention"] == "data/ghost_attention/v6"
+    assert parsed["ghost_attention"]["rounds"]["v6"] == {"newest": "data/ppo/v5", "earlier": "data/ghost_attention/v5"}
+    assert parsed["rounds"]["v6"]["context_distillation"] == "data/context_distillation/v2"  # as v5 has it
 
 
 @pytest.mark.parametrize("section", ["responses", "rejection_sampling", "ppo"])

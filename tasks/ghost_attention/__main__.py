@@ -30,6 +30,7 @@ from model.network.checkpoint import open_checkpoint
 from model.network.ranks import join_ranks
 from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
+from tasks.conversing.playing import Drawn, Player, Script, messages_of, play
 from tasks.ghost_attention.instructions import (
     Drawing,
     Kind,
@@ -50,7 +51,6 @@ from tasks.running.params import Section
 from tasks.running.places import NOTHING
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
-from tasks.sampling.playing import Drawn, Player, Script, messages_of, play
 
 DIALOGUES = "dialogues.jsonl"
 

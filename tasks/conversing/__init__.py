@@ -1,0 +1,1 @@
+"""Shared code of the stages that let a model answer turn by turn."""
