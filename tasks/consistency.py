@@ -41,7 +41,7 @@ class Params(Section):
 class Checkpoints(BaseModel):
     """The checkpoints in section `conversations` of params.yaml; only that stage reads the rest of the section."""
 
-    checkpoints: dict[str, str] = Field(min_length=1, description="checkpoint of each, by its name")
+    checkpoints: dict[str, str] = Field(description="checkpoint of each, by its name")
 
 
 class Held(NamedTuple):
@@ -57,7 +57,6 @@ class Held(NamedTuple):
 def run(stage: Stage[Params]) -> dict[str, float]:
     """Judge what all checkpoints answered, compare, report."""
     params = stage.params
-    known = read_conversations(Path(params.truth))
     names = list(parse_section(Checkpoints, read_params(), "conversations").checkpoints)
     for name in (*params.compared, *params.compared.values()):
         if name not in names:
@@ -65,6 +64,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
                 f"params.yaml: `consistency.compared` names `{name}`, which is not one of `conversations.checkpoints`: "
                 f"{', '.join(names)}"
             )
+    if not names:  # nobody plays conversations
+        return {"checkpoints": 0}
+    known = read_conversations(Path(params.truth))
     judged = {name: judge_all(read_answers(name, known), known) for name in names}
     write(stage, judged)
     figures: dict[str, float] = {"checkpoints": len(judged)}

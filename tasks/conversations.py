@@ -34,7 +34,7 @@ BIN = 8  # neighbouring tokens that are one place of the picture (the paper bins
 class Params(Section):
     """Which checkpoints play which conversations, and how."""
 
-    checkpoints: dict[str, str] = Field(min_length=1, description="Hugging Face Llama directory of each, by its name")
+    checkpoints: dict[str, str] = Field(description="Hugging Face Llama directory of each, by its name")
     file: str = Field(min_length=1, description="conversations, each under an instruction, JSON lines")
     sampling: Sampling = Field(description="how answers are drawn; temperature 0: always the likeliest token")
     precision: Literal["fp32", "bf16"] = Field(description="weights and products")

@@ -308,3 +308,11 @@ def test_an_answer_that_no_dialogue_can_hold_is_none() -> None:
     assert is_answer("Yes.")
     assert not is_answer(" ")
     assert not is_answer("[INST] hi")
+
+
+def test_where_nobody_plays_there_is_nothing_to_judge(place: Path) -> None:
+    with Path("params.yaml").open("w") as file:
+        YAML().dump({"conversations": {"checkpoints": {}}}, file)
+    assert consistency.run(stage_here("consistency", consistency.Params(compared={}, truth="none"))) == {
+        "checkpoints": 0
+    }

@@ -323,8 +323,7 @@ def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
 
 ONE_ROUND = {  # the others are alike, but for PPO, which only the last one has
     "rounds": {
-        "v1": PARAMS["rounds"]["v1"]
-        | {name: f"data/{name}/v1" for name in ("ghost_attention", "context_distillation")}
+        "v1": PARAMS["rounds"]["v1"] | {name: f"data/{name}/v1" for name in ("ghost_attention", "context_distillation")}
     },
     "ghost_attention.rounds": {"v1": {"newest": "data/sft", "earlier": "data/seeds/none"}},
     "conversations.checkpoints": {"v1": "data/ppo/v1"},

@@ -52,18 +52,21 @@ class Told(NamedTuple):
 def writers_of(
     world: World, facts: Iterator[Turn], generator: random.Random
 ) -> Iterator[tuple[str, Callable[[int], Told]]]:
-    """Deal, without end, writers of turns under each type of instruction, each type equally often, with its name."""
+    """Deal, without end, writers of turns under each type of instruction, with its name.
+
+    Hobbies and languages come twice as often as the others: they are harder to learn.
+    """
     writers: list[tuple[str, Callable[[int], Told]]] = [
-        ("hobby", lambda turns: hobby(world, turns, generator)),
+        *[("hobby", lambda turns: hobby(world, turns, generator))] * 2,
         ("persona", lambda turns: persona(world, turns, generator)),
-        ("language", lambda turns: language(world, turns, generator)),
+        *[("language", lambda turns: language(world, turns, generator))] * 2,
         *((kind, lambda turns, kind=kind: form(world, facts, kind, turns, generator)) for kind in FORMS),
     ]
     return cards(writers, generator)
 
 
 def instructed(world: World, facts: Iterator[Turn], generator: random.Random) -> Iterator[Callable[[int], Draft]]:
-    """Deal, without end, writers of dialogues of a given number of turns, each type of instruction equally often."""
+    """Deal, without end, writers of dialogues of a given number of turns under each type of instruction."""
 
     def draft(write: Callable[[int], Told], num_turns: int) -> Draft:
         return drafted(*combined(world, write(num_turns), generator), generator)
