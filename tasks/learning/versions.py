@@ -45,17 +45,17 @@ def folders_of(params: Params, samples: Path | None, joined: Mapping[str, Path])
     """Return what is to be read: the demonstrations, a file of samples where there is one, and what joins them.
 
     `joined`: directory of each data set, by its stage; data/seeds/none: there is none.
-    Raises ValueError when a file is missing or empty.
+    Raises ValueError when a file is missing, and when there is no sample.
     """
     folders = [Folder(Path(params.root), params.sources)]
     files = {} if samples is None else {SAMPLES: (samples, "rejection_sampling")}
     files |= {name: (root / DIALOGUES, name) for name, root in joined.items() if root != NOTHING}
     for name, (path, stage) in files.items():
-        if not path.is_file() or path.stat().st_size == 0:
-            what = "samples" if name == SAMPLES else "dialogues"
-            raise ValueError(f"{path} holds no {what}: run the stage {stage} that writes it, on prompts")
-        source = DialogueSource(files=[path.name], format="messages", **getattr(params, name).model_dump())
-        folders.append(Folder(path.parent, {name: source}))
+        if not path.is_file() or (name == SAMPLES and path.stat().st_size == 0):
+            raise ValueError(f"{path} holds no {name}: run the stage {stage} that writes it, on prompts")
+        if path.stat().st_size:  # a stage that found nothing to learn says so itself
+            source = DialogueSource(files=[path.name], format="messages", **getattr(params, name).model_dump())
+            folders.append(Folder(path.parent, {name: source}))
     return folders
 
 
