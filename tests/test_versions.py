@@ -26,7 +26,8 @@ ROUND = {
     "newest": "base", "earlier": "early", "batches": "public", "samples": NOTHING, "distil_from": NOTHING,
     "ghost_attention": NOTHING, "context_distillation": NOTHING,
 }  # fmt: skip
-VERSION = {"init_from": "base", "steps_of": "data/fine_tuning/v1"}
+NO_DATA_SETS = {"ghost_attention": NOTHING, "context_distillation": NOTHING}
+VERSION = {"init_from": "base", "steps_of": "data/fine_tuning/v1", **NO_DATA_SETS}
 CONTROLS: dict[str, dict[str, str]] = {
     "alone": {**VERSION, "samples": NOTHING, "answers": "none"},
     "random": {**VERSION, "samples": "data/rejection_sampling/v1", "answers": "random"},
@@ -38,14 +39,15 @@ SAMPLES = {"max_dialogues": None, "validation_share": 0, "weight": 4, "loss": "l
 def values_of(**changes: Any) -> dict[str, Any]:
     watched = {name: value for name, value in WATCHED.items() if name not in ("init_from", "early_share", "num_ranks")}
     own = {"batch_rows": 4, "micro_batch_rows": 2, "epochs": 2, "samples": SAMPLES, "samples_per_category": 0}
+    own |= dict.fromkeys(NO_DATA_SETS, SAMPLES)
     own["init_from"] = "base"
     return {**TRAINED, **watched, **own, **changes}
 
 
-def write_params(root: Path, entries: Any = CONTROLS, **changes: Any) -> None:
+def write_params(root: Path, entries: Any = CONTROLS, joined: Any = NO_DATA_SETS, **changes: Any) -> None:
     sections = {"fine_tuning": values_of(**changes), "evaluate": EVALUATE, "controls": entries}
     with (root / "params.yaml").open("w") as file:
-        YAML().dump({"rounds": {"v1": ROUND}, **sections}, file)
+        YAML().dump({"rounds": {"v1": {**ROUND, **joined}}, **sections}, file)
 
 
 def sampled(number: int, answer: str, **changes: Any) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def test_a_version_learns_samples_and_demonstrations_by_their_weights(place: Pat
 def test_of_a_sample_only_the_last_answer_is_learnt_and_of_a_demonstration_each(place: Path) -> None:
     params = versions.Params.model_validate(values_of())
     tokenizer = Tokenizer(Path("base/tokenizer.model"))
-    folders = versions.folders_of(params, Path("data/rejection_sampling/v1/best.jsonl"))
+    folders = versions.folders_of(params, Path("data/rejection_sampling/v1/best.jsonl"), {})
     data = answers.read_data(folders, params, tokenizer, 1, "fine_tuning")
     assert [(name, len(pool.numbers), pool.weight) for name, pool in data.pools.items()] == [
         ("own", 60, 1.0),
@@ -164,9 +166,48 @@ def test_samples_too_long_for_the_context_are_refused(place: Path) -> None:
         fine_tuning.run(version(context=35))
 
 
-def test_no_source_may_be_called_samples(place: Path) -> None:
-    sources = {**WATCHED["sources"], "samples": WATCHED["sources"]["own"]}
-    with pytest.raises(ValueError, match=r"`fine_tuning` is .*a source can't be called `samples`, as the round's sam"):
+def test_data_sets_of_the_round_join_its_samples_and_controls_leave_them_out(place: Path) -> None:
+    path = Path("data/ghost_attention/v1/dialogues.jsonl")
+    path.parent.mkdir(parents=True)
+    asked = turns("?", "no", "?", "red")
+    instructed = [{"role": "system", "content": "x"}, *asked]
+    rows = [{"id": f"g{number}", "messages": instructed, "category": "instruction"} for number in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    empty = Path("data/context_distillation/v1/dialogues.jsonl")
+    empty.parent.mkdir(parents=True)
+    empty.write_text("")  # nothing was kept
+    joined = {"ghost_attention": str(path.parent), "context_distillation": str(empty.parent)}
+    write_params(place, joined=joined)
+    figures = fine_tuning.run(version())
+    assert figures["ghost_attention/dialogues"] > 0
+    assert "context_distillation/dialogues" not in figures
+    params = versions.Params.model_validate(values_of())
+    tokenizer = Tokenizer(Path("base/tokenizer.model"))
+    samples = Path("data/rejection_sampling/v1/best.jsonl")
+    folders = versions.folders_of(params, samples, {"ghost_attention": path.parent})
+    data = answers.read_data(folders, params, tokenizer, 1, "fine_tuning")
+    learnt = [data.train[number] for number in data.pools["ghost_attention"].numbers]
+    texts = {tokenizer.decode(each.ids[each.is_learnt].tolist()).strip() for each in learnt}
+    assert texts == {"red"}  # and no token of an earlier turn
+    assert {int(each.ids[each.is_learnt][-1]) for each in learnt} == {tokenizer.eos_id}
+    assert {int(each.ids[~each.is_learnt].tolist().count(tokenizer.eos_id)) for each in learnt} == {1}
+    write_steps(int(figures["steps"]))
+    without = {"again": {**CONTROLS["again"], "ghost_attention": NOTHING}}
+    with_it = {"again": {**CONTROLS["again"], "ghost_attention": str(path.parent)}}
+    assert "ghost_attention/dialogues" not in controls.run(control("again", without))
+    assert controls.run(control("again", with_it))["ghost_attention/dialogues"] > 0
+
+
+def test_a_missing_data_set_is_refused(place: Path) -> None:
+    write_params(place, joined={"ghost_attention": "data/ghost_attention/v1"})
+    with pytest.raises(ValueError, match=r"v1/dialogues.jsonl holds no ghost_attention: run the stage ghost_attention"):
+        fine_tuning.run(version())
+
+
+@pytest.mark.parametrize("name", ["samples", "ghost_attention", "context_distillation"])
+def test_no_source_may_be_called_as_what_a_round_has(place: Path, name: str) -> None:
+    sources = {**WATCHED["sources"], name: WATCHED["sources"]["own"]}
+    with pytest.raises(ValueError, match=rf"`fine_tuning` is .*a source can't be called `{name}`, as what rounds have"):
         parse_section(versions.Params, {"fine_tuning": values_of(sources=sources)}, "fine_tuning")
 
 
