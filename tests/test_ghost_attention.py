@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import join_alone
 from ruamel.yaml import YAML
-from stages import stage_here
+from stages import Workspace, stage_here
 from test_rejection_sampling import QUESTIONS, models  # noqa: F401 - a fixture
 
 from model.network.checkpoint import read_config, read_tokenizer
@@ -224,6 +227,18 @@ def test_messages_up_to_a_turn() -> None:
     ]  # fmt: skip
 
 
+def test_short_parts_are_drawn_more_often_than_long_ones() -> None:
+    """Of turns 2, 3 and 6, in which answers hold, one is drawn by the rates 1/2, 1/3, 1/6."""
+    counts = dict.fromkeys((2, 3, 6), 0)
+    for number in range(3000):
+        told = Told(f"d{number}", Rule([Instruction("k", "", "Do.")]), ["u"] * 6)
+        turns = [Turn(turn, Drawn("a", finished=True), {"k": turn in counts}) for turn in range(1, 7)]
+        (line,) = parts_of(params_of(max_parts=1), round_named_here(), told, turns, seed=1)
+        counts[sum(message["role"] == "user" for message in line["messages"])] += 1
+    for turn, share in ((2, 1 / 2), (3, 1 / 3), (6, 1 / 6)):
+        assert abs(counts[turn] - 3000 * share) < 5 * (3000 * share * (1 - share)) ** 0.5
+
+
 # --- a whole run ---
 
 
@@ -305,6 +320,14 @@ def test_what_is_missing_is_refused(place: Path, changes: Any, message: str) -> 
         run(stage_here("ghost_attention@v1", params_of(**changes)))
 
 
+def test_instructions_that_all_contradict_each_other_are_not_combined(place: Path) -> None:
+    Path("kinds.json").write_text(json.dumps({"a": {**KIND, "excludes": ["b"]}, "b": KIND}))
+    with pytest.raises(
+        ValueError, match=r"`ghost_attention.combined_share` is 0.5, but all kinds of instruction in kin"
+    ):
+        run(stage_here("ghost_attention@v1", params_of(combined_share=0.5)))
+
+
 def test_dialogues_of_one_turn_alone_are_refused(place: Path) -> None:
     write_dialogues([1, 1])
     with pytest.raises(ValueError, match=r"none of the 2 dialogues in `ghost_attention.sources` has two turns of the"):
@@ -317,3 +340,45 @@ def test_a_model_that_never_follows_is_refused(place: Path) -> None:
         ValueError, match=r"no answer of chat respects its instruction, in 2 dialogues with 8 samples a"
     ):
         run(stage_here("ghost_attention@v1", params_of()))
+
+
+# --- a stopped run, and two ranks ---
+
+DVC_STAGE = """\
+stages:
+  ghost_attention:
+    foreach: {v1: v1}
+    do:
+      cmd: exec python -m tasks.workers.launch ghost_attention ${key}
+      deps: [chat, dialogues, kinds.json]
+      params: [seed, ghost_attention]
+      outs: ["data/ghost_attention/${key}"]
+"""
+
+
+def workspace(root: Path, place: Path, num_ranks: int = 1) -> Workspace:
+    for name in ("chat", "dialogues"):
+        shutil.copytree(place / name, root / name)
+    shutil.copy(place / "kinds.json", root / "kinds.json")
+    sections = YAML(typ="safe").load((place / "params.yaml").read_text())
+    sections["ghost_attention"] = params_of(num_dialogues=3).model_dump()
+    return Workspace(root, "ghost_attention v1", DVC_STAGE, num_ranks=num_ranks, **sections)
+
+
+@pytest.mark.slow
+def test_killed_or_on_two_ranks_it_ends_in_the_same_bytes(place: Path) -> None:
+    write_dialogues([4, 4, 4])
+    whole = workspace(place / "whole", place)
+    figures = whole.finish()
+    killed = workspace(place / "killed", place)
+    (process,) = killed.fork()
+    while not list((place / "killed/.scratch").rglob("0-1.json")):
+        assert process.is_alive(), killed.errors(0)
+        time.sleep(0.001)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join(timeout=120)
+    assert killed.finish() == figures
+    assert killed.files == whole.files
+    shared = workspace(place / "shared", place, num_ranks=2)
+    assert shared.finish() == figures
+    assert shared.files == whole.files

@@ -18,6 +18,7 @@ Writes dialogues.jsonl, played.jsonl (what was sampled, in full), instructions.c
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -37,6 +38,7 @@ from tasks.ghost_attention.instructions import (
     Kind,
     Rule,
     draw_rule,
+    go_together,
     read_kinds,
     respects,
     shown_in,
@@ -124,6 +126,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     own = start_of(params, place)
     earlier = earlier_dialogues(own, place)
     kinds = read_kinds(Path(params.instructions), "ghost_attention.instructions")
+    check_combined(params, kinds)
     dialogues, num_short = dialogues_of(params, stage.section, place, stage.seed)
     device = join_ranks()
     model, tokenizer = open_checkpoint(Path(own.newest), params.precision, device)
@@ -208,6 +211,15 @@ def start_of(params: Params, place: Place) -> Start:
         entries = ", ".join(f"ghost_attention@{name}" for name in params.rounds) or "none"
         raise ValueError(f"params.yaml: `ghost_attention.rounds` has no `{place.name}`: it has {entries}")
     return params.rounds[place.name]
+
+
+def check_combined(params: Params, kinds: Mapping[str, Kind]) -> None:
+    """Raise ValueError when instructions are to be combined and all of them contradict each other."""
+    if params.combined_share and not any(go_together(kinds, *pair) for pair in itertools.combinations(kinds, 2)):
+        raise ValueError(
+            f"`ghost_attention.combined_share` is {params.combined_share}, but all kinds of instruction in "
+            f"{params.instructions} exclude each other ({', '.join(kinds)}): set it to 0, or add one that goes with others"
+        )
 
 
 # --- what is told ---
