@@ -218,7 +218,8 @@ def check_combined(params: Params, kinds: Mapping[str, Kind]) -> None:
     if params.combined_share and not any(go_together(kinds, *pair) for pair in itertools.combinations(kinds, 2)):
         raise ValueError(
             f"`ghost_attention.combined_share` is {params.combined_share}, but all kinds of instruction in "
-            f"{params.instructions} exclude each other ({', '.join(kinds)}): set it to 0, or add one that goes with others"
+            f"{params.instructions} exclude each other ({', '.join(kinds)}): set it to 0, or add one that goes with "
+            "others"
         )
 
 
