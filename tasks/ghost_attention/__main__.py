@@ -19,7 +19,6 @@ Writes dialogues.jsonl, played.jsonl (what was sampled, in full), instructions.c
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -47,7 +46,7 @@ from tasks.ghost_attention.instructions import (
 from tasks.judging.intervals import wilson
 from tasks.reading.dialogues import Dialogue, DialogueSource, read_dialogues
 from tasks.reading.rounds import Place, round_of
-from tasks.running.digests import fraction_of, number_of
+from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.names import metric_name
 from tasks.running.params import Section
@@ -285,12 +284,10 @@ def turn_of(kinds: Mapping[str, Kind], told: Told, place: int, answer: Drawn) ->
 def parts_of(params: Params, place: Place, told: Told, turns: Sequence[Turn], seed: int) -> list[dict[str, Any]]:
     """Return the parts of a dialogue that end with an answer that holds, after the first turn, as they are learnt.
 
-    Of more than `max_parts` some are drawn, a part of twice as many turns half as often: all distances from the
-    instruction are learnt, at less than the cost of the longest.
+    Of more than `max_parts`, a hash draws some: all distances from the instruction are learnt.
     """
     ends = [turn.number for turn in turns if turn.is_held and turn.number > 1]
-    # of exponential variables, the probability of being the smallest is proportional to their rates
-    ends.sort(key=lambda number: -number * math.log1p(-fraction_of(f"{seed} {place.name} {told.id} part {number}")))
+    ends.sort(key=lambda number: number_of(f"{seed} {place.name} {told.id} part {number}"))
     script = Script(told.id, told.rule.text, told.turns)
     answers = [turn.answer for turn in turns]
     return [

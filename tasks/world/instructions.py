@@ -54,10 +54,10 @@ def writers_of(
 ) -> Iterator[tuple[str, Callable[[int], Told]]]:
     """Deal, without end, writers of turns under each type of instruction, with its name.
 
-    Hobbies and languages come twice as often as the others: they are harder to learn.
+    Hobbies come three times as often as the others, languages twice: they are harder to learn.
     """
     writers: list[tuple[str, Callable[[int], Told]]] = [
-        *[("hobby", lambda turns: hobby(world, turns, generator))] * 2,
+        *[("hobby", lambda turns: hobby(world, turns, generator))] * 3,
         ("persona", lambda turns: persona(world, turns, generator)),
         *[("language", lambda turns: language(world, turns, generator))] * 2,
         *((kind, lambda turns, kind=kind: form(world, facts, kind, turns, generator)) for kind in FORMS),
@@ -86,7 +86,7 @@ def manners(world: World, generator: random.Random) -> Iterator[Callable[[int], 
         if kind == "question":  # longer ones repeat so much that cleaning rejects them
             num_turns = min(num_turns, MOST_QUESTIONS)
         most = {"hobby": len(world.texts["instructions"]["hobby"]["questions"]), "persona": 6}
-        own = write(min(most[kind], max(1, num_turns // 3)) if kind in most else num_turns)
+        own = write(min(most[kind], max(1, num_turns * 2 // 3)) if kind in most else num_turns)
         turns = [*own.turns, *(next(facts) for _ in range(num_turns - len(own.turns)))]
         told, instructions = combined(world, Told(generator.sample(turns, len(turns)), own.instruction), generator)
         return Draft(told, " ".join(each.text for each in instructions))
