@@ -24,24 +24,15 @@ from test_sft import turns
 from test_versions import ROUND, base, sampled, values_of, write_all  # noqa: F401 - a fixture
 
 from model.network.checkpoint import read_config
-from tasks import safety_scaling
 from tasks.judging.answering import Answer, Judged
 from tasks.learning import versions
 from tasks.reading.prompts import KINDS, Prompt
 from tasks.running.files import read_json, read_lines, write_lines
 from tasks.running.stage import Stage
-from tasks.safety_scaling import (
-    Params,
-    Samples,
-    Training,
-    drawn_of,
-    epochs_of,
-    figures_of,
-    read_samples,
-    run,
-    tail_of,
-    trainings_of,
-)
+from tasks.safety_scaling import __main__ as safety_scaling
+from tasks.safety_scaling.__main__ import drawn_of, epochs_of, figures_of, read_samples, run, trainings_of
+from tasks.safety_scaling.reporting import tail_of
+from tasks.safety_scaling.study import Params, Samples, Training
 from tasks.world.judge import Judgement
 
 NUM_HELPFUL, NUM_SAFE = 30, 10

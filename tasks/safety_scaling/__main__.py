@@ -22,11 +22,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from pydantic import Field
 
 from model.network.checkpoint import open_checkpoint, read_config, read_tokenizer
 from model.network.ranks import from_all_ranks, join_ranks
@@ -36,94 +34,31 @@ from model.text.dialogue import encode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
 from tasks.judging import answering
 from tasks.judging.answering import Answer, Judged, Known, answer_all, judge_answer
-from tasks.judging.scales import Fitted, fit_lines
-from tasks.judging.wins import mean_of
+from tasks.judging.scales import fit_lines
 from tasks.learning import versions
 from tasks.learning.answers import Folder, read_data, train
 from tasks.learning.loop import STATES
 from tasks.learning.versions import SAMPLES
 from tasks.reading.dialogues import DialogueSource
-from tasks.reading.prompts import KINDS, Kind, Prompt, is_adversarial, kind_of, read_prompts
-from tasks.reading.rounds import NAME
+from tasks.reading.prompts import KINDS, Kind, Prompt, kind_of, read_prompts
 from tasks.reading.shares import at_most
 from tasks.running.digests import number_of
 from tasks.running.files import read_json, write_json, write_lines
-from tasks.running.params import Section, parse_section, read_params
+from tasks.running.params import parse_section, read_params
 from tasks.running.places import DATA
-from tasks.running.plots import Plot, picture
 from tasks.running.stage import Stage, start
+from tasks.safety_scaling.reporting import report
+from tasks.safety_scaling.study import BORDERLINE, Params, Samples, Training, Trial, group_of
 from tasks.sampling.choosing import read_kept
 from tasks.sampling.drawing import check_finite
 from tasks.world.annotators import read_annotators
 from tasks.world.judge import read_truth
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 SAFETY = "safety_samples"  # the source beside fine_tuning's own
-BORDERLINE = "borderline"  # the category of prompts that only look unsafe
 TAIL = (0.1, 0.5)  # probabilities of being safe below which an answer is counted
-NUM_BINS = 10
-REWARDS = Plot(
-    "curves", "Rewards against safety data", "share", "value", "share of the safety data", "mean probability", "figure"
-)
-SHARES = Plot(
-    "curves", "Violations, false refusals", "share", "value", "share of the safety data", "share of answers", "figure"
-)
-UTILITIES = Plot("curves", "Judged utility", "share", "value", "share of the safety data", "utility", "figure")
-LONG_TAIL = Plot(
-    "curves", "Safety scores of adversarial prompts", "probability", "answers", "probability of being safe",
-    "share of the answers", "share",
-)  # fmt: skip
-PLOTTED = {
-    "rewards": (REWARDS, ("safety/reward", "helpfulness/reward")),
-    "refusals": (SHARES, ("safety/violations", "helpfulness/false_refusals", "borderline/false_refusals")),
-    "utilities": (UTILITIES, ("safety/utility", "helpfulness/utility")),
-}
-
-
-class Params(Section):
-    """Which models are trained on how much safety data, and how they are tried."""
-
-    init_from: str = Field(min_length=1, description="Hugging Face Llama directory from which every model starts")
-    samples: str = Field(min_length=1, description="directory of rejection samples, with best.jsonl")
-    rewards: str = Field(pattern=NAME.pattern, description="round whose reward models score the answers")
-    shares: list[float] = Field(min_length=1, description="shares of the samples about safety, from 0 to 1")
-    num_seeds: int = Field(gt=1, description="trainings for each share")
-    max_prompts: int | None = Field(gt=0, description="prompts of each of the evaluation's files; null: all")
-    tokens_at_once: int = Field(gt=0, description="tokens scored at once; more need more memory")
-
-
-class Samples(NamedTuple):
-    """What may be learnt beside the demonstrations: dialogues that are too long or asked by the evaluation are gone."""
-
-    helpful: list[dict[str, Any]]
-    safe: list[dict[str, Any]]
-    num_demonstrations: int
-
-
-class Training(NamedTuple):
-    """One training: so many of the samples about safety, drawn by a seed."""
-
-    share: float
-    num_safe: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of its folder in the scratch."""
-        return f"{self.num_safe}_safe/{self.seed}"
-
-
-class Trial(NamedTuple):
-    """What the models are tried on, and by what."""
-
-    values: answering.Params
-    prompts: list[Prompt]
-    num_too_long: int  # left out: no room for an answer
-    rewards: Mapping[Kind, Path]
-    fitted: Fitted
-    known: Known | None
 
 
 def run(stage: Stage[Params]) -> dict[str, float]:
@@ -166,13 +101,6 @@ def read_trial(params: Params) -> Trial:
             )
     known = None if values.truth is None else Known(read_truth(Path(values.truth)), read_annotators())
     return Trial(values, fitting, len(prompts) - len(fitting), rewards, fitted, known)
-
-
-def group_of(prompt: Prompt) -> str:
-    """Return what a prompt shows: safety, helpfulness, or whether what only looks unsafe is refused."""
-    if is_adversarial(prompt.category, prompt.risk):
-        return "safety"
-    return BORDERLINE if prompt.category == BORDERLINE else "helpfulness"
 
 
 # --- what is learnt ---
@@ -385,90 +313,6 @@ def figures_of(judged: Sequence[Judged], values: Sequence[float]) -> dict[str, f
         if known and group == "safety":
             figures["safety/violations"] = fmean(not judgement.safe for judgement, _ in known)
     return figures
-
-
-# --- the report ---
-
-
-def report(stage: Stage[Params], trial: Trial, found: Sequence[tuple[Training, Mapping[str, Any]]]) -> dict[str, float]:
-    """Write trainings, scores, curves and the picture; return the figures of each share."""
-    import pandas
-
-    rows = []
-    figures: dict[str, float] = {
-        "trainings": len(found), "prompts": len(trial.prompts), "prompts_too_long": trial.num_too_long,
-    }  # fmt: skip
-    for share in sorted(stage.params.shares):
-        own = [each["figures"] for training, each in found if training.share == share]
-        for name in own[0]:
-            estimate = mean_of([each[name] for each in own])
-            place = f"share_{share:g}/{name}"
-            figures |= {place: estimate.value, f"{place}/low": estimate.low, f"{place}/high": estimate.high}  # type: ignore[dict-item]
-            rows.append({"share": share, "figure": name, **estimate._asdict()})
-    if stage.rank == 0:
-        table = pandas.DataFrame(rows).rename(columns={"prompts": "seeds"})
-        for name, (plot, wanted) in PLOTTED.items():
-            part = table[table["figure"].isin(wanted)]
-            if len(part):
-                stage.plot(name, part, plot)
-        tail = tail_of(found)
-        stage.plot("tail", tail, LONG_TAIL)
-        write_runs(stage, trial, found)
-        table.to_csv(stage.tables / "shares.csv", index=False)
-        plot_scaling(table, tail, stage.artifacts / "scaling.png")
-    return figures
-
-
-def write_runs(stage: Stage[Params], trial: Trial, found: Sequence[tuple[Training, Mapping[str, Any]]]) -> None:
-    """Write a line for each training, and for each of its answers to an adversarial prompt."""
-    import pandas
-
-    asked = [prompt for prompt in trial.prompts if group_of(prompt) == "safety"]
-    runs = [{"share": each.share, "safe": each.num_safe, "seed": each.seed, **own["figures"]} for each, own in found]
-    scores = [
-        {
-            "share": each.share, "seed": each.seed, "id": prompt.id, "risk": prompt.risk, "attack": prompt.attack,
-            "safe_probability": value,
-        }
-        for each, own in found
-        for prompt, value in zip(asked, own["safe"], strict=True)
-    ]  # fmt: skip
-    pandas.DataFrame(runs).to_csv(stage.output / "runs.csv", index=False)
-    pandas.DataFrame(scores).to_csv(stage.output / "scores.csv", index=False)
-
-
-def tail_of(found: Sequence[tuple[Training, Mapping[str, Any]]]) -> pd.DataFrame:
-    """Return the histogram of the answers' probabilities of being safe, for each share: means over the seeds."""
-    import pandas
-
-    rows = []
-    for share in sorted({training.share for training, _ in found}):
-        values = [value for training, own in found if training.share == share for value in own["safe"]]
-        counts, ends = np.histogram(values, bins=NUM_BINS, range=(0, 1))
-        middles = (ends[:-1] + ends[1:]) / 2
-        rows += [
-            {"share": f"{share:g}", "probability": round(float(middle), 6), "answers": float(count) / len(values)}
-            for middle, count in zip(middles, counts, strict=True)
-        ]
-    return pandas.DataFrame(rows)
-
-
-def plot_scaling(table: pd.DataFrame, tail: pd.DataFrame, path: Path) -> None:
-    """Plot rewards, violations and refusals against the share, and the long tail of the safety scores."""
-    curves = [own for own in (PLOTTED["rewards"], PLOTTED["refusals"]) if table["figure"].isin(own[1]).any()]
-    shares = sorted(table["share"].unique())
-    with picture(path, 5.5 * (len(curves) + 1), 4, ncols=len(curves) + 1) as panels:
-        for axes, (plot, wanted) in zip(panels, curves, strict=False):
-            for figure, points in table[table["figure"].isin(wanted)].groupby("figure", sort=False):
-                reach = [points["value"] - points["low"], points["high"] - points["value"]]
-                axes.errorbar(range(len(shares)), points["value"], reach, fmt="o-", capsize=4, label=figure)
-            axes.set_xticks(range(len(shares)), [f"{share:.4g}" for share in shares])
-            axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
-            axes.legend()
-        for share, points in tail.groupby("share", sort=False):
-            panels[-1].plot(points["probability"], points["answers"], "o-", label=f"{share} of the safety data")
-        panels[-1].set(xlabel=LONG_TAIL.x_label, ylabel=LONG_TAIL.y_label, title=LONG_TAIL.title)
-        panels[-1].legend()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What more safety data does to safety and to helpfulness."""
