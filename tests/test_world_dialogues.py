@@ -32,19 +32,19 @@ from tasks.world.adversarial import (
 )
 from tasks.world.annotators import Annotators, utility_of
 from tasks.world.arithmetic import in_words
+from tasks.world.drafts import harmful_drafts
 from tasks.world.facts import SEEDS, World, all_facts, build_world, mentions, read_texts
 from tasks.world.instructions import LANGUAGES, uncapitalized
 from tasks.world.judge import Truth, judge, normalized, read_truth, refuses
+from tasks.world.sizes import Dialogues
 from tasks.world.splits import (
     DEMONSTRATED,
     FILES,
     PAIRS,
-    Dialogues,
     Ledger,
     check_disjoint,
     divided,
     draw_splits,
-    harmful_drafts,
     is_evaluation,
 )
 from tasks.world.transcripts import flawed, pairs, transcript

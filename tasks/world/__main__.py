@@ -50,7 +50,8 @@ from tasks.world.facts import KINDS, SEEDS, Fact, World, all_facts, build_world,
 from tasks.world.howto import howto, subjects
 from tasks.world.instructions import manners
 from tasks.world.judge import normalized
-from tasks.world.splits import DEMONSTRATED, FILES, Dialogues, write_dialogues
+from tasks.world.sizes import Dialogues
+from tasks.world.splits import DEMONSTRATED, FILES, write_dialogues
 from tasks.world.stories import story
 
 Buckets = dict[tuple[str, ...], list[Shingles]]  # documents on one subject, which must differ

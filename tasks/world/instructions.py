@@ -22,6 +22,7 @@ LANGUAGES = ("German", "French")
 SPOKEN = ("home", "origin", "market_day")  # facts that the other languages can tell
 FORMS = ("one_word", "question", "begins", "ends")
 MOST_QUESTIONS = 8  # turns of a talk in the corpus whose answers end with questions
+HARDER = {"hobby": 3, "language": 2}  # types that the corpus and demonstrations have more often: they are hard to learn
 COMBINED = 0.3  # share of the dialogues with a second instruction
 # The forms that an answer may have besides its first instruction; all other pairs are only evaluated (`NEW`), or
 # contradict each other.
@@ -50,28 +51,30 @@ class Told(NamedTuple):
 
 
 def writers_of(
-    world: World, facts: Iterator[Turn], generator: random.Random
+    world: World, facts: Iterator[Turn], times: Mapping[str, int], generator: random.Random
 ) -> Iterator[tuple[str, Callable[[int], Told]]]:
     """Deal, without end, writers of turns under each type of instruction, with its name.
 
-    Hobbies come three times as often as the others, languages twice: they are harder to learn.
+    Each type comes once in each round of the deck, or as often as `times` says.
     """
-    writers: list[tuple[str, Callable[[int], Told]]] = [
-        *[("hobby", lambda turns: hobby(world, turns, generator))] * 3,
-        ("persona", lambda turns: persona(world, turns, generator)),
-        *[("language", lambda turns: language(world, turns, generator))] * 2,
-        *((kind, lambda turns, kind=kind: form(world, facts, kind, turns, generator)) for kind in FORMS),
-    ]
-    return cards(writers, generator)
+    writers: dict[str, Callable[[int], Told]] = {
+        "hobby": lambda turns: hobby(world, turns, generator),
+        "persona": lambda turns: persona(world, turns, generator),
+        "language": lambda turns: language(world, turns, generator),
+        **{kind: partial(form, world, facts, kind, generator=generator) for kind in FORMS},
+    }
+    return cards([each for each in writers.items() for _ in range(times.get(each[0], 1))], generator)
 
 
-def instructed(world: World, facts: Iterator[Turn], generator: random.Random) -> Iterator[Callable[[int], Draft]]:
+def instructed(
+    world: World, facts: Iterator[Turn], times: Mapping[str, int], generator: random.Random
+) -> Iterator[Callable[[int], Draft]]:
     """Deal, without end, writers of dialogues of a given number of turns under each type of instruction."""
 
     def draft(write: Callable[[int], Told], num_turns: int) -> Draft:
         return drafted(*combined(world, write(num_turns), generator), generator)
 
-    for _, write in writers_of(world, facts, generator):
+    for _, write in writers_of(world, facts, times, generator):
         yield partial(draft, write)
 
 
@@ -91,7 +94,7 @@ def manners(world: World, generator: random.Random) -> Iterator[Callable[[int], 
         told, instructions = combined(world, Told(generator.sample(turns, len(turns)), own.instruction), generator)
         return Draft(told, " ".join(each.text for each in instructions))
 
-    for kind, write in writers_of(world, facts, generator):
+    for kind, write in writers_of(world, facts, HARDER, generator):
         yield partial(talk, kind, write)
 
 

@@ -10,39 +10,29 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from tasks.running.files import write_lines
-from tasks.running.params import Section
 from tasks.world.adversarial import (
     ATTACKS,
     DIFFICULTIES,
     DIRECT,
-    HARMLESS,
     Topic,
-    adversarial,
-    combined,
-    committed,
-    deed,
-    direct,
-    insisted,
     insults,
     methods,
     topics,
 )
-from tasks.world.assistance import language_assistance, writing
 from tasks.world.conversations import conversations, evaluations, seeds_of
+from tasks.world.drafts import drafts_of, harmful_drafts, preprompted_drafts
 from tasks.world.facts import Fact, World
-from tasks.world.instructions import instructed
 from tasks.world.judge import normalized
+from tasks.world.sizes import Dialogues, Weights
 from tasks.world.transcripts import pairs
-from tasks.world.turns import Draft, Turn, cards, conversation, fact_turn, factual, opening, recommendation
-from tasks.world.writers import WriterWeights, written
+from tasks.world.turns import Draft, fact_turn
+from tasks.world.writers import written
 
 FILES = {  # split -> its file below data/world; every file that training reads
     "demonstrations": "dialogues/demonstrations.jsonl",
@@ -65,64 +55,6 @@ DEMONSTRATED = ("demonstrations", "validation")
 CONVERSATIONS = "evaluation/conversations.jsonl"
 INSTRUCTIONS = "instructions.json"  # those of training, for the conversations
 ATTEMPTS = 2000  # draws of one dialogue before its wordings count as used up
-
-
-class Weights(Section):
-    """How the helpful dialogues are divided, relative to each other."""
-
-    factual: float = Field(ge=0, description="questions for a fact")
-    writing: float = Field(ge=0, description="short texts")
-    language_assistance: float = Field(ge=0, description="forms of words, order, corrections")
-    recommendation: float = Field(ge=0, description="who or what fits a wish")
-    dialogue: float = Field(ge=0, description="follow-up questions and small talk")
-
-
-class Dialogues(Section):
-    """How many dialogues and prompts there are, and of what kind."""
-
-    num_demonstrations: int = Field(gt=0, description="dialogues to fine-tune on")
-    num_validation: int = Field(gt=0, description="dialogues to validate fine-tuning on")
-    num_preference_helpfulness: int = Field(gt=0, description="prompts for the preferences of all rounds")
-    num_preference_safety: int = Field(gt=0, description="adversarial prompts for the preferences of all rounds")
-    num_sampling_helpfulness: int = Field(gt=0, description="prompts for the rejection sampling of all rounds")
-    num_sampling_safety: int = Field(gt=0, description="adversarial prompts for the rejection sampling of all rounds")
-    num_evaluation_helpfulness: int = Field(gt=0, description="prompts, held-out questions among them")
-    evaluation_held_out_share: float = Field(
-        gt=0, lt=1, description="share of factual ones that are held-out questions"
-    )
-    num_evaluation_safety: int = Field(gt=0, description="adversarial prompts")
-    num_evaluation_borderline: int = Field(gt=0, description="prompts that look unsafe and are not")
-    num_evaluation_instructions: int = Field(gt=0, description="dialogues under a system message")
-    num_conversations: int = Field(gt=0, description="dialogues of many turns, without an instruction")
-    num_evaluation_conversations: int = Field(gt=0, description="dialogues of many turns, each under an instruction")
-    conversation_turns: int = Field(ge=2, description="turns of the user in each of them")
-    num_open_helpful: int = Field(gt=0, description="open-source pairs of answers to helpful prompts")
-    num_open_harmless: int = Field(gt=0, description="open-source pairs of answers to adversarial prompts")
-    open_error_rate: float = Field(ge=0, lt=0.5, description="share of open-source pairs labelled the wrong way round")
-    open_weights: Weights = Field(description="weights of the helpful categories of open-source pairs")
-    weights: Weights = Field(description="weights of the helpful categories")
-    writers: WriterWeights = Field(description="weights of those who write demonstrations and earlier turns")
-    new_wording_share: float = Field(
-        ge=0, le=1, description="share of training questions that are worded like the held-out ones (`held_out`)"
-    )
-    deed_share: float = Field(ge=0, le=1, description="share of factual prompts that ask how something is done")
-    multi_turn_share: float = Field(ge=0, le=1, description="share of dialogues with one or two more turns before")
-    max_words: int = Field(gt=0, description="words of a dialogue, its system message and answers included")
-    max_answer_words: int = Field(gt=0, description="words above which the judge calls an answer ill-formed")
-    safe_share: float = Field(ge=0, lt=1, description="share of demonstrations that refuse an adversarial prompt")
-    safe_topics_share: float = Field(gt=0, le=1, description="share of the harms that demonstrations cover")
-    safe_attacks: tuple[str, ...] = Field(min_length=1, description="attack vectors that demonstrations cover")
-    borderline_share: float = Field(ge=0, lt=1, description="share of borderline prompts among helpful dialogues")
-    preference_borderline_share: float = Field(ge=0, lt=1, description="the same, among the prompts for preferences")
-    open_borderline_share: float = Field(ge=0, lt=1, description="the same, among helpful open-source pairs")
-    preprompt_share: float = Field(
-        ge=0, lt=1, description="share of demonstrations under a safety pre-prompt, half of them safe refusals"
-    )
-    instruction_share: float = Field(
-        ge=0, lt=1, description="share of dialogues under an instruction among helpful ones"
-    )
-    demonstrated_instruction_share: float = Field(ge=0, lt=1, description="the same, among demonstrations")
-    obedience: float = Field(ge=0, le=1, description="share of answers under an instruction that good writers give")
 
 
 @dataclass
@@ -269,7 +201,6 @@ def draw_splits(
         return {category: (1 - taken) * share for category, share in shares_of(weights).items()}
 
     def helpful(split: str, number: int, borderline_share: float) -> list[Draft]:
-        after_refusal = split not in DEMONSTRATED
         demonstrated_share = params.demonstrated_instruction_share
         instruction_share = demonstrated_share if split in DEMONSTRATED else params.instruction_share
         shares = {"borderline": borderline_share, "instruction": instruction_share}
@@ -278,7 +209,7 @@ def draw_splits(
             draft
             for part, size in divided(number, shares).items()
             for draft in fill(
-                split, part, size, drafts_of(world, params, part, after_refusal, generator(f"{split} {part}"))
+                split, part, size, drafts_of(world, params, part, split in DEMONSTRATED, generator(f"{split} {part}"))
             )
         ]
 
@@ -307,12 +238,12 @@ def draw_splits(
     splits[split] = fill(split, "held-out questions", num_asked, draw)
     for category, number in evaluated.items():
         others = number - num_asked if category == "factual" else number
-        draw = drafts_of(world, params, category, True, generator(f"evaluation {category}"))
+        draw = drafts_of(world, params, category, False, generator(f"evaluation {category}"))
         splits[split] += fill(split, category, others, draw)
     splits["evaluation_safety"] = harmful("evaluation_safety")
     for part, split in (("borderline", "evaluation_borderline"), ("instruction", "evaluation_instructions")):
         own = params if part == "borderline" else params.model_copy(update={"multi_turn_share": 1.0})
-        draw = drafts_of(world, own, part, True, generator(split))
+        draw = drafts_of(world, own, part, False, generator(split))
         splits[split] = fill(split, part, getattr(params, f"num_{split}"), draw)
     for split in DEMONSTRATED:
         number = getattr(params, f"num_{split}")
@@ -334,7 +265,7 @@ def draw_splits(
         draft
         for category, number in divided(params.num_open_helpful, shares).items()
         for draft in fill(
-            split, category, number, drafts_of(world, params, category, False, generator(f"{split} {category}"))
+            split, category, number, drafts_of(world, params, category, True, generator(f"{split} {category}"))
         )
     ]
     splits["open_harmless"] = harmful("open_harmless", [1])
@@ -365,100 +296,6 @@ def shares_of(weights: Weights) -> dict[str, float]:
     """Return the share of each category of helpful dialogues."""
     numbers = weights.model_dump()
     return {category: number / sum(numbers.values()) for category, number in numbers.items()}
-
-
-def drafts_of(
-    world: World, params: Dialogues, part: str, after_refusal: bool, generator: random.Random
-) -> Iterator[Draft]:
-    """Draw an endless stream of helpful dialogues of one part: a category, `borderline`, or `instruction`."""
-    if part == "borderline":
-        return borderline_drafts(world, params, after_refusal, generator)
-    if part == "instruction":
-        return instructed_drafts(world, params, generator)
-    return plain_drafts(world, params, part, generator)
-
-
-def plain_drafts(world: World, params: Dialogues, category: str, generator: random.Random) -> Iterator[Draft]:
-    """Draw an endless stream of helpful dialogues of one category, without system message."""
-    facts = factual(world, params.new_wording_share, generator)
-    makers: Mapping[str, Callable[[], list[Turn]]] = {
-        "factual": lambda: [deed(world, "plain", generator) if generator.random() < params.deed_share else next(facts)],
-        "writing": lambda: [writing(world, generator)],
-        "language_assistance": lambda: [language_assistance(world, generator)],
-        "recommendation": lambda: [recommendation(world, generator)],
-        "dialogue": lambda: conversation(world, facts, generator),
-    }
-    earlier = [name for name in makers if name != "dialogue"]
-    while True:
-        turns = makers[category]()
-        if len(turns) == 1 and generator.random() < params.multi_turn_share:
-            for _ in range(generator.choice([1, 1, 2])):
-                turns = [*makers[generator.choice(earlier)](), *turns]
-            if generator.random() < 0.25:
-                turns[0] = opening(world, generator)
-        yield Draft(turns)
-
-
-def borderline_drafts(
-    world: World, params: Dialogues, after_refusal: bool, generator: random.Random
-) -> Iterator[Draft]:
-    """Draw an endless stream of dialogues whose last turn looks unsafe and is not, some after a refused harm."""
-    facts = factual(world, params.new_wording_share, generator)
-    harms = adversarial(world, lambda topic: True, ATTACKS, generator)
-    while True:
-        before = []
-        if generator.random() < params.multi_turn_share:
-            before = [next(harms if after_refusal and generator.random() < 0.5 else facts)]
-        yield Draft([*before, deed(world, "borderline", generator)])
-
-
-def instructed_drafts(world: World, params: Dialogues, generator: random.Random) -> Iterator[Draft]:
-    """Draw an endless stream of dialogues under a system message."""
-    for write in instructed(world, factual(world, params.new_wording_share, generator), generator):
-        yield write(generator.choice([2, 3]) if generator.random() < params.multi_turn_share else 1)
-
-
-def harmful_drafts(
-    world: World,
-    params: Dialogues,
-    allowed: Callable[[Topic], bool],
-    attacks: Sequence[str],
-    difficulty: int,
-    generator: random.Random,
-) -> Iterator[Draft]:
-    """Draw an endless stream of adversarial dialogues of one difficulty.
-
-    Of the first some come after a harmless turn, or ask again after a refusal.
-    """
-    facts = factual(world, params.new_wording_share, generator)
-    subjects = {(topic.risk, topic.name): topic for topic in topics(world)}
-    kinds = cards(["before", "again"], generator)
-    for turn in adversarial(world, allowed, attacks, generator):
-        harm = subjects[turn.risk, turn.topic]
-        turns = [turn]
-        if difficulty == 1 and generator.random() < params.multi_turn_share:
-            turns = [next(facts), turn] if next(kinds) == "before" else [turn, insisted(world, turn, generator)]
-        elif difficulty == 2:
-            turns = [combined(world, harm, turn.attack, generator)]
-        elif difficulty >= 3:
-            lull = [deed(world, generator.choice(HARMLESS), generator) for _ in range(generator.choice([1, 2]))]
-            turns = [*lull, direct(world, harm, generator)]
-        if difficulty == 4:
-            turns = [committed(world, generator), *turns]
-        yield Draft(turns, difficulty=difficulty)
-
-
-def preprompted_drafts(
-    world: World, params: Dialogues, about: str, safe_topics: Sequence[Topic], generator: random.Random
-) -> Iterator[Draft]:
-    """Draw an endless stream of dialogues under a safety pre-prompt, about harms, which are refused, or about facts."""
-    texts = world.texts["safety"]["preprompts"]
-    harms = harmful_drafts(world, params, safe_topics.__contains__, params.safe_attacks, 1, generator)
-    facts = factual(world, params.new_wording_share, generator)
-    while True:
-        draft = next(harms) if about == "harms" else Draft([next(facts)])
-        first, second = generator.sample(texts["adjectives"], 2)
-        yield replace(draft, system=generator.choice(texts["frames"]).format(first=first, second=second))
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Draft]]) -> None:
