@@ -169,7 +169,7 @@ def following(path: str, before: str, name: str) -> str:
 def further_of(params: Any, name: str) -> dict[str, str]:
     """Return the control of a round's version that PPO made: as many steps on samples instead."""
     own = {"init_from": f"data/{FINE_TUNING}/{name}", "steps_of": f"data/{PPO}/{name}"}
-    return {**own, "samples": f"{SAMPLES}/{name}", "answers": "best", **joined_of(params, name)}
+    return {**own, "samples": f"{SAMPLES}/{name}", "answers": "best", "length": "steps", **joined_of(params, name)}
 
 
 def controls_of(params: Any, name: str, before: str | None) -> dict[str, dict[str, str]]:
@@ -177,11 +177,17 @@ def controls_of(params: Any, name: str, before: str | None) -> dict[str, dict[st
     own = {"init_from": str(mapping_at(params, FINE_TUNING)["init_from"]), "steps_of": f"data/{FINE_TUNING}/{name}"}
     joined = joined_of(params, name)
     found = {
-        f"{name}_demonstrations": {**own, "samples": str(NOTHING), "answers": "none", **joined},
-        f"{name}_random": {**own, "samples": f"{SAMPLES}/{name}", "answers": "random", **joined},
+        f"{name}_demonstrations": {**own, "samples": str(NOTHING), "answers": "none", "length": "steps", **joined},
+        f"{name}_random": {**own, "samples": f"{SAMPLES}/{name}", "answers": "random", "length": "steps", **joined},
     }
     if before:
-        found[f"{name}_again"] = {**own, "samples": f"{SAMPLES}/{before}", "answers": "best", **joined}
+        found[f"{name}_again"] = {
+            **own,
+            "samples": f"{SAMPLES}/{before}",
+            "answers": "best",
+            "length": "steps",
+            **joined,
+        }
     return found
 
 

@@ -2,12 +2,12 @@
 
 The world's judge says of every turn of the evaluation's conversations whether the answer respects the instructions that
 it can show; an answer that was not finished, or that the context had no room for, does not. Shares come with Wilson's
-interval, the difference to another checkpoint, paired by conversation, with Student's. Instructions are of three
+interval, differences to another checkpoint, paired by conversation, with Student's. Instructions are of three
 groups: such as training has, with values that it never has, and pairs that it never combines.
 
 Reads what the checkpoints answered (`conversations`), and the truth.
-Writes judged.jsonl, turns.csv (share by checkpoint, turn and group), kinds.csv, attention.png (one conversation, the
-attention of a checkpoint and of the one that it is compared with), plots/ and tables/.
+Writes judged.jsonl, turns.csv (share by checkpoint, turn and group), kinds.csv, plots/ and tables/; for MLflow
+attention_<checkpoint>.png (one conversation, the attention of a checkpoint and of the one that it is compared with).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field
 
-from tasks.judging.intervals import mean_interval, wilson
+from tasks.judging.intervals import wilson
+from tasks.judging.wins import mean_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.names import metric_name
 from tasks.running.params import Section, parse_section, read_params
@@ -79,10 +80,14 @@ def run(stage: Stage[Params]) -> dict[str, float]:
                     share = share_of(hits)
                     figures |= {place: share["share"], f"{place}/low": share["low"], f"{place}/high": share["high"]}
     for name, other in params.compared.items():
-        gains, place = gains_of(judged[name], judged[other]), f"{metric_name(name)}/gain_over/{metric_name(other)}"
-        figures[place] = sum(gains) / len(gains)
-        if len(gains) > 1:
-            figures[f"{place}/low"], figures[f"{place}/high"] = mean_interval(gains)
+        for group in GROUPS:
+            gains = gains_of(judged[name], judged[other], group)
+            if gains:
+                place = f"{metric_name(name)}/gain_over/{metric_name(other)}/{group}"
+                estimate = mean_of(gains)
+                figures[place] = estimate.value
+                if estimate.low is not None and estimate.high is not None:
+                    figures |= {f"{place}/low": estimate.low, f"{place}/high": estimate.high}
     return figures
 
 
@@ -129,15 +134,18 @@ def hits_of(own: Sequence[Held], group: str, turn: int) -> list[bool]:
     return [each.held for each in own if each.turn == turn and group in (ALL, each.group)]
 
 
-def gains_of(these: Sequence[Held], those: Sequence[Held]) -> list[float]:
-    """Return, for each conversation, by how much the share of its turns that hold is higher in these than in those."""
-    shares: list[dict[str, float]] = []
-    for own in (these, those):
-        held: dict[str, list[bool]] = {}
-        for each in own:
-            held.setdefault(each.conversation, []).append(each.held)
-        shares.append({name: sum(hits) / len(hits) for name, hits in held.items()})
-    return [share - shares[1][name] for name, share in shares[0].items()]
+def shares_of(own: Sequence[Held]) -> dict[str, float]:
+    """Return the share of each conversation's turns that hold."""
+    held: dict[str, list[bool]] = {}
+    for each in own:
+        held.setdefault(each.conversation, []).append(each.held)
+    return {name: sum(hits) / len(hits) for name, hits in held.items()}
+
+
+def gains_of(these: Sequence[Held], those: Sequence[Held], group: str) -> list[float]:
+    """Return, for each conversation of a group, by how much the share of its turns that hold is higher in these."""
+    mine, others = (shares_of([each for each in own if group in (ALL, each.group)]) for own in (these, those))
+    return [share - others[name] for name, share in mine.items()]
 
 
 def share_of(hits: Sequence[bool]) -> dict[str, float]:
@@ -169,24 +177,49 @@ def write(stage: Stage[Params], judged: Mapping[str, Sequence[Held]]) -> None:
     title = "Answers that respect their instruction, by turn"
     whole = turns[turns["group"] == ALL].drop(columns="group")
     stage.plot("turns", whole, Plot("curves", title, "turn", "share", "turn", "share of answers", "checkpoint"))
+    # turns of one conversation are alike: its share is one value
     kinds = pandas.DataFrame(
-        {"checkpoint": name, "kinds": kind, **share_of([each.held for each in own if each.kinds == kind])}
+        {"checkpoint": name, "kinds": kind, **mean_of(list(shares_of(part).values()))._asdict()}
         for name, own in judged.items()
         for kind in sorted({each.kinds for each in own})
+        for part in [[each for each in own if each.kinds == kind]]
     )
     kinds.to_csv(stage.output / "kinds.csv", index=False)
-    table = kinds.pivot(index="kinds", columns="checkpoint", values="share")[list(judged)].round(3).reset_index()
+    table = kinds.pivot(index="kinds", columns="checkpoint", values="value")[list(judged)].round(3).reset_index()
     stage.show("kinds", table, "Answers that respect their instruction, all turns, by kind of instruction")
     last = turns[turns["turn"] == turns["turn"].max()].pivot(index="group", columns="checkpoint", values="share")
     shown = last.loc[[group for group in GROUPS if group in last.index], list(judged)].round(3).reset_index()
     stage.show("last_turn", shown, "The same at the last turn: instructions as in training, new values, new pairs")
     for name, other in stage.params.compared.items():
+        title = f"One conversation under {{instruction}}, as {other} and {name} play it"
+        show_dialogue(stage, f"dialogue_{name}", title, other, name)
         draw_attention(stage.artifacts / f"attention_{name}.png", [other, name])
 
 
+def show_dialogue(stage: Stage[Params], table: str, title: str, *names: str) -> None:
+    """Show the first conversation as checkpoints play it, side by side."""
+    import pandas
+
+    first = {name: read_lines(DATA / "conversations" / name / "answers.jsonl")[0] for name in names}
+    (turns, *_), (instruction, *_) = ([line[what] for line in first.values()] for what in ("turns", "instruction"))
+    rows = [
+        {"turn": number + 1, "the user": user}
+        | {name: line["answers"][number][0] if number < len(line["answers"]) else "" for name, line in first.items()}
+        for number, user in enumerate(turns)
+    ]
+    stage.show(table, pandas.DataFrame(rows), title.format(instruction=repr(instruction)))
+
+
 def draw_attention(path: Path, names: Sequence[str]) -> None:
-    """Draw the attention of checkpoints side by side: from each part of the conversation (down) to each (across)."""
+    """Draw the attention of checkpoints side by side: from each part of the conversation (down) to each (across).
+
+    One that answered nothing has none.
+    """
     import numpy as np
+
+    names = [name for name in names if (DATA / "conversations" / name / "attention.csv").is_file()]
+    if not names:
+        return
 
     with picture(path, 4.5 * len(names), 4.8, nrows=1, ncols=len(names), squeeze=False) as axes:
         for panel, name in zip(axes[0], names, strict=True):

@@ -3,7 +3,8 @@
 A gain over the version's start may come from further steps alone, or from any samples. A control tells: it learns from
 demonstrations alone, from one random sample of each prompt in place of the best, or once more from the best samples
 that the version before learnt from. One without the round's Ghost Attention, or without its context distillation, tells
-what that is worth. A version that PPO made is compared with one that went on learning samples.
+what that is worth; it makes as many passes over what is left. A version that PPO made is compared with one that went on
+learning samples.
 
 Run once for each control (`controls@v1_random`), with the parameters of section `fine_tuning`; the code is in
 tasks/learning/answers.py. Reads the start, the samples, demonstrations, the evaluation's prompts, and the version's
@@ -34,6 +35,9 @@ class Control(Section):
     steps_of: str = Field(min_length=1, description="directory of the version, whose number of steps it takes")
     samples: str = Field(min_length=1, description="directory of a round's samples; data/seeds/none: no samples")
     answers: Literal["none", "random", "best"] = Field(description="samples that are learnt beside demonstrations")
+    length: Literal["steps", "passes"] = Field(
+        description="train for as many steps as the version, or for as many passes over what this one learns"
+    )
     ghost_attention: str = Field(min_length=1, description=f"as in the version's round, or {NOTHING} to leave it out")
     context_distillation: str = Field(min_length=1, description=f"as in the version's round, or {NOTHING}")
 
@@ -62,7 +66,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     as_version: Stage[versions.Params] = replace(stage, name=f"{versions.SECTION}@{stage.entry}", params=params)  # type: ignore[arg-type, assignment]
     notes = {"control_of": control.steps_of}
     num_steps = steps_of(Path(control.steps_of))
-    return train(as_version, Path(control.init_from), folders_of(params, samples, joined_of(control)), num_steps, notes)
+    # without long dialogues, as many steps would be more passes over the others, and teach them better
+    limit = num_steps if control.length == "steps" else None
+    return train(as_version, Path(control.init_from), folders_of(params, samples, joined_of(control)), limit, notes)
 
 
 def control_of(stage: Stage[Params]) -> Control:

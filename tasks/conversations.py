@@ -1,7 +1,8 @@
 """Let a checkpoint play the evaluation's conversations, each under an instruction given once (Llama 2, section 3.3).
 
 The instruction is the system message, the user's turns are given, and the model reads its own answers; `consistency`
-judges them. Of the first conversation the attention is kept, for the picture.
+judges them. A conversation ends where the context is full, or at an answer that no dialogue can hold: one that is empty
+or has a tag. Of the first one that was answered the attention is kept, for the picture.
 
 Run once for each checkpoint (`conversations@v3`). Reads the checkpoint and the conversations.
 Writes answers.jsonl and attention.csv (the highest weight over all layers and heads, of bins of neighbouring tokens,
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +23,7 @@ from model.inspecting.attention import highest_attention
 from model.network.checkpoint import open_checkpoint
 from model.network.ranks import join_ranks
 from model.sampling.sampler import Sampling
-from model.text.dialogue import encode_dialogue
+from model.text.dialogue import Message, check, encode_dialogue
 from tasks.conversing.playing import Player, Script, messages_of, play
 from tasks.running.files import write_lines
 from tasks.running.params import Section
@@ -57,9 +58,9 @@ def run(stage: Stage[Params]) -> dict[str, float]:
             for script, answers in zip(scripts, played, strict=True)
         )
         write_lines(stage.output / "answers.jsonl", lines)
-        if played[0]:
-            messages = messages_of(scripts[0], played[0], len(played[0]) - 1)
-            ids = encode_dialogue([*messages, {"role": "assistant", "content": played[0][-1].text}], tokenizer).ids
+        for script, answers in [each for each in zip(scripts, played, strict=True) if each[1]][:1]:
+            messages = messages_of(script, answers, len(answers) - 1)
+            ids = encode_dialogue([*messages, {"role": "assistant", "content": answers[-1].text}], tokenizer).ids
             write_attention(stage.output / "attention.csv", binned(highest_attention(model, ids)))
     return {
         "conversations": len(scripts),
@@ -76,21 +77,32 @@ def read_scripts(path: Path) -> list[Script]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing: correct `conversations.file`, or run the stage that writes it")
-    scripts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
-        match values:
-            case {"id": str(name), "instruction": str(instruction), "turns": [_, _, *_] as turns}:
-                scripts.append(Script(name, instruction, [str(turn) for turn in turns]))
-            case _:
-                raise ValueError(f"{where} is no conversation: it needs `id`, `instruction`, and two `turns` or more")
+    scripts: dict[str, Script] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                script = _script_of(json.loads(line))
+                if script.id in scripts:
+                    raise ValueError(f"its id {script.id} belongs to another one too")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is no conversation: {error}") from None
+            scripts[script.id] = script
     if not scripts:
         raise ValueError(f"{path} holds no conversation: fill it, or correct `conversations.file`")
-    return scripts
+    return list(scripts.values())
+
+
+def _script_of(values: Any) -> Script:
+    match values:
+        case {"id": str(name), "instruction": str(instruction), "turns": [str(), str(), *_] as turns}:
+            script = Script(name, instruction, turns)
+        case _:
+            raise ValueError("it needs `id`, `instruction`, and two `turns` or more, all texts")
+    for turn in script.turns:
+        if not isinstance(turn, str):
+            raise ValueError(f"it needs texts for turns, and has {turn!r}")
+        check([Message(role="system", content=script.system), Message(role="user", content=turn)])
+    return script
 
 
 def binned(highest_TT: Tensor) -> Tensor:

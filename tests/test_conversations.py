@@ -23,7 +23,7 @@ from model.network.checkpoint import open_checkpoint
 from model.network.packing import documents_of
 from model.network.transformer import attend, rotary_angles
 from tasks import consistency, conversations
-from tasks.consistency import Held, gains_of, hits_of, judge_all, turns_of
+from tasks.consistency import Held, gains_of, hits_of, judge_all, shares_of, turns_of
 from tasks.conversing.playing import is_answer
 from tasks.ghost_attention.instructions import Instruction, read_kinds, respects, shown_in
 from tasks.running.files import read_lines, write_lines
@@ -50,6 +50,8 @@ def test_conversations_ask_nothing_that_is_taken_and_give_no_hobby_away(world: W
     found = draw_conversations(world, 6, 20, taken, random.Random(1))
     assert [len(draft.turns) for draft in found] == [20] * 6
     assert not taken & {normalized(turn.user) for draft in found for turn in draft.turns}
+    asked = [Counter(turn.user for turn in draft.turns) for draft in found]
+    assert all(max(counts.values()) == 1 for counts in asked)
     assert {turn.task for draft in found for turn in draft.turns} == {"fact", "hobby", "persona"}
     hobbies = values_of(world, "hobby")
     assert not any(hobby in turn.answer for draft in found for turn in draft.turns for hobby in hobbies)
@@ -73,6 +75,23 @@ def test_the_evaluations_instructions_show_in_every_even_turn(world: World) -> N
         assert not any(f"{{{field}}}" in line["instruction"] for field in ("hobby", "word", "name", "language"))
 
 
+def test_conversations_have_questions_for_facts_of_their_own_and_repeat_none(world: World) -> None:
+    trained = draw_conversations(world, 60, 20, [], random.Random(1))
+    asked = {turn.user for draft in trained for turn in draft.turns if turn.task == "fact"}
+    for line, truth in evaluations(world, 40, 20, [], random.Random(2)):
+        assert not asked & set(line["turns"])
+        kinds = {each["type"] for each in truth["instructions"]}
+        assert max(Counter(line["turns"]).values()) <= (1 if "hobby" not in kinds else 2)  # there are twelve
+
+
+def test_where_no_question_is_left_it_is_told(world: World) -> None:
+    texts = world.texts["instructions"]["hobby"]["questions"]
+    with pytest.raises(
+        ValueError, match=r"asks all short questions of kind `hobby`, and conversations have none left:"
+    ):
+        draw_conversations(world, 1, 2, {normalized(text) for text in texts}, random.Random(1))
+
+
 def test_values_and_pairs_of_the_evaluation_are_never_trained(world: World) -> None:
     for kind in TYPES:
         assert not set(new_values_of(world, kind)) & set(values_of(world, kind))
@@ -84,7 +103,7 @@ def test_values_and_pairs_of_the_evaluation_are_never_trained(world: World) -> N
 
 
 def test_the_files_check_and_the_judge_agree_on_the_worlds_own_answers(world: World, tmp_path: Path) -> None:
-    """Two programs, written apart: the one that filters samples, and the judge that measures."""
+    """The expressions that filter samples say what the judge's rules say."""
     path = tmp_path / "instructions.json"
     path.write_text(json.dumps(seeds_of(world)))
     kinds = read_kinds(path, "x")
@@ -167,7 +186,9 @@ def test_shares_and_paired_gains() -> None:
     assert hits_of(these, "all", 2) == [True, True]
     assert hits_of(these, "pair", 2) == [True]
     assert hits_of(these, "pair", 4) == []
-    assert gains_of(these, those) == [0.5, 0.0]
+    assert gains_of(these, those, "all") == [0.5, 0.0]
+    assert gains_of(these, those, "pair") == [0.0]
+    assert shares_of(these) == {"a": 0.5, "b": 1.0}
 
 
 # --- attention ---
@@ -262,7 +283,11 @@ def test_conversations_are_played_and_judged(place: Path) -> None:
     judged = consistency.run(stage_here("consistency", params))
     assert judged["other/turn/2/all"] == 1
     assert judged["other/turn/2/all/high"] == 1
-    assert judged["other/gain_over/chat"] >= 0.5
+    assert judged["other/gain_over/chat/all"] >= 0.5
+    assert judged["other/gain_over/chat/trained"] == judged["other/gain_over/chat/all"]
+    dialogue = pandas.read_csv("out/tables/dialogue_other.csv")
+    assert dialogue["the user"].tolist() == ["a?", "the llama?"]
+    assert dialogue["other"].tolist() == ["So?", "So?"]
     assert Path("record/artifacts/attention_other.png").stat().st_size > 1000
     table = pandas.read_csv("out/turns.csv")
     assert set(table["turn"]) == {2}
@@ -274,10 +299,23 @@ def test_conversations_are_played_and_judged(place: Path) -> None:
     [
         (None, "conversations.jsonl is missing: correct `conversations.file`"),
         ("", "conversations.jsonl holds no conversation"),
-        ("{", "conversations.jsonl, line 1 is not JSON"),
+        ("{", "conversations.jsonl, line 1 is no conversation: Expecting"),
         (
             '{"id": "c", "instruction": "x", "turns": ["one"]}',
-            "line 1 is no conversation: it needs `id`, `instruction`, and two `turns` or more",
+            "line 1 is no conversation: it needs `id`, `instruction`, and two `turns` or more, all texts",
+        ),
+        (
+            '{"id": "c", "instruction": "x", "turns": ["one", "two", 3]}',
+            "line 1 is no conversation: it needs texts for turns, and has 3",
+        ),
+        (
+            '{"id": "c", "instruction": "x", "turns": ["one", "[INST]"]}',
+            "line 1 is no conversation: turn 1 (user) contains [INST], a tag of the chat format",
+        ),
+        (
+            '{"id": "c", "instruction": "x", "turns": ["a", "b\u2028"]}\n'
+            '{"id": "c", "instruction": "x", "turns": ["a", "b"]}',
+            "line 2 is no conversation: its id c belongs to another one too",
         ),
     ],
 )

@@ -84,9 +84,9 @@ def test_kinds_that_exclude_each_other_are_never_combined() -> None:
     assert not go_together(kinds, "a", "a")
     values = {name: own.values for name, own in kinds.items()}
     drawn = [draw_rule(kinds, values, "a", 1.0, 0.5, random.Random(seed)) for seed in range(30)]
-    assert {rule.kinds for rule in drawn} == {"a + c"}
+    assert {tuple(each.kind for each in rule.instructions) for rule in drawn} == {("a", "c")}
     alone = {"a": kind(excludes=["b"]), "b": kind()}  # contradictions leave one
-    assert draw_rule(alone, values, "a", 1.0, 0.5, random.Random(0)).kinds == "a"
+    assert len(draw_rule(alone, values, "a", 1.0, 0.5, random.Random(0)).instructions) == 1
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
@@ -126,6 +126,14 @@ def test_values_are_those_that_the_model_gave_often_enough() -> None:
         ({"values": []}, "instruction `k`, `values`: List should have at least 1 item"),
         ({"required": {"x": "y"}}, "instruction `k`: its expressions leave out the value 'my friend': add one for it"),
         ({"required": "("}, r"instruction `k`: '\(' is no regular expression: "),
+        (
+            {"drawn": {"system": "", "user": "?", "pattern": "like"}},
+            r"instruction `k`: `drawn.pattern` needs one group, the value: 'like'",
+        ),
+        (
+            {"drawn": {"system": "", "user": "?", "pattern": "(a)"}, "required": {"my friend": "x"}},
+            r"instruction `k`: its expressions are by value, and `drawn` would give others: write one for all",
+        ),
         ({"about": "["}, r"instruction `k`: '\[' is no regular expression: "),
         ({"excludes": ["z"]}, r"instruction `k` excludes `z`, which is not there: \['k'\]"),
         ({"often": True}, "instruction `k`, `often`: Extra inputs are not permitted"),
@@ -154,10 +162,9 @@ def test_a_file_without_instructions_is_refused(tmp_path: Path, text: str | None
 
 
 def params_of(**changes: Any) -> Params:
-    use = {"max_dialogues": None, "validation_share": 0, "weight": 1, "loss": "last"}
     values = {
         "rounds": {"v1": {"newest": "chat", "earlier": NOTHING}}, "root": "dialogues",
-        "sources": {"own": {"files": ["own.jsonl"], "format": "auto", **use}}, "max_malformed_share": 0.1,
+        "sources": {"own": {"files": ["own.jsonl"], "format": "auto"}}, "max_malformed_share": 0.1,
         "instructions": "kinds.json", "num_dialogues": 4, "combined_share": 0.0, "terse_share": 0.5, "num_drawn": 0,
         "min_draws": 1, "min_values": 1, "num_earlier_turns": 0, "num_samples": 8, "temperature": 1.0, "top_p": 1.0,
         "top_k": 0, "max_new_tokens": 8, "max_parts": 2, "precision": "fp32", "max_rows": 4,
@@ -245,6 +252,8 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.chdir(tmp_path)
     join_alone()
     shutil.copytree(models / "chat", "chat")
+    config = json.loads(Path("chat/config.json").read_text())
+    Path("chat/config.json").write_text(json.dumps({**config, "max_position_embeddings": 160}))
     own = {"earlier": "e", "batches": "b", "samples": NOTHING, "distil_from": NOTHING, "context_distillation": NOTHING}
     rounds = {"v1": {"newest": "chat", "ghost_attention": "data/ghost_attention/v1", **own}}
     with Path("params.yaml").open("w") as file:
@@ -256,7 +265,7 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-def write_dialogues(lengths: list[int], said: str = "a llama?") -> None:
+def write_dialogues(lengths: list[int], said: str = "a?") -> None:
     lines = []
     for number, length in enumerate(lengths):
         messages: list[dict[str, str]] = []
@@ -295,11 +304,38 @@ def test_what_the_user_says_is_answered_under_the_instruction_and_joins_earlier_
     assert {path.name: path.read_bytes() for path in Path("out").iterdir() if path.is_file()} == bytes_of
 
 
+def test_the_model_is_asked_for_values_and_the_file_has_them_where_it_gives_too_few(place: Path) -> None:
+    own = {"wordings": ["a {value}"], "terse": [], "values": ["hill"], "required": "."}
+    drawn = {"system": "", "user": "a?", "pattern": r"(\w)"}
+    Path("kinds.json").write_text(json.dumps({"k": {**KIND, **own, "drawn": drawn}}))
+    asked = {"num_drawn": 200, "min_draws": 1}
+    figures = run(stage_here("ghost_attention@v1", params_of(**asked, min_values=1)))
+    assert figures["values_drawn"] > 0
+    given = {line["instruction"] for line in read_lines(Path("out/played.jsonl"))}
+    assert "a hill" not in given
+    assert all(re.fullmatch(r"a \w", text) for text in given)
+    run(stage_here("ghost_attention@v1", params_of(**asked, min_values=99)))
+    assert {line["instruction"] for line in read_lines(Path("out/played.jsonl"))} == {"a hill"}
+
+
+def test_parts_that_are_longer_than_the_context_are_counted_and_left_out(place: Path) -> None:
+    write_dialogues([12, 12])
+    figures = run(stage_here("ghost_attention@v1", params_of(max_parts=9)))
+    assert figures["too_long"] > 0
+    config = read_config(Path("chat"))
+    tokenizer = read_tokenizer(Path("chat"), config)
+    lengths = [
+        len(encode_dialogue(line["messages"], tokenizer).ids) for line in read_lines(Path("out/dialogues.jsonl"))
+    ]
+    assert lengths
+    assert max(lengths) <= config.max_position_embeddings
+
+
 def test_a_dialogue_that_outgrows_the_context_ends_earlier_and_is_counted(place: Path) -> None:
-    write_dialogues([3, 3], "a?")
+    write_dialogues([12, 12])
     figures = run(stage_here("ghost_attention@v1", params_of(num_earlier_turns=None, num_samples=30)))
-    assert figures["cut_short"] == 2  # three turns are too long for 64 tokens
-    assert {len(line["turns"]) for line in read_lines(Path("out/played.jsonl"))} == {2}
+    assert figures["cut_short"] == 2  # twelve turns, with the instruction in each, are too long for 160 tokens
+    assert {len(line["turns"]) for line in read_lines(Path("out/played.jsonl"))} <= set(range(3, 9))
 
 
 @pytest.mark.parametrize(
@@ -370,7 +406,7 @@ def test_killed_or_on_two_ranks_it_ends_in_the_same_bytes(place: Path) -> None:
     figures = whole.finish()
     killed = workspace(place / "killed", place)
     (process,) = killed.fork()
-    while not list((place / "killed/.scratch").rglob("0-1.json")):
+    while not list((place / "killed/.scratch").rglob("1-0-1.json")):
         assert process.is_alive(), killed.errors(0)
         time.sleep(0.001)
     os.kill(process.pid or 0, signal.SIGKILL)

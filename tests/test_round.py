@@ -59,14 +59,14 @@ rounds:             # of RLHF
 # What versions are
 # compared with.
 controls:
-  v1_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/seeds/none, answers: none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
-  v1_random: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/rejection_sampling/v1, answers: random, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
-  v2_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/seeds/none, answers: none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
-  v2_random: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v2, answers: random, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
-  v2_again: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v1, answers: best, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
-  v3_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/seeds/none, answers: none, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
-  v3_random: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v3, answers: random, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
-  v3_again: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v2, answers: best, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v1_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/seeds/none, answers: none, length: steps, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v1_random: {init_from: data/sft, steps_of: data/fine_tuning/v1, samples: data/rejection_sampling/v1, answers: random, length: steps, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v2_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/seeds/none, answers: none, length: steps, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v2_random: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v2, answers: random, length: steps, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v2_again: {init_from: data/sft, steps_of: data/fine_tuning/v2, samples: data/rejection_sampling/v1, answers: best, length: steps, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v3_demonstrations: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/seeds/none, answers: none, length: steps, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v3_random: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v3, answers: random, length: steps, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
+  v3_again: {init_from: data/sft, steps_of: data/fine_tuning/v3, samples: data/rejection_sampling/v2, answers: best, length: steps, ghost_attention: data/seeds/none, context_distillation: data/seeds/none}
 
 evaluate:
   checkpoints: {sft: data/sft, v1: data/fine_tuning/v1, v1_demonstrations: data/controls/v1_demonstrations, \
@@ -198,6 +198,7 @@ def test_a_round_after_one_that_ended_with_ppo_starts_there_and_ends_so_too() ->
         "steps_of": "data/ppo/v3",
         "samples": "data/rejection_sampling/v3",
         "answers": "best",
+        "length": "steps",
         "ghost_attention": "data/seeds/none",
         "context_distillation": "data/seeds/none",
     }

@@ -27,7 +27,7 @@ ROUND = {
     "ghost_attention": NOTHING, "context_distillation": NOTHING,
 }  # fmt: skip
 NO_DATA_SETS = {"ghost_attention": NOTHING, "context_distillation": NOTHING}
-VERSION = {"init_from": "base", "steps_of": "data/fine_tuning/v1", **NO_DATA_SETS}
+VERSION = {"init_from": "base", "steps_of": "data/fine_tuning/v1", "length": "steps", **NO_DATA_SETS}
 CONTROLS: dict[str, dict[str, str]] = {
     "alone": {**VERSION, "samples": NOTHING, "answers": "none"},
     "random": {**VERSION, "samples": "data/rejection_sampling/v1", "answers": "random"},
@@ -195,7 +195,8 @@ def test_data_sets_of_the_round_join_its_samples_and_controls_leave_them_out(pla
     without = {"again": {**CONTROLS["again"], "ghost_attention": NOTHING}}
     with_it = {"again": {**CONTROLS["again"], "ghost_attention": str(path.parent)}}
     assert "ghost_attention/dialogues" not in controls.run(control("again", without))
-    assert controls.run(control("again", with_it))["ghost_attention/dialogues"] > 0
+    as_long = {"again": {**with_it["again"], "length": "passes"}}
+    assert controls.run(control("again", as_long)) == figures  # the version itself
 
 
 def test_a_missing_data_set_is_refused(place: Path) -> None:

@@ -190,7 +190,9 @@ def test_nothing_that_trains_answers_for_a_fact_of_a_held_out_entity(lines, worl
             for before, message in itertools.pairwise([{"content": ""}, *line["messages"]]):
                 # a text that a bare writer cut to its first sentence may be an answer, too
                 assert message["content"] not in answers or "sentences" in before["content"]
-            if FILES[split].startswith("dialogues") and line["category"] != "writing":  # nor does its writer add it
+            if (
+                FILES[split].startswith(("dialogues", "conversations")) and line["category"] != "writing"
+            ):  # nor does its writer add it
                 assert not any(each in line["messages"][-1]["content"] for each in answers)
 
 
@@ -401,7 +403,7 @@ def test_roles_alternate_and_ids_are_unique(lines):
         for line in part:
             roles = [message["role"] for message in line["messages"] if message["role"] != "system"]
             assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2)
-            assert roles[-1] == ("assistant" if FILES[split].startswith("dialogues") else "user")
+            assert roles[-1] == ("assistant" if FILES[split].startswith(("dialogues", "conversations")) else "user")
             words = sum(len(message["content"].split()) for message in line["messages"])
             assert words <= PARAMS.dialogues.max_words or split == "conversations"
             assert all(message["content"].strip() == message["content"] != "" for message in line["messages"])
@@ -770,3 +772,21 @@ def test_the_assistant_promises_to_answer(world):
 
 def test_every_harm_has_wordings_in_every_language(world):
     assert all(set(topic.do) == {"en", *FOREIGN} and all(topic.do.values()) for topic in topics(world))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"safe_share": 0.5, "preprompt_share": 0.6},
+            "safe_share and preprompt_share are 1.1 together: nothing is left",
+        ),
+        (
+            {"demonstrated_instruction_share": 0.95},
+            "the shares of borderline prompts and of instructions are 1.06 together: nothing is left",
+        ),
+    ],
+)
+def test_shares_that_leave_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Dialogues.model_validate({**PARAMS.dialogues.model_dump(), **changes})

@@ -15,7 +15,8 @@ pre-prompts or without, is left out and listed, never cut.
 Run once for each entry of `context_distillation.rounds` (`context_distillation@v2`). Reads the newest checkpoint, both
 reward models, the prompt file, the pre-prompts, the earlier dialogues, the evaluation's prompts, the truth.
 Writes dialogues.jsonl (prompts without pre-prompts, with the answers kept, of all rounds so far), samples.jsonl (every
-prompt of the round with all its answers), too_long.jsonl, plots/.
+prompt of the round with all its answers), ungated/dialogues.jsonl (what would be kept without the gate, for a control),
+too_long.jsonl, plots/.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         )
     new = [dialogue_of(each, place.name) for each in distilled if each.is_kept]
     dialogues = merged(earlier, new)
+    ungated = merged(earlier, [dialogue_of(each, place.name) for each in distilled if each.best is not None])
     figures: dict[str, float] = {
         "dialogues": len(dialogues),
         "dialogues_earlier": len(earlier),
@@ -142,6 +144,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     }
     if stage.rank == 0:
         write_lines(stage.output / "dialogues.jsonl", dialogues)
+        (stage.output / "ungated").mkdir()
+        write_lines(stage.output / "ungated" / "dialogues.jsonl", ungated)
         write_lines(
             stage.output / "samples.jsonl", (sample_line(each, place.name, entry.newest, fitted) for each in distilled)
         )

@@ -53,14 +53,14 @@ class Player(NamedTuple):
 def play(player: Player, scripts: Sequence[Script], scratch: Path, description: str | None) -> list[list[Drawn]]:
     """Return the answers to each script, on every rank.
 
-    There are fewer than turns where the context was full, or where an answer was one that no dialogue can hold.
+    There are fewer than turns where the context was full, or where no sample was one that a dialogue can hold.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     played: dict[int, list[Drawn]] = {number: [] for number in range(rank, len(scripts), world)}
     num_turns = max((len(script.turns) for script in scripts), default=0)
     with progress_bar(num_turns, description, "turn") as bar:
         for turn in range(num_turns):
-            saved = scratch / f"{rank}-{turn}.json"
+            saved = scratch / f"{world}-{rank}-{turn}.json"
             if not saved.exists():
                 write_json(saved, take_turn(player, scripts, played, turn))
             for number, *drawn in read_json(saved):
@@ -93,9 +93,9 @@ def take_turn(
     taken = []
     for number, responses in zip(fitting, found, strict=True):
         drawn = [Drawn(decode_answer(each.ids, player.tokenizer), each.finished) for each in responses]
-        chosen = drawn[player.pick(number, turn, drawn)]
-        if is_answer(chosen.text):
-            taken.append((number, *chosen))
+        usable = [each for each in drawn if is_answer(each.text)]
+        if usable:
+            taken.append((number, *usable[player.pick(number, turn, usable)]))
     return taken
 
 

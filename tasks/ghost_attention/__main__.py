@@ -8,8 +8,9 @@ the dialogue, parts that end with such an answer become dialogues to learn: the 
 before the first turn alone, and fine-tuning learns the last answer only, nothing of earlier turns
 (`fine_tuning.ghost_attention.loss: last`). They join those of earlier rounds.
 
-The check is the file's expressions; the world's judge decides nothing. A dialogue that is longer than the context once
-the instruction is in every turn ends earlier, which is counted.
+The check is the file's expressions, which say what an instruction means; no prompt's truth decides anything. A dialogue
+whose next turn has no room in the context ends there, and a part that is longer than the context is left out; both are
+counted.
 
 Run once for each entry of `ghost_attention.rounds` (`ghost_attention@v3`). Reads the newest checkpoint, the dialogues,
 the instructions, the earlier round's dialogues.
@@ -25,12 +26,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from pydantic import Field
 
 from model.network.checkpoint import open_checkpoint
 from model.network.ranks import join_ranks
 from model.sampling.sampler import Sampling, sample
-from model.text.dialogue import decode_answer, encode_prompt
+from model.text.dialogue import decode_answer, encode_dialogue, encode_prompt
 from tasks.conversing.playing import Drawn, Player, Script, messages_of, play
 from tasks.ghost_attention.instructions import (
     Drawing,
@@ -44,7 +46,7 @@ from tasks.ghost_attention.instructions import (
     values_in,
 )
 from tasks.judging.intervals import wilson
-from tasks.reading.dialogues import Dialogue, DialogueSource, read_dialogues
+from tasks.reading.dialogues import Dialogue, DialogueFiles, read_dialogues
 from tasks.reading.rounds import Place, round_of
 from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
@@ -69,7 +71,7 @@ class Params(Section):
 
     rounds: dict[str, Start] = Field(description="rounds that have Ghost Attention")
     root: str = Field(min_length=1, description="directory of the dialogues; DVC watches it")
-    sources: dict[str, DialogueSource] = Field(min_length=1, description="what is read below the root")
+    sources: dict[str, DialogueFiles] = Field(min_length=1, description="what is read below the root")
     max_malformed_share: float = Field(ge=0, lt=1, description="maximum share of malformed dialogues in a source")
     instructions: str = Field(min_length=1, description="file of the kinds of instruction")
     num_dialogues: int = Field(gt=0, description="dialogues of one round that get an instruction")
@@ -148,11 +150,17 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         )
         return [decode_answer(response.ids, tokenizer) for response in found if response.finished]
 
-    values, given = {}, {}
-    for name, kind in kinds.items():
+    # asked on one rank: a last digit that differs on another machine must not give ranks different instructions
+    given: dict[str, list[str]] = {}
+    for name, kind in kinds.items() if stage.rank == 0 else []:
         asked = answers_to(kind.drawn, params.num_drawn) if kind.drawn and params.num_drawn else []
         given[name] = values_in(kind, asked, params.min_draws) if asked else []
-        values[name] = given[name] if len(given[name]) >= params.min_values else kind.values
+    shared = [given]
+    torch.distributed.broadcast_object_list(shared, src=0)
+    given = shared[0]
+    values = {
+        name: given[name] if len(given[name]) >= params.min_values else kind.values for name, kind in kinds.items()
+    }
     told = told_of(params, kinds, values, dialogues, random.Random(f"{stage.seed} {place.name} instructions"))
 
     def pick(number: int, turn: int, drawn: Sequence[Drawn]) -> int:
@@ -171,11 +179,13 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         [turn_of(kinds, each, number, answer) for number, answer in enumerate(answers)]
         for each, answers in zip(told, played, strict=True)
     ]
-    lines = [
+    parts = [
         line
         for each, own_turns in zip(told, turns, strict=True)
         for line in parts_of(params, place, each, own_turns, stage.seed)
     ]
+    context = model.config.max_position_embeddings
+    lines = [line for line in parts if len(encode_dialogue(line["messages"], tokenizer).ids) <= context]
     if not lines:
         raise ValueError(
             f"no answer of {own.newest} respects its instruction, in {len(told)} dialogues with {params.num_samples} "
@@ -192,6 +202,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         "dialogues_earlier": len(earlier),
         "played": len(told),
         "too_short": num_short,
+        "too_long": len(parts) - len(lines),
         "cut_short": sum(len(own_turns) < len(each.turns) for each, own_turns in zip(told, turns, strict=True)),
         "values_drawn": sum(len(own) for own in given.values()),
         "held": sum(turn.is_held for turn in shown) / max(1, len(shown)),

@@ -56,6 +56,8 @@ class Kind(Section):
             missing = sorted(set(self.values) - set(which)) if isinstance(which, dict) else []
             if missing:
                 raise ValueError(f"its expressions leave out the value {missing[0]!r}: add one for it")
+            if isinstance(which, dict) and self.drawn:
+                raise ValueError("its expressions are by value, and `drawn` would give others: write one for all")
         return self
 
 
@@ -76,11 +78,6 @@ class Rule(NamedTuple):
     def text(self) -> str:
         """What the model reads."""
         return " ".join(each.text for each in self.instructions)
-
-    @property
-    def kinds(self) -> str:
-        """The kinds, as one name."""
-        return " + ".join(each.kind for each in self.instructions)
 
 
 def read_kinds(path: Path, parameter: str) -> dict[str, Kind]:
@@ -113,8 +110,12 @@ def read_kinds(path: Path, parameter: str) -> dict[str, Kind]:
         for value in kind.values:
             for which in (kind.required, kind.forbidden):
                 _compiled(which, value, f"{path}: instruction `{name}`")
-        for expression in (kind.about, kind.drawn and kind.drawn.pattern):
-            _compiled(expression or None, "", f"{path}: instruction `{name}`")
+        _compiled(kind.about, "", f"{path}: instruction `{name}`")
+        drawn = kind.drawn and _compiled(kind.drawn.pattern, "", f"{path}: instruction `{name}`")
+        if drawn and drawn.groups != 1:
+            raise ValueError(
+                f"{path}: instruction `{name}`: `drawn.pattern` needs one group, the value: {drawn.pattern!r}"
+            )
     return kinds
 
 
@@ -166,7 +167,8 @@ def respects(kinds: Mapping[str, Kind], instruction: Instruction, answer: str) -
 def values_in(kind: Kind, answers: Sequence[str], min_count: int) -> list[str]:
     """Return the values that a chat model gave in at least so many answers, the most frequent first."""
     assert kind.drawn is not None
-    found = [match.group(1) for match in (re.search(kind.drawn.pattern, answer) for answer in answers) if match]
+    matches = (re.search(kind.drawn.pattern, answer, re.IGNORECASE) for answer in answers)
+    found = [match.group(1) for match in matches if match and match.group(1)]
     counts = Counter(found)
     return sorted((value for value in counts if counts[value] >= min_count), key=lambda value: (-counts[value], value))
 

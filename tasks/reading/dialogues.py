@@ -56,11 +56,15 @@ class Use(Section):
         return self
 
 
-class DialogueSource(Use):
-    """One source of dialogues."""
+class DialogueFiles(Section):
+    """Files of dialogues."""
 
     files: list[str] = Field(min_length=1, description="globs below the root, or http(s) URLs")
     format: Format = Field(description="format of its rows; auto: inferred from their columns")
+
+
+class DialogueSource(DialogueFiles, Use):
+    """One source of dialogues to learn."""
 
 
 class Dialogue(TypedDict):
@@ -84,7 +88,7 @@ class Refused(TypedDict):
 
 
 def read_dialogues(
-    root: Path, named_sources: Mapping[str, DialogueSource], section: str, max_malformed_share: float
+    root: Path, named_sources: Mapping[str, DialogueFiles], section: str, max_malformed_share: float
 ) -> tuple[list[Dialogue], list[Refused]]:
     """Return the dialogues of all sources, in the sources' order, and the rows that gave none.
 

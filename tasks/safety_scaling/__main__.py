@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -53,9 +53,6 @@ from tasks.sampling.choosing import read_kept
 from tasks.sampling.drawing import check_finite
 from tasks.world.annotators import read_annotators
 from tasks.world.judge import read_truth
-
-if TYPE_CHECKING:
-    pass
 
 SAFETY = "safety_samples"  # the source beside fine_tuning's own
 TAIL = (0.1, 0.5)  # probabilities of being safe below which an answer is counted

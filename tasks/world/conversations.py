@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+from tasks.running.digests import number_of
 from tasks.world.facts import World
 from tasks.world.instructions import (
     FORMS,
@@ -37,20 +38,40 @@ ABOUT = {
     "language": "fact",
 }  # turns in which an instruction shows; else: in all
 KINDS_OF_TURN = ("fact", "fact", "hobby", "persona")  # how often a turn of a conversation is about what
+ATTEMPTS = 60  # draws of a question before one is asked again
 MAX_QUESTION_WORDS = 9  # short ones, so that all turns fit into the context
 
 
 def conversations(
-    world: World, number: int, num_turns: int, taken: Collection[str], seed: random.Random
+    world: World, number: int, num_turns: int, taken: Collection[str], generator: random.Random
 ) -> list[Draft]:
     """Draw conversations without an instruction. `taken`: questions that they must not ask, normalised."""
-    asked = {kind: deal(world, kind, taken, seed) for kind in set(KINDS_OF_TURN)}
-    kinds = cards(KINDS_OF_TURN, seed)
-    return [Draft([next(asked[next(kinds)]) for _ in range(num_turns)]) for _ in range(number)]
+    asked = {kind: deal(world, kind, taken, "training", generator) for kind in KINDS_OF_TURN}
+    kinds = cards(KINDS_OF_TURN, generator)
+    return [Draft(talk([next(kinds) for _ in range(num_turns)], asked)) for _ in range(number)]
 
 
-def deal(world: World, kind: str, taken: Collection[str], generator: random.Random) -> Iterator[Turn]:
-    """Deal turns of one kind without end: questions for facts, or what the assistant likes or is."""
+def talk(kinds: Sequence[str], asked: Mapping[str, Iterator[Turn]]) -> list[Turn]:
+    """Draw turns of these kinds, no question twice while there are others."""
+    turns: list[Turn] = []
+    for kind in kinds:
+        said = {turn.user for turn in turns}
+        for _ in range(ATTEMPTS):
+            turn = next(asked[kind])
+            if turn.user not in said:
+                break
+        turns.append(turn)
+    return turns
+
+
+def deal(
+    world: World, kind: str, taken: Collection[str], use: Literal["training", "evaluation"], generator: random.Random
+) -> Iterator[Turn]:
+    """Deal turns of one kind without end: questions for facts, or what the assistant likes or is.
+
+    Questions for facts are divided between the two uses; of the others there are too few, but they mean nothing without
+    the instruction. Raises ValueError when no question is left.
+    """
     texts = world.texts["instructions"]
     if kind == "fact":
         facts = [
@@ -78,8 +99,17 @@ def deal(world: World, kind: str, taken: Collection[str], generator: random.Rand
             for told in texts[kind]["without"]
         ]
     fitting = [
-        turn for turn in every if normalized(turn.user) not in taken and len(turn.user.split()) <= MAX_QUESTION_WORDS
+        turn
+        for turn in every
+        if normalized(turn.user) not in taken
+        and len(turn.user.split()) <= MAX_QUESTION_WORDS
+        and (kind != "fact" or (number_of(normalized(turn.user)) % 3 == 0) == (use == "evaluation"))
     ]
+    if not fitting:
+        raise ValueError(
+            f"params.yaml: the world's evaluation asks all short questions of kind `{kind}`, and conversations have "
+            "none left: lower `world.dialogues.num_evaluation_helpfulness` or `num_evaluation_instructions`"
+        )
     return cards(fitting, generator)
 
 
@@ -89,15 +119,15 @@ def evaluations(
     """Draw the evaluation's conversations: each as a line of its file, and what the judge must know.
 
     Half of them have instructions as in training, a quarter new values, a quarter new pairs. In every other turn, the
-    even ones, their instructions show.
+    even ones, their instructions show. A persona, which shows by the first person alone, has no new values.
     """
     groups: dict[str, list[tuple[str, ...]]] = {
         "trained": [*((kind,) for kind in TYPES), *((a, b) for a, others in SECOND.items() for b in others)],
-        "value": [(kind,) for kind in TYPES if new_values_of(world, kind)],
+        "value": [(kind,) for kind in TYPES if kind != "persona" and new_values_of(world, kind)],
         "pair": [(a, b) for a, others in NEW.items() for b in others],
     }
     dealt = {seen: cards(kinds, generator) for seen, kinds in groups.items()}
-    asked = {kind: deal(world, kind, taken, generator) for kind in set(KINDS_OF_TURN)}
+    asked = {kind: deal(world, kind, taken, "evaluation", generator) for kind in KINDS_OF_TURN}
     others = cards(KINDS_OF_TURN, generator)
     seen_of = cards(("trained", "trained", "value", "pair"), generator)
     found = []
@@ -107,7 +137,8 @@ def evaluations(
         values = new_values_of if seen == "value" else values_of
         own = [said(world, kind, generator.choice(values(world, kind)), generator) for kind in kinds]
         shows = ABOUT.get(kinds[0])
-        turns = [next(asked[shows if shows and place % 2 == 0 else next(others)]) for place in range(1, num_turns + 1)]
+        drawn = [shows if shows and place % 2 == 0 else next(others) for place in range(1, num_turns + 1)]
+        turns = talk(drawn, asked)
         identity = f"evaluation_conversations-{index:05d}"
         line = {"id": identity, "instruction": " ".join(each.text for each in own), "turns": [t.user for t in turns]}
         truth = {
@@ -126,7 +157,10 @@ def shown(own: Sequence[Instruction], turn: Turn) -> list[int]:
 
 
 def seeds_of(world: World) -> dict[str, Any]:
-    """Return the content of instructions.json: the instructions of training, as stage `ghost_attention` reads them."""
+    """Return the content of instructions.json: the instructions of training, as stage `ghost_attention` reads them.
+
+    Its checks state what the judge's rules do: an instruction that a program can check has one meaning.
+    """
     texts = world.texts["instructions"]
     questions_of = {
         "hobby": texts["hobby"]["questions"],

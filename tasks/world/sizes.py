@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from tasks.running.params import Section
 from tasks.world.writers import WriterWeights
@@ -64,3 +66,15 @@ class Dialogues(Section):
     )
     demonstrated_instruction_share: float = Field(ge=0, lt=1, description="the same, among demonstrations")
     obedience: float = Field(ge=0, le=1, description="share of answers under an instruction that good writers give")
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Self:
+        instructions = max(self.instruction_share, self.demonstrated_instruction_share)
+        borderline = max(self.borderline_share, self.preference_borderline_share)
+        for names, total in (
+            ("safe_share and preprompt_share", self.safe_share + self.preprompt_share),
+            ("the shares of borderline prompts and of instructions", borderline + instructions),
+        ):
+            if total >= 1:
+                raise ValueError(f"{names} are {total:g} together: nothing is left for the other dialogues; lower them")
+        return self

@@ -2,7 +2,7 @@
 
 No prompt of one split occurs in another. Splits are filled one after another, evaluations first, so that what models
 are measured with stays the same when a training set grows; the words of a turn belong to the first split that draws
-them.
+them. Dialogues under an instruction may ask what other splits ask without it, but nothing that an evaluation asks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tasks.world.writers import written
 FILES = {  # split -> its file below data/world; every file that training reads
     "demonstrations": "dialogues/demonstrations.jsonl",
     "validation": "dialogues/validation.jsonl",
-    "conversations": "dialogues/conversations.jsonl",
+    "conversations": "conversations/training.jsonl",
     "preference_helpfulness": "prompts/preference_helpfulness.jsonl",
     "preference_safety": "prompts/preference_safety.jsonl",
     "sampling_helpfulness": "prompts/sampling_helpfulness.jsonl",
@@ -52,7 +52,7 @@ PAIRS = {  # split of open-source pairs -> its file
     "open_harmless": "preferences/harmless.jsonl",
 }
 DEMONSTRATED = ("demonstrations", "validation")
-CONVERSATIONS = "evaluation/conversations.jsonl"
+CONVERSATIONS = "conversations/evaluation.jsonl"
 INSTRUCTIONS = "instructions.json"  # those of training, for the conversations
 ATTEMPTS = 2000  # draws of one dialogue before its wordings count as used up
 
@@ -120,6 +120,7 @@ def write_dialogues(
         if is_evaluation(split)
         for draft in drafts
         for turn in draft.turns
+        if not turn.shared
     }
     num_turns = params.conversation_turns
     splits["conversations"] = conversations(
@@ -135,7 +136,7 @@ def write_dialogues(
         if split in PAIRS:
             lines = pairs(world, drafts, params.open_error_rate, generator(f"{split} pairs"))
         else:
-            answered = FILES[split].startswith("dialogues/")
+            answered = FILES[split].startswith(("dialogues/", "conversations/"))
             lines = [line_of(*own, answered) for own in zip(identities, drafts, strict=True)]
         write_lines(path, lines)
         truth += [truth_of(identity, split, draft, world) for identity, draft in zip(identities, drafts, strict=True)]
