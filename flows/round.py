@@ -177,7 +177,13 @@ def controls_of(params: Any, name: str, before: str | None) -> dict[str, dict[st
     own = {"init_from": str(mapping_at(params, FINE_TUNING)["init_from"]), "steps_of": f"data/{FINE_TUNING}/{name}"}
     joined = joined_of(params, name)
     found = {
-        f"{name}_demonstrations": {**own, "samples": str(NOTHING), "answers": "none", "length": "steps", **joined},
+        f"{name}_demonstrations": {
+            **own,
+            "samples": str(NOTHING),
+            "answers": "none",
+            "length": "steps",
+            **dict.fromkeys(JOINED, str(NOTHING)),
+        },
         f"{name}_random": {**own, "samples": f"{SAMPLES}/{name}", "answers": "random", "length": "steps", **joined},
     }
     if before:

@@ -253,13 +253,14 @@ def test_every_split_has_its_parts_in_full(truth):
         return others | {category: share * (1 - sum(others.values())) for category, share in shares.items()}
 
     mixed = mixed_with(dialogues.borderline_share)
-    prompted = dialogues.preprompt_share / 2  # half of them refuse a harm, half answer a question for a fact
+    prompted = dialogues.preprompt_share / 3  # refuse a harm, answer a question for a fact, or what only looks unsafe
     safe = dialogues.safe_share + prompted
     demonstrated = {
-        category: share * (1 - safe - prompted)
+        category: share * (1 - safe - 2 * prompted)
         for category, share in mixed_with(dialogues.borderline_share, dialogues.demonstrated_instruction_share).items()
     }
-    demonstrated = {"safety": safe} | demonstrated | {"factual": demonstrated["factual"] + prompted}
+    demonstrated |= {category: demonstrated[category] + prompted for category in ("factual", "borderline")}
+    demonstrated |= {"safety": safe}
     expected = {split: {"safety": 1.0} for split in SAFETY} | {
         "demonstrations": demonstrated,
         "validation": demonstrated,
@@ -369,7 +370,7 @@ def test_demonstrations_refuse_a_few_harms_by_a_few_attacks(lines, truth):
     refused = [line for line in lines["demonstrations"] if line["safety"]]
     safe = [line for line in refused if line["messages"][0]["role"] != "system"]
     assert len(safe) == round(PARAMS.dialogues.num_demonstrations * PARAMS.dialogues.safe_share)
-    assert len(refused) - len(safe) == round(PARAMS.dialogues.num_demonstrations * PARAMS.dialogues.preprompt_share / 2)
+    assert len(refused) - len(safe) == round(PARAMS.dialogues.num_demonstrations * PARAMS.dialogues.preprompt_share / 3)
     assert {line["attack"] for line in safe} == set(PARAMS.dialogues.safe_attacks)
     known = {truth.prompts[line["id"]].topic for line in safe}
     asked = {truth.prompts[line["id"]].topic for line in lines["evaluation_safety"]}

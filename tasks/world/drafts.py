@@ -25,6 +25,9 @@ from tasks.world.sizes import Dialogues
 from tasks.world.turns import Draft, Turn, cards, conversation, factual, opening, recommendation
 
 
+PROMPTED = ("harms", "facts", "borderline")  # what demonstrations under a safety pre-prompt are about
+
+
 def drafts_of(
     world: World, params: Dialogues, part: str, demonstrated: bool, generator: random.Random
 ) -> Iterator[Draft]:
@@ -115,11 +118,14 @@ def harmful_drafts(
 def preprompted_drafts(
     world: World, params: Dialogues, about: str, safe_topics: Sequence[Topic], generator: random.Random
 ) -> Iterator[Draft]:
-    """Draw an endless stream of dialogues under a safety pre-prompt, about harms, which are refused, or about facts."""
+    """Draw an endless stream of dialogues under a safety pre-prompt: harms are refused, the others answered."""
     texts = world.texts["safety"]["preprompts"]
     harms = harmful_drafts(world, params, safe_topics.__contains__, params.safe_attacks, 1, generator)
     facts = factual(world, params.new_wording_share, generator)
     while True:
-        draft = next(harms) if about == "harms" else Draft([next(facts)])
+        if about == "harms":
+            draft = next(harms)
+        else:
+            draft = Draft([next(facts) if about == "facts" else deed(world, "borderline", generator)])
         first, second = generator.sample(texts["adjectives"], 2)
         yield replace(draft, system=generator.choice(texts["frames"]).format(first=first, second=second))

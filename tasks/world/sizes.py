@@ -59,7 +59,7 @@ class Dialogues(Section):
     preference_borderline_share: float = Field(ge=0, lt=1, description="the same, among the prompts for preferences")
     open_borderline_share: float = Field(ge=0, lt=1, description="the same, among helpful open-source pairs")
     preprompt_share: float = Field(
-        ge=0, lt=1, description="share of demonstrations under a safety pre-prompt, half of them safe refusals"
+        ge=0, lt=1, description="share of demonstrations under a safety pre-prompt, a third of them refusals"
     )
     instruction_share: float = Field(
         ge=0, lt=1, description="share of dialogues under an instruction among helpful ones"

@@ -26,7 +26,7 @@ from tasks.world.adversarial import (
     topics,
 )
 from tasks.world.conversations import conversations, evaluations, seeds_of
-from tasks.world.drafts import drafts_of, harmful_drafts, preprompted_drafts
+from tasks.world.drafts import PROMPTED, drafts_of, harmful_drafts, preprompted_drafts
 from tasks.world.facts import Fact, World
 from tasks.world.judge import normalized
 from tasks.world.sizes import Dialogues, Weights
@@ -252,9 +252,9 @@ def draw_splits(
         refusals = harmful_drafts(
             world, params, safe_topics.__contains__, params.safe_attacks, 1, generator(f"{split} safe")
         )
-        num_prompted = round(number * params.preprompt_share / 2)
-        kept = helpful(split, number - num_safe - 2 * num_prompted, params.borderline_share)
-        for about in ("harms", "facts"):
+        num_prompted = round(number * params.preprompt_share / len(PROMPTED))
+        kept = helpful(split, number - num_safe - len(PROMPTED) * num_prompted, params.borderline_share)
+        for about in PROMPTED:
             part = f"pre-prompts before {about}"
             prompted = preprompted_drafts(world, params, about, safe_topics, generator(f"{split} {part}"))
             kept += fill(split, part, num_prompted, prompted)
