@@ -24,7 +24,6 @@ from tasks.world.instructions import HARDER, instructed
 from tasks.world.sizes import Dialogues
 from tasks.world.turns import Draft, Turn, cards, conversation, factual, opening, recommendation
 
-
 PROMPTED = ("harms", "facts", "borderline")  # what demonstrations under a safety pre-prompt are about
 
 
