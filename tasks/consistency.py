@@ -2,8 +2,9 @@
 
 The world's judge says of every turn of the evaluation's conversations whether the answer respects the instructions that
 it can show; an answer that was not finished, or that the context had no room for, does not. Shares come with Wilson's
-interval, differences to another checkpoint, paired by conversation, with Student's. Instructions are of three
-groups: such as training has, with values that it never has, and pairs that it never combines.
+interval, differences to another checkpoint, paired by conversation, with Student's. Conversations are of four groups:
+one instruction such as training has, two of these, a value that it never has, and a pair that it never combines. Of two
+instructions both must be respected.
 
 Reads what the checkpoints answered (`conversations`), and the truth.
 Writes judged.jsonl, turns.csv (share by checkpoint, turn and group), kinds.csv, plots/ and tables/; for MLflow
@@ -29,7 +30,7 @@ from tasks.running.stage import Stage, start
 from tasks.world.judge import ConversationTruth, holds, read_conversations
 
 ALL = "all"
-GROUPS = (ALL, "trained", "value", "pair")
+GROUPS = (ALL, "one", "two", "value", "pair")
 
 
 class Params(Section):
@@ -116,11 +117,12 @@ def judge_all(lines: Sequence[Mapping[str, Any]], known: Mapping[str, Conversati
     for line in lines:
         truth, answers = known[line["id"]], line["answers"]
         kinds = " + ".join(str(each["type"]) for each in truth.instructions)
+        group = ("one", "two")[len(truth.instructions) > 1] if truth.seen == "trained" else truth.seen
         for turn, shown in enumerate(truth.shown):
             if shown:
                 text, finished = answers[turn] if turn < len(answers) else ("", False)
                 held = finished and bool(holds(truth, turn, text))
-                found.append(Held(truth.id, truth.seen, kinds, turn + 1, held))
+                found.append(Held(truth.id, group, kinds, turn + 1, held))
     return found
 
 
@@ -189,7 +191,9 @@ def write(stage: Stage[Params], judged: Mapping[str, Sequence[Held]]) -> None:
     stage.show("kinds", table, "Answers that respect their instruction, all turns, by kind of instruction")
     last = turns[turns["turn"] == turns["turn"].max()].pivot(index="group", columns="checkpoint", values="share")
     shown = last.loc[[group for group in GROUPS if group in last.index], list(judged)].round(3).reset_index()
-    stage.show("last_turn", shown, "The same at the last turn: instructions as in training, new values, new pairs")
+    stage.show(
+        "last_turn", shown, "The same at the last turn: one or two instructions as in training, a new value, a new pair"
+    )
     for name, other in stage.params.compared.items():
         title = f"One conversation under {{instruction}}, as {other} and {name} play it"
         show_dialogue(stage, f"dialogue_{name}", title, other, name)

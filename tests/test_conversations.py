@@ -176,7 +176,7 @@ def test_unfinished_and_missing_answers_do_not_hold() -> None:
     assert [(each.turn, each.held) for each in judged] == [(2, False), (3, False)]
     line["answers"] = [["x", True], ["Fishing?", True], ["So?", True]]
     assert [each.held for each in judge_all([line], {"c": TRUTH})] == [True, True]
-    assert {each.kinds for each in judged} == {"hobby + question"}
+    assert {(each.kinds, each.group) for each in judged} == {("hobby + question", "two")}
 
 
 def test_shares_and_paired_gains() -> None:
@@ -284,7 +284,7 @@ def test_conversations_are_played_and_judged(place: Path) -> None:
     assert judged["other/turn/2/all"] == 1
     assert judged["other/turn/2/all/high"] == 1
     assert judged["other/gain_over/chat/all"] >= 0.5
-    assert judged["other/gain_over/chat/trained"] == judged["other/gain_over/chat/all"]
+    assert judged["other/gain_over/chat/one"] == judged["other/gain_over/chat/all"]
     dialogue = pandas.read_csv("out/tables/dialogue_other.csv")
     assert dialogue["the user"].tolist() == ["a?", "the llama?"]
     assert dialogue["other"].tolist() == ["So?", "So?"]
