@@ -48,6 +48,7 @@ from tasks.context_distillation.reporting import Distilled, report, report_truth
 from tasks.judging.calibration import Line
 from tasks.judging.scales import Fitted
 from tasks.reading.prompts import KINDS, Prompt
+from tasks.reading.rounds import JOINED
 from tasks.reading.shares import at_most, share_of
 from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
@@ -84,6 +85,7 @@ def write_world(root: Path, models: Path) -> None:  # noqa: F811
 
 def write_params(root: Path, *names: str) -> None:
     own = {"newest": "chat", "earlier": "early", "batches": "pairs", "samples": NOTHING, "distil_from": NOTHING}
+    own |= dict.fromkeys(JOINED, NOTHING)
     sections = {
         "rounds": dict.fromkeys(names or ("v1",), own),
         "evaluate": {"root": "evaluation", "prompts": ["asked.jsonl"]},
