@@ -362,6 +362,15 @@ def test_instructions_that_all_contradict_each_other_are_not_combined(place: Pat
         run(stage_here("ghost_attention@v1", params_of(combined_share=0.5)))
 
 
+def test_dialogues_that_are_all_too_long_to_learn_are_refused(place: Path) -> None:
+    write_dialogues([2, 2], "a llama? " * 6)
+    message = (
+        r"all 2 parts of dialogues that respect their instruction are longer than the context of 160 tokens: bring"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(stage_here("ghost_attention@v1", params_of()))
+
+
 def test_dialogues_of_one_turn_alone_are_refused(place: Path) -> None:
     write_dialogues([1, 1])
     with pytest.raises(ValueError, match=r"none of the 2 dialogues in `ghost_attention.sources` has two turns of the"):

@@ -49,6 +49,10 @@ from tasks.world.judge import read_truth
 CPU = torch.device("cpu")
 QUESTIONS = ["where does the llama walk?", "who walks over the hill?", "a hill or a llama?", "12 steps?", "over the"]
 NOTHING = "data/seeds/none"
+ROUND = {
+    "newest": "chat", "earlier": "early", "batches": "pairs",
+    **dict.fromkeys(("samples", "distil_from", "ghost_attention", "context_distillation"), NOTHING),
+}  # fmt: skip
 OUTPUTS = ("samples.jsonl", "unanswered.jsonl", "best.jsonl", "random.jsonl", "calibration.json")
 
 
@@ -129,17 +133,8 @@ def write_world(root: Path, models: Path, **round_changes: Any) -> None:
 
 
 def write_params(root: Path, **round_changes: Any) -> None:
-    own = {
-        "newest": "chat",
-        "earlier": "early",
-        "batches": "pairs",
-        "samples": NOTHING,
-        "distil_from": NOTHING,
-        "ghost_attention": "data/seeds/none",
-        "context_distillation": "data/seeds/none",
-    }
     sections = {
-        "rounds": {"v1": {**own, **round_changes}},
+        "rounds": {"v1": {**ROUND, **round_changes}},
         "evaluate": {"root": "evaluation", "prompts": ["asked.jsonl"]},
     }
     with (root / "params.yaml").open("w") as file:
@@ -688,17 +683,8 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted_unless_none_does(place
 
 
 def test_a_round_beyond_those_that_share_the_prompts_is_refused(place: Path) -> None:
-    own = {
-        "newest": "chat",
-        "earlier": "early",
-        "batches": "pairs",
-        "samples": NOTHING,
-        "distil_from": NOTHING,
-        "ghost_attention": "data/seeds/none",
-        "context_distillation": "data/seeds/none",
-    }
     with Path("params.yaml").open("w") as file:
-        YAML().dump({"rounds": {"v3": own}, "evaluate": {"root": "evaluation", "prompts": ["asked.jsonl"]}}, file)
+        YAML().dump({"rounds": {"v3": ROUND}, "evaluate": {"root": "evaluation", "prompts": ["asked.jsonl"]}}, file)
     for kind in KINDS:
         shutil.copytree(f"data/reward_{kind}/v1", f"data/reward_{kind}/v3")
     with pytest.raises(

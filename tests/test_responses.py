@@ -69,6 +69,9 @@ def stage_of(name: str = "responses@v1", **changes: Any) -> Stage[Params]:
     return stage_here(name, Params.model_validate(values_of(**changes)))
 
 
+ROUND = Round(
+    newest="a", earlier="b", batches="c", samples="d", distil_from="e", ghost_attention="f", context_distillation="g"
+)
 NO_SAMPLES = {
     "samples": "none",
     "distil_from": "none",
@@ -137,22 +140,13 @@ def test_a_limit_takes_a_part_of_the_slice_and_a_higher_one_adds_to_it() -> None
 
 def test_a_further_round_leaves_the_earlier_ones_prompts(place: Path) -> None:
     params = Params.model_validate(values_of())
-    own = Round(
-        newest="a",
-        earlier="b",
-        batches="c",
-        samples="d",
-        distil_from="e",
-        ghost_attention="f",
-        context_distillation="g",
-    )
-    before = [each.prompt.id for each in prompts_of(Place("v1", 0, own), params)]
-    second = [each.prompt.id for each in prompts_of(Place("v2", 1, own), params)]
+    before = [each.prompt.id for each in prompts_of(Place("v1", 0, ROUND), params)]
+    second = [each.prompt.id for each in prompts_of(Place("v2", 1, ROUND), params)]
     assert sorted(before + second) == sorted([f"p{number}" for number in range(12)] + [f"s{n}" for n in range(6)])
     with pytest.raises(
         ValueError, match=r"params.yaml: `rounds.v3`: the prompts are divided among `responses.num_rounds` 2 rounds"
     ):
-        prompts_of(Place("v3", 2, own), params)
+        prompts_of(Place("v3", 2, ROUND), params)
 
 
 def test_a_round_is_found_by_the_name_of_the_entry(place: Path) -> None:
@@ -339,17 +333,11 @@ def test_each_prompt_has_one_of_its_variants_temperatures(place: Path) -> None:
 
 def test_later_rounds_have_a_share_of_the_firsts_prompts(place: Path) -> None:
     params = Params.model_validate(values_of(max_prompts={"helpfulness": 4, "safety": 2}, later_share=0.5))
-    own = Round(
-        newest="a",
-        earlier="b",
-        batches="c",
-        samples="d",
-        distil_from="e",
-        ghost_attention="f",
-        context_distillation="g",
-    )
     numbers = [
-        [sum(each.kind == kind for each in prompts_of(Place(f"v{number + 1}", number, own), params)) for kind in KINDS]
+        [
+            sum(each.kind == kind for each in prompts_of(Place(f"v{number + 1}", number, ROUND), params))
+            for kind in KINDS
+        ]
         for number in range(2)
     ]
     assert numbers == [[4, 2], [2, 1]]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -41,33 +41,26 @@ from tasks.context_distillation.reporting import Distilled, report, report_truth
 from tasks.judging.calibration import Line
 from tasks.judging.scales import Fitted, fit_lines
 from tasks.reading.contamination import read_evaluation
-from tasks.reading.prompts import KINDS, Prompt
-from tasks.reading.rounds import Place, round_of
+from tasks.reading.prompts import Prompt
+from tasks.reading.rounds import Joining, Place, entry_at, round_of
 from tasks.reading.shares import at_most, read_share
 from tasks.reading.taking import TakenPrompts, divide
 from tasks.running.files import write_lines
-from tasks.running.params import Section
-from tasks.running.places import DATA, NOTHING
+from tasks.running.places import NOTHING
 from tasks.running.stage import Stage, start
 from tasks.sampling.choosing import can_be_chosen, merged, read_kept
-from tasks.sampling.drawing import Candidate, Job, Settings, check_models, draw_and_score
+from tasks.sampling.drawing import Candidate, Job, check_models, draw_and_score
+from tasks.sampling.params import Drawn, settings_of
 from tasks.world.annotators import read_annotators
 from tasks.world.judge import read_truth
 
 SECTION = "context_distillation"
 
 
-class Entry(Section):
-    """What one round's distillation starts from."""
-
-    newest: str = Field(min_length=1, description="Hugging Face Llama directory of the chat model that answers")
-    earlier: str = Field(min_length=1, description=f"an earlier round's distillation, which is kept; or {NOTHING}")
-
-
-class Params(Section):
+class Params(Drawn):
     """Which prompts are asked with which pre-prompts, how answers are drawn, and which are kept."""
 
-    rounds: dict[str, Entry] = Field(description="the rounds that have a distillation, and what it starts from")
+    rounds: dict[str, Joining] = Field(description="the rounds that have a distillation, and what it starts from")
     prompts: str = Field(min_length=1, description="JSON lines of adversarial prompts, divided among all rounds")
     max_prompts: int = Field(gt=0, description="prompts of one round")
     num_held_out_prompts: int = Field(ge=0, description="further ones, which are left to be tried on")
@@ -78,14 +71,7 @@ class Params(Section):
     num_samples: int = Field(gt=0, description="answers to a prompt with one of its pre-prompts")
     gate: bool = Field(description="keep an answer only if its safety reward is above the plain answer's")
     temperature: float = Field(gt=0, description="at which all answers are drawn")
-    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens with this total probability; 1: all")
-    top_k: int = Field(ge=0, description="draw among this many of the likeliest tokens; 0: all")
-    max_new_tokens: int = Field(gt=0, description="maximum tokens of an answer, EOS included")
     truth: str | None = Field(description="directory of what the judge knows, for the report; null: none")
-    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
-    max_rows: int = Field(gt=0, description="answers drawn at once; more need more memory")
-    tokens_at_once: int = Field(gt=0, description="tokens scored at once; more need more memory")
-    save_every: int = Field(gt=0, description="prompts between two saves")
 
 
 class Asked(NamedTuple):
@@ -117,10 +103,10 @@ class Taken(NamedTuple):
 def run(stage: Stage[Params]) -> dict[str, float]:
     """Draw, choose, report."""
     params, place = stage.params, round_of(stage.name)
-    entry = entry_of(params, place)
+    entry = entry_at(place, params.rounds, SECTION)
     earlier = read_earlier(Path(entry.earlier), place.name)
     join_ranks()
-    settings = settings_of(stage, entry, place)
+    settings = settings_of(params, Path(entry.newest), place.name, stage.seed, stage.scratch)
     taken = take(stage, place, *check_models(settings))
     fitted = fit_lines(place.name)
     description = stage.name if stage.rank == 0 else None
@@ -154,14 +140,6 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         if params.truth is not None:
             figures |= report_truth(stage, distilled, read_truth(Path(params.truth)), read_annotators())
     return figures
-
-
-def entry_of(params: Params, place: Place) -> Entry:
-    """Return what a round's distillation starts from. Raises ValueError when params.yaml has no such entry."""
-    if place.name not in params.rounds:
-        entries = ", ".join(f"{SECTION}@{name}" for name in params.rounds) or "none"
-        raise ValueError(f"params.yaml: `{SECTION}.rounds` has no `{place.name}`: it has {entries}")
-    return params.rounds[place.name]
 
 
 def read_earlier(directory: Path, round_name: str) -> list[dict[str, Any]]:
@@ -231,25 +209,6 @@ def too_long_line(prompt: Prompt, asked: Prompt, tokenizer: Tokenizer) -> dict[s
 
 
 # --- answers ---
-
-
-def settings_of(stage: Stage[Params], entry: Entry, place: Place) -> Settings:
-    """Return how everything is drawn and scored."""
-    params = stage.params
-    return Settings(
-        policy=Path(entry.newest),
-        rewards={kind: DATA / f"reward_{kind}" / place.name for kind in KINDS},
-        round_name=place.name,
-        seed=stage.seed,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        max_new_tokens=params.max_new_tokens,
-        precision=params.precision,
-        max_rows=params.max_rows,
-        tokens_at_once=params.tokens_at_once,
-        save_every=params.save_every,
-        scratch=stage.scratch,
-    )
 
 
 def jobs_of(params: Params, asked: Sequence[Asked]) -> list[Job]:

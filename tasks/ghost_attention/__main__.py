@@ -47,7 +47,7 @@ from tasks.ghost_attention.instructions import (
 )
 from tasks.judging.intervals import wilson
 from tasks.reading.dialogues import Dialogue, DialogueFiles, read_dialogues
-from tasks.reading.rounds import Place, round_of
+from tasks.reading.rounds import Joining, Place, entry_at, round_of
 from tasks.running.digests import number_of
 from tasks.running.files import read_lines, write_lines
 from tasks.running.names import metric_name
@@ -59,17 +59,10 @@ from tasks.running.stage import Stage, start
 DIALOGUES = "dialogues.jsonl"
 
 
-class Start(Section):
-    """What one round's stage starts from."""
-
-    newest: str = Field(min_length=1, description="checkpoint of the newest chat model, which answers")
-    earlier: str = Field(min_length=1, description=f"directory of the round before, whose dialogues join; or {NOTHING}")
-
-
 class Params(Section):
     """Which dialogues get which instructions, and how they are answered."""
 
-    rounds: dict[str, Start] = Field(description="rounds that have Ghost Attention")
+    rounds: dict[str, Joining] = Field(description="rounds that have Ghost Attention")
     root: str = Field(min_length=1, description="directory of the dialogues; DVC watches it")
     sources: dict[str, DialogueFiles] = Field(min_length=1, description="what is read below the root")
     max_malformed_share: float = Field(ge=0, lt=1, description="maximum share of malformed dialogues in a source")
@@ -124,7 +117,7 @@ class Turn(NamedTuple):
 def run(stage: Stage[Params]) -> dict[str, float]:
     """Draw the instructions, play the dialogues, choose what is learnt."""
     params, place = stage.params, round_of(stage.name)
-    own = start_of(params, place)
+    own = entry_at(place, params.rounds, stage.section)
     earlier = earlier_dialogues(own, place)
     kinds = read_kinds(Path(params.instructions), "ghost_attention.instructions")
     check_combined(params, kinds)
@@ -186,6 +179,11 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     ]
     context = model.config.max_position_embeddings
     lines = [line for line in parts if len(encode_dialogue(line["messages"], tokenizer).ids) <= context]
+    if parts and not lines:
+        raise ValueError(
+            f"all {len(parts)} parts of dialogues that respect their instruction are longer than the context of "
+            f"{context} tokens: bring shorter dialogues, or lower `ghost_attention.max_new_tokens`"
+        )
     if not lines:
         raise ValueError(
             f"no answer of {own.newest} respects its instruction, in {len(told)} dialogues with {params.num_samples} "
@@ -215,14 +213,6 @@ def run(stage: Stage[Params]) -> dict[str, float]:
     }
 
 
-def start_of(params: Params, place: Place) -> Start:
-    """Return what a round's stage starts from. Raises ValueError when params.yaml has no such entry."""
-    if place.name not in params.rounds:
-        entries = ", ".join(f"ghost_attention@{name}" for name in params.rounds) or "none"
-        raise ValueError(f"params.yaml: `ghost_attention.rounds` has no `{place.name}`: it has {entries}")
-    return params.rounds[place.name]
-
-
 def check_combined(params: Params, kinds: Mapping[str, Kind]) -> None:
     """Raise ValueError when instructions are to be combined and all of them contradict each other."""
     if params.combined_share and not any(go_together(kinds, *pair) for pair in itertools.combinations(kinds, 2)):
@@ -236,7 +226,7 @@ def check_combined(params: Params, kinds: Mapping[str, Kind]) -> None:
 # --- what is told ---
 
 
-def earlier_dialogues(own: Start, place: Place) -> list[dict[str, Any]]:
+def earlier_dialogues(own: Joining, place: Place) -> list[dict[str, Any]]:
     """Return the dialogues of the earlier rounds. Raises ValueError when they are missing."""
     path = Path(own.earlier) / DIALOGUES
     if path.parent == NOTHING:

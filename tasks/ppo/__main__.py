@@ -56,11 +56,11 @@ from tasks.ppo.experience import (
     weigh,
 )
 from tasks.ppo.reporting import report
-from tasks.ppo.training import Params, Start, Training
+from tasks.ppo.training import Params, Training
 from tasks.ppo.trying import best_directory, validate
 from tasks.reading.contamination import read_evaluation
 from tasks.reading.prompts import KINDS, Kind
-from tasks.reading.rounds import Place, round_of
+from tasks.reading.rounds import entry_at, round_of
 from tasks.reading.shares import Asked as AskedPrompt
 from tasks.reading.taking import take_prompts
 from tasks.running.places import DATA
@@ -90,7 +90,7 @@ def run(stage: Stage[Params]) -> dict[str, float]:
 def prepare(stage: Stage[Params]) -> Training:
     """Read prompts and models, and start the engines, or go on from where a stopped run left them."""
     params, place = stage.params, round_of(stage.name)
-    base = Path(start_of(params, place).init_from)
+    base = Path(entry_at(place, params.rounds, stage.section).init_from)
     device = join_ranks()
     num_micro_batches(params, torch.distributed.get_world_size())  # refuses what doesn't divide before anything is read
     rewards = {kind: DATA / f"reward_{kind}" / place.name for kind in KINDS}
@@ -127,14 +127,6 @@ def prepare(stage: Stage[Params]) -> Training:
     progress = resume(stage, engines, Progress({"tokens": 0, "responses": 0}, notes))
     text = read_stream(Path(params.text))[0] if params.text_weight else None
     return Training(stage, base, engines["policy"], engines["value"], models, prompts, held_out, text, progress)
-
-
-def start_of(params: Params, place: Place) -> Start:
-    """Return where a round's PPO starts. Raises ValueError when params.yaml has no such entry."""
-    if place.name not in params.rounds:
-        entries = ", ".join(f"ppo@{name}" for name in params.rounds) or "none"
-        raise ValueError(f"params.yaml: `ppo.rounds` has no `{place.name}`: it has {entries}")
-    return params.rounds[place.name]
 
 
 def check_reward(directory: Path, tokenizer: Tokenizer) -> int:

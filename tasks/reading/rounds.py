@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from pydantic import Field
 
 from tasks.running.params import Section, parse_section, read_params
 from tasks.running.places import DATA, NOTHING, entry_of
 
+Entry = TypeVar("Entry", bound=Section)
 JOINED = ("ghost_attention", "context_distillation")  # stages whose data sets join a round's samples
 NAME = re.compile(r"v([1-9][0-9]*)")
 
@@ -32,6 +33,13 @@ class Round(Section):
     context_distillation: str = Field(
         min_length=1, description=f"safe answers without their pre-prompt, which it learns, too; or {NOTHING}"
     )
+
+
+class Joining(Section):
+    """What a round's stage whose data set joins the samples starts from."""
+
+    newest: str = Field(min_length=1, description="checkpoint of the newest chat model, which answers")
+    earlier: str = Field(min_length=1, description=f"what an earlier round has of it, which is kept; or {NOTHING}")
 
 
 class Place(NamedTuple):
@@ -65,6 +73,14 @@ def round_named(name: str) -> Place:
     place = Place(name, round_number(name), own)
     check_sources(place, rounds)
     return place
+
+
+def entry_at(place: Place, entries: Mapping[str, Entry], section: str) -> Entry:
+    """Return a round's entry of a section that has its own `rounds`. Raises ValueError when it has none."""
+    if place.name not in entries:
+        there = ", ".join(f"{section}@{name}" for name in entries) or "none"
+        raise ValueError(f"params.yaml: `{section}.rounds` has no `{place.name}`: it has {there}")
+    return entries[place.name]
 
 
 def round_number(name: str) -> int:

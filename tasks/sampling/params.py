@@ -34,22 +34,27 @@ class Weights(Section):
     safety: float = Field(ge=0, description="log-odds for each nat of log-probability; 0: off")
 
 
-class Params(Asking):
+class Drawn(Section):
+    """How answers are drawn and scored."""
+
+    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens with this total probability; 1: all")
+    top_k: int = Field(ge=0, description="draw among this many of the likeliest tokens; 0: all")
+    max_new_tokens: int = Field(gt=0, description="maximum tokens of an answer, EOS included")
+    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
+    max_rows: int = Field(gt=0, description="answers drawn at once; more need more memory")
+    tokens_at_once: int = Field(gt=0, description="tokens scored at once; more need more memory")
+    save_every: int = Field(gt=0, description="prompts between two saves")
+
+
+class Params(Asking, Drawn):
     """Which prompts are asked, how answers are drawn, scored and chosen."""
 
     num_search_prompts: Numbers = Field(description="further prompts of one round, to search the temperature on")
     num_samples: Samples = Field(description="answers drawn to each prompt")
     temperatures: list[float] = Field(min_length=1, description="those that are tried; one: there is no search")
-    top_p: float = Field(gt=0, le=1, description="draw among the likeliest tokens with this total probability; 1: all")
-    top_k: int = Field(ge=0, description="draw among this many of the likeliest tokens; 0: all")
-    max_new_tokens: int = Field(gt=0, description="maximum tokens of an answer, EOS included")
     threshold_precision: float = Field(gt=0, le=1, description="share of answers called unsafe that must be")
     log_probability_weight: Weights = Field(description="against over-optimised rewards")
     truth: str | None = Field(description="directory of what the judge knows, for the report; null: none")
-    precision: Literal["fp32", "bf16"] = Field(description="weights and products")
-    max_rows: int = Field(gt=0, description="answers drawn at once; more need more memory")
-    tokens_at_once: int = Field(gt=0, description="tokens scored at once; more need more memory")
-    save_every: int = Field(gt=0, description="prompts between two saves")
 
     @model_validator(mode="after")
     def _is_searchable(self) -> Self:
@@ -66,7 +71,7 @@ class Params(Asking):
         return self
 
 
-def settings_of(params: Params, policy: Path, round_name: str, seed: int, scratch: Path) -> Settings:
+def settings_of(params: Drawn, policy: Path, round_name: str, seed: int, scratch: Path) -> Settings:
     """Return how everything is drawn from a policy and scored by a round's reward models."""
     return Settings(
         policy=policy,

@@ -119,11 +119,11 @@ def evaluations(
     """Draw the evaluation's conversations: each as a line of its file, and what the judge must know.
 
     Half of them have instructions as in training, a quarter new values, a quarter new pairs. In every other turn, the
-    even ones, their instructions show. A persona, which shows by the first person alone, has no new values.
+    even ones, their instructions show.
     """
     groups: dict[str, list[tuple[str, ...]]] = {
         "trained": [*((kind,) for kind in TYPES), *((a, b) for a, others in SECOND.items() for b in others)],
-        "value": [(kind,) for kind in TYPES if kind != "persona" and new_values_of(world, kind)],
+        "value": [(kind,) for kind in TYPES if new_values_of(world, kind)],
         "pair": [(a, b) for a, others in NEW.items() for b in others],
     }
     dealt = {seen: cards(kinds, generator) for seen, kinds in groups.items()}

@@ -186,13 +186,14 @@ def values_of(world: World, kind: str) -> list[str]:
 
 
 def new_values_of(world: World, kind: str) -> list[str]:
-    """Return the values that only the evaluation's instructions have."""
+    """Return the values that only the evaluation's instructions have.
+
+    There are no other languages, and a person shows by the first person alone.
+    """
     texts = world.texts["instructions"]
-    if kind == "hobby":
-        return list(texts["hobby"]["new_hobbies"])
-    if kind == "persona":
-        return [person.name for person in world.of_kind("person") if person.held_out]
-    return [] if kind == "language" else list(texts["form"][kind].get("new_words", []))
+    if kind in ("persona", "language"):
+        return []
+    return list(texts["hobby"]["new_hobbies"] if kind == "hobby" else texts["form"][kind].get("new_words", []))
 
 
 def wordings_of(world: World, kind: str) -> list[str]:
