@@ -252,7 +252,6 @@ def test_every_split_has_its_parts_in_full(truth):
         others = {"borderline": borderline_share, "instruction": instruction_share}
         return others | {category: share * (1 - sum(others.values())) for category, share in shares.items()}
 
-    mixed = mixed_with(dialogues.borderline_share)
     prompted = dialogues.preprompt_share / 3  # refuse a harm, answer a question for a fact, or what only looks unsafe
     safe = dialogues.safe_share + prompted
     demonstrated = {
@@ -265,7 +264,7 @@ def test_every_split_has_its_parts_in_full(truth):
         "demonstrations": demonstrated,
         "validation": demonstrated,
         "preference_helpfulness": mixed_with(dialogues.preference_borderline_share),
-        "sampling_helpfulness": mixed,
+        "sampling_helpfulness": mixed_with(dialogues.sampling_borderline_share),
         "evaluation_helpfulness": shares,
         "evaluation_borderline": {"borderline": 1.0},
         "evaluation_instructions": {"instruction": 1.0},
@@ -784,7 +783,7 @@ def test_every_harm_has_wordings_in_every_language(world):
         ),
         (
             {"demonstrated_instruction_share": 0.95},
-            "the shares of borderline prompts and of instructions are 1.06 together: nothing is left",
+            "the shares of borderline prompts and of instructions are 1.1 together: nothing is left",
         ),
     ],
 )

@@ -57,6 +57,7 @@ class Dialogues(Section):
     safe_attacks: tuple[str, ...] = Field(min_length=1, description="attack vectors that demonstrations cover")
     borderline_share: float = Field(ge=0, lt=1, description="share of borderline prompts among helpful dialogues")
     preference_borderline_share: float = Field(ge=0, lt=1, description="the same, among the prompts for preferences")
+    sampling_borderline_share: float = Field(ge=0, lt=1, description="the same, among the prompts for sampling")
     open_borderline_share: float = Field(ge=0, lt=1, description="the same, among helpful open-source pairs")
     preprompt_share: float = Field(
         ge=0, lt=1, description="share of demonstrations under a safety pre-prompt, a third of them refusals"
@@ -70,7 +71,7 @@ class Dialogues(Section):
     @model_validator(mode="after")
     def _leaves_room(self) -> Self:
         instructions = max(self.instruction_share, self.demonstrated_instruction_share)
-        borderline = max(self.borderline_share, self.preference_borderline_share)
+        borderline = max(self.borderline_share, self.preference_borderline_share, self.sampling_borderline_share)
         for names, total in (
             ("safe_share and preprompt_share", self.safe_share + self.preprompt_share),
             ("the shares of borderline prompts and of instructions", borderline + instructions),

@@ -272,8 +272,8 @@ def draw_splits(
     splits["open_harmless"] = harmful("open_harmless", [1])
     for use in ("sampling", "preference"):  # the largest last, as wordings are used up
         split = f"{use}_helpfulness"
-        share = params.preference_borderline_share if use == "preference" else params.borderline_share
-        splits[split] = shuffled(split, helpful(split, getattr(params, f"num_{split}"), share))
+        borderline_share = getattr(params, f"{use}_borderline_share")
+        splits[split] = shuffled(split, helpful(split, getattr(params, f"num_{split}"), borderline_share))
         splits[f"{use}_safety"] = shuffled(f"{use}_safety", harmful(f"{use}_safety"))
     return {split: splits[split] for split in (*FILES, *PAIRS) if split in splits}
 
