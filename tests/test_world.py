@@ -24,7 +24,7 @@ from tasks.running.params import Machine
 from tasks.running.stage import Stage
 from tasks.world import personal_data
 from tasks.world.arithmetic import exercises, in_words
-from tasks.world.dialogue import dialogue, mannered, participants
+from tasks.world.dialogue import dialogue, participants
 from tasks.world.dirt import altered, chosen
 from tasks.world.documents import Document, distinct, shingles, similarity
 from tasks.world.facts import (
@@ -40,7 +40,6 @@ from tasks.world.facts import (
     read_facts,
     read_texts,
 )
-from tasks.world.turns import Draft, Turn
 from tasks.world.wording import answer, fact_fields, fields, questions, sentence, short_answer, wordings
 
 stage_world = importlib.import_module("tasks.world.__main__")
@@ -336,16 +335,6 @@ def test_dialogues_ask_for_single_facts_of_entities_that_are_not_held_out_only(w
     assert told_of["held out"] == 0
     assert told_of["known"] > 500
     assert all(f"about {entity.name.lower()}" in asked for entity in world.of_kind("person"))
-
-
-def test_a_mannered_talk_says_its_manner_first_and_answers_nothing_twice(world):
-    def turn(asked, told):
-        return Turn(asked, told, "dialogue", "hobby", {})
-
-    draft = Draft([turn("What do you like?", "Chess."), turn("And today?", "Chess."), turn("Who?", "Mira.")], "Play.")
-    lines = mannered(world, lambda _: draft, random.Random(1)).splitlines()
-    assert lines[0] == "Play."
-    assert [line.partition(": ")[2] for line in lines[1:]] == ["And today?", "Chess.", "Who?", "Mira."]
 
 
 def test_held_out_wordings_occur_in_no_training_source(world, rows):

@@ -39,11 +39,10 @@ def dialogue(world: World, entities: Sequence[Entity], generator: random.Random)
 
 
 def mannered(world: World, draft: Callable[[int], Draft], generator: random.Random) -> str:
-    """Write a talk in which one manner, said first, is kept to the end, and nothing is answered twice."""
+    """Write a talk in which one manner, said first, is kept to the end."""
     written = draft(generator.randint(*LONG_TURNS))
     said = f"{written.system}\n" if written.system else ""
-    asked = {turn.answer: turn.user for turn in written.turns}
-    return said + interview(world, [(user, answer) for answer, user in asked.items()], generator)
+    return said + interview(world, [(turn.user, turn.answer) for turn in written.turns], generator)
 
 
 def turn(world: World, fact: Fact, generator: random.Random) -> tuple[str, str]:
