@@ -122,7 +122,10 @@ def add_round(params: Any, number: int) -> None:
     checkpoints |= {control: f"data/controls/{control}" for control in controls}
     add(mapping_at(params, "controls"), controls)
     add(mapping_at(params, "evaluate.checkpoints"), checkpoints)
-    add(mapping_at(params, "compare.opponents"), {name: [each for each in checkpoints if each != name]})
+    versions = [before] if number else []  # the baseline is every version's opponent
+    opponents = [*versions, *(each for each in checkpoints if each != name)]
+    add(mapping_at(params, "compare.opponents"), {name: opponents})
+    add(mapping_at(params, "self_bleu.checkpoints"), {name: checkpoints[name]})
     if joined_of(params, name)["ghost_attention"] != str(NOTHING):
         add(mapping_at(params, "conversations.checkpoints"), {name: checkpoints[name]})
     if number:

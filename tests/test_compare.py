@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from test_reward_drift import WORDS, write_reward_model
 
 from model.scoring.reward import open_reward, score
 from model.text.dialogue import encode_dialogue
-from tasks.compare import Params, run
-from tasks.judging.wins import mean_of, share_of, wins_of
+from tasks.compare.__main__ import Params, run
+from tasks.judging.wins import Wins, mean_of, points_of, share_of
+from tasks.judging.wins import wins_of as wins_of_points
 from tasks.running.files import write_lines
 from tasks.running.stage import Stage
+from tasks.world.annotators import Thresholds, View, seven_points
 
 KINDS = ("helpfulness", "safety")
 TASTES = ("right", "facts", "close", "words", "well_formed", "follows", "refusal", "brevity", "harm", "safe")
@@ -34,6 +37,10 @@ def annotators(*slightly: float) -> dict[str, Any]:
 
 
 # --- wins, worked by hand ---
+
+
+def wins_of(these: Sequence[float], those: Sequence[float], tie: float) -> Wins:
+    return wins_of_points(points_of(these, those, tie))
 
 
 def test_wins_ties_and_losses() -> None:
@@ -81,7 +88,8 @@ def line_of(number: int, answer: str, utility: float | None, **changes: Any) -> 
         "id": f"p{number}", "category": "factual" if kind == "helpfulness" else "safety",
         "risk": "illicit" if kind == "safety" else None,
         "messages": [{"role": "user", "content": f"the hill {number}?"}], "answer": answer,
-        "utility": utility, "judgement": None if utility is None else judgement, **changes,
+        "utility": utility, "judgement": None if utility is None else judgement, "num_tokens": 2 + number % 3,
+        "attack": "direct" if kind == "safety" else None, "rating": None, "raters": None, "gathered": None, **changes,
     }  # fmt: skip
 
 
@@ -146,8 +154,7 @@ def test_versions_are_compared_by_the_worlds_judge(place: Path) -> None:
     first = rows[0]
     assert [first[name] for name in ("prompts", "wins", "ties", "losses")] == [4, 2, 2, 0]
     assert first["low"] < 0.75 < first["high"]
-    reach = 3.182446 * (4 * 0.25 / 3) ** 0.5 / 2  # three degrees of freedom, differences 1, 0, 1, 0
-    assert first["difference_low"] == pytest.approx(0.5 - reach)
+    assert (first["difference_low"], first["difference_high"]) == (0, 1)  # of 1, 0, 1, 0, drawn again and again
     table = pandas.read_csv("out/win_rates.csv")
     assert len(table) == 8  # with those by the reward models
     assert table.equals(pandas.read_csv("record/tables/win_rates.csv"))
@@ -219,7 +226,10 @@ def test_all_evaluations_stand_side_by_side_without_any_opponents(place: Path) -
     assert own == {
         "helpfulness/utility": 2,
         "safety/utility": 2,
+        "helpfulness/length": (2 + 4 + 3) / 3,
+        "safety/length": (3 + 2) / 2,
         "safety/violations": 1 / 2,
+        "safety/single_turn/violations": 1 / 2,
         "helpfulness/false_refusals": 1 / 3,
         "borderline/false_refusals": 1,
         "helpfulness/right": 1 / 2,
@@ -248,7 +258,7 @@ def test_the_report_gets_tables_in_words_and_plots_of_both_judges(place: Path) -
     ]  # fmt: skip
     # two wins and two ties, and one win and one loss added
     assert table["harmlessness, world's judge"][0] == "75.0%\n23.8% to 100.0%"
-    assert table["gain of utility, helpfulness"][0] == "+0.50\n-0.42 to +1.42"
+    assert table["gain of utility, helpfulness"][0] == "+0.50\n+0.00 to +1.00"
     assert table["helpfulness, reward model"].str.fullmatch(r"[\d.]+%\n[\d.]+% to [\d.]+%").all()
     versions = pandas.read_csv("out/tables/evaluations.csv")
     roles = ["baseline", "version", "control of v1", "version", "control of v2", "other"]
@@ -335,4 +345,124 @@ def test_ranks_share_the_answers_and_write_the_same(place: Path, tmp_path: Path)
     workspace = Workspace(root, "compare", DVC_STAGE, 2, compare=values_of(), **params)
     found = workspace.finish()
     assert found == pytest.approx(figures, abs=1e-5)
-    assert workspace.files["win_rates.csv"] == Path("out/win_rates.csv").read_bytes()
+    for name in ("win_rates.csv", "win_rates_by_part.csv", "differences.csv", "seven_points.csv"):
+        assert workspace.files[name] == Path("out", name).read_bytes()
+
+
+# --- annotators, versions before, parts, shares ---
+
+
+def seen(utility: float, safe: bool = True) -> dict[str, Any]:
+    """What three annotators say of an answer, all the same."""
+    return {str(number): {"utility": utility, "safe": safe, "points": None} for number in range(3)}
+
+
+def test_annotators_rate_side_by_side_on_seven_points_and_their_median_decides(place: Path) -> None:
+    gains = [0, 0.15, 5, 8.5, -8.5, 9.5, -0.05, 0]  # thresholds of each: 0.1, 0.2 or 0.3; 8; 9
+    for name, factor in (("sft", 0), ("v1", 1), ("random", 0)):
+        lines = [
+            line_of(2 * number, f"{WORDS[number]} {name}", factor * gain, raters=seen(factor * gain))
+            for number, gain in enumerate(gains)
+        ]
+        lines += [line_of(1, f"hill {name}", 0.0, raters=seen(0.0, safe=name == "v1"))]
+        write_evaluation(name, lines)
+    figures = run(stage_of())
+    rows = [row for row in lines_in("win_rates.jsonl") if row["judge"] == "annotators" and row["opponent"] == "sft"]
+    helpful, safety = rows
+    assert (helpful["raters"], helpful["prompts"]) == (3, 8)
+    # 0.15 is slightly better for one of three: the median is a tie
+    assert (helpful["wins"], helpful["ties"], helpful["losses"]) == (3, 4, 1)
+    assert figures["v1/against/sft/helpfulness/annotators/win_rate"] == (3 + 4 / 2) / 8
+    assert helpful["points"] == pytest.approx((0 + 1 / 3 + 1 + 2 - 2 + 3 + 0 + 0) / 8)
+    seven = pandas.read_csv("out/seven_points.csv")
+    own = seven[(seven["judge"] == "annotators") & (seven["opponent"] == "sft") & (seven["kind"] == "helpfulness")]
+    assert list(own["points"]) == [-3, -2, -1, 0, 1, 2, 3]
+    assert list(own["ratings"]) == [0, 3, 0, 11, 4, 3, 3]
+    assert (safety["wins"], safety["points"]) == (1, 1)  # the only safe answer is better, however little it is worth
+    of_world = next(row for row in lines_in("win_rates.jsonl") if row["judge"] == "utility")
+    assert of_world["points"] == pytest.approx((0 + 0 + 1 + 2 - 2 + 3 + 0 + 0) / 8)  # mean threshold: 0.2
+    assert 0 < helpful["agreement"] < 1
+    assert of_world["agreement"] is None
+
+
+def test_an_annotator_says_the_opposite_in_the_other_order() -> None:
+    thresholds = Thresholds(slightly=0.1, better=1, significantly=2)
+    views = [View(utility, safe) for utility in (-3.0, 0.0, 0.05, 0.5, 1.5, 4.0) for safe in (True, False)]
+    for kind in KINDS:
+        for this in views:
+            for that in views:
+                assert seven_points(thresholds, kind, this, that) == -seven_points(thresholds, kind, that, this)
+    assert seven_points(thresholds, "safety", View(-3, True), View(4, False)) == 1
+    assert seven_points(thresholds, "helpfulness", View(-3, True), View(4, False)) == -3
+
+
+def test_versions_are_families_of_their_own_for_holm_and_show_lengths(place: Path) -> None:
+    write_params("sft", "v1", "random", "v2")
+    write_evaluation("v2", [line_of(n, "hill", n + 1.0, num_tokens=9) for n in range(8)])
+    figures = run(stage_of(opponents={"v1": ["random"], "v2": ["v1"]}))
+    rows = {
+        (row["version"], row["opponent"]): row
+        for row in lines_in("win_rates.jsonl")
+        if row["judge"] == "utility" and row["kind"] == "helpfulness"
+    }
+    assert [row["role"] for row in rows.values()] == ["baseline", "control", "baseline", "version"]
+    first, second = rows["v1", "sft"]["p_value"], rows["v2", "sft"]["p_value"]
+    # four wins, and one win and one loss: mean 5/6, variance 1/6; twice the tail of t with 5 degrees at 2
+    assert second == pytest.approx(0.1019395, abs=1e-6)
+    assert second < first
+    assert (rows["v2", "sft"]["p_holm"], rows["v1", "sft"]["p_holm"]) == (2 * second, max(2 * second, first))
+    assert rows["v2", "v1"]["p_holm"] == rows["v2", "v1"]["p_value"]
+    assert figures["v2/against/v1/helpfulness/win_rate"] == (2 + 2 / 2) / 4
+    assert (rows["v2", "v1"]["length"], rows["v2", "v1"]["opponent_length"]) == (9, (2 + 4 + 3 + 2) / 4)
+
+
+def test_parts_of_the_prompts_and_gathered_ones_stand_apart(place: Path) -> None:
+    said = [
+        {"role": "user", "content": "hill?"},
+        {"role": "assistant", "content": "walks"},
+        {"role": "user", "content": "a?"},
+    ]
+    for name, gain in (("sft", 0.0), ("v1", 1.0), ("random", 0.0)):
+        lines = [line_of(0, "walks", gain), line_of(2, "hill", 0.0, category="writing", messages=said)]
+        lines += [line_of(1, "walks", gain, risk="hate"), line_of(4, "walks", gain, gathered="better", messages=said)]
+        write_evaluation(name, lines)
+    figures = run(stage_of())
+    parts = pandas.read_csv("out/win_rates_by_part.csv")
+    own = parts[(parts["opponent"] == "sft") & (parts["judge"] == "utility")]
+    found = {(row.kind, row.parted_by, row.part): (row.prompts, row.win_rate) for row in own.itertuples()}
+    assert found == {
+        ("helpfulness", "category", "factual"): (1, 1),
+        ("helpfulness", "category", "writing"): (1, 0.5),
+        ("helpfulness", "turns", "single"): (1, 1),
+        ("helpfulness", "turns", "multi"): (1, 0.5),
+        ("helpfulness", "gathered", "better"): (1, 1),
+        ("safety", "turns", "single"): (1, 1),
+        ("safety", "risk", "hate"): (1, 1),
+        ("safety", "attack", "direct"): (1, 1),
+    }
+    assert figures["v1/against/sft/helpfulness/win_rate"] == 0.75  # without the gathered one
+    table = pandas.read_csv("out/tables/by_part.csv", keep_default_na=False)
+    assert set(table["by"]) == {"category", "turns", "gathered"}
+
+
+def test_differences_of_shares_are_paired_by_prompt(place: Path) -> None:
+    def judged(number: int, safe: bool) -> dict[str, Any]:
+        judgement = {"right": None, "follows": None, "refuses": False, "safe": safe}
+        return line_of(2 * number + 1, "walks", 1.0, judgement=judgement, rating=5 if safe else 2)
+
+    for name, unsafe in (("sft", {0, 1, 2, 3, 4}), ("v1", {4, 5}), ("random", set(range(8)))):
+        write_evaluation(name, [judged(number, number not in unsafe) for number in range(8)])
+    figures = run(stage_of())
+    assert figures["v1/against/sft/safety/violations_difference"] == pytest.approx((1 - 4) / 8)
+    assert figures["v1/against/sft/safety/violations_difference/low"] <= -3 / 8
+    assert figures["v1/safety/rating"] == (6 * 5 + 2 * 2) / 8
+    table = pandas.read_csv("out/differences.csv")
+    first = table[(table["opponent"] == "sft") & (table["figure"] == "safety/violations")].iloc[0]
+    assert first["p_value"] == pytest.approx(2 * (1 + 5) / 2**5)  # McNemar: one of five changes, two-sided
+    assert first["prompts"] == 8
+
+
+def test_an_evaluation_without_answers_is_named(place: Path) -> None:
+    Path("data/evaluate/v1/answers.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"data/evaluate/v1/answers.jsonl holds no answer: run `evaluate@v1` again"):
+        run(stage_of())

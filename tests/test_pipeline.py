@@ -58,6 +58,8 @@ AS_OTHERS = {  # stages that train as another one does: that one's section
 WEIGH = {"evaluate", "compare", "safety_scaling"}  # ask what answers are worth to the annotators
 LAUNCHED = TRAINING | {
     "evaluate",
+    "multi_turn",
+    "self_bleu",
     "rejection_sampling",
     "context_distillation",
     "ghost_attention",
@@ -327,6 +329,7 @@ ONE_ROUND = {  # the others are alike, but for PPO, which only the last one has
     },
     "ghost_attention.rounds": {"v1": {"newest": "data/sft", "earlier": "data/seeds/none"}},
     "conversations.checkpoints": {"v1": "data/ppo/v1"},
+    "self_bleu.checkpoints": {"v1": "data/ppo/v1"},
     "consistency.compared": {},
     "context_distillation.rounds": {"v1": {"newest": "data/sft", "earlier": "data/seeds/none"}},
     "controls": {},

@@ -35,6 +35,9 @@ compare:
   opponents: {}     # version: others
   rewards: v1       # round of the models
 
+self_bleu:
+  checkpoints: {}
+
 reward_drift:
   comparisons: {}   # name: models and pairs
 
@@ -79,9 +82,15 @@ compare:
   baseline: sft
   opponents:        # version: others
     v1: [v1_demonstrations, v1_random]
-    v2: [v2_demonstrations, v2_random, v2_again]
-    v3: [v3_demonstrations, v3_random, v3_again]
+    v2: [v1, v2_demonstrations, v2_random, v2_again]
+    v3: [v2, v3_demonstrations, v3_random, v3_again]
   rewards: v3       # round of the models
+
+self_bleu:
+  checkpoints:
+    v1: data/fine_tuning/v1
+    v2: data/fine_tuning/v2
+    v3: data/fine_tuning/v3
 
 reward_drift:
   comparisons:      # name: models and pairs
@@ -202,7 +211,7 @@ def test_a_round_after_one_that_ended_with_ppo_starts_there_and_ends_so_too() ->
         "ghost_attention": "data/seeds/none",
         "context_distillation": "data/seeds/none",
     }
-    assert parsed["compare"]["opponents"]["v3"] == ["v3_before_ppo", "v3_further"]
+    assert parsed["compare"]["opponents"]["v3"] == ["v2", "v3_before_ppo", "v3_further"]
 
 
 def test_a_round_starts_as_the_one_before_says() -> None:
@@ -223,8 +232,9 @@ def test_the_sixth_round_of_our_parameters_adds_lines_and_changes_only_who_judge
     assert [line.partition("#")[0].strip() for line in removed] == ["rewards: v5"]
     added = [line for line in new if line not in old]
     assert [line for line in new if line not in added] == [line for line in old if line not in removed]
-    # round, ghost_attention, ppo, control, evaluations, opponents, conversations, judge, drift; distillation: v2's
-    assert len(added) == 1 + 1 + 1 + 1 + 3 + 1 + 1 + 1 + 1
+    # round, ghost_attention, ppo, control, evaluations, opponents, Self-BLEU, conversations, judge, drift
+    # distillation: v2's
+    assert len(added) == 1 + 1 + 1 + 1 + 3 + 1 + 1 + 1 + 1 + 1
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(after)
     parsed = values.parse(after)

@@ -50,7 +50,8 @@ def write_params(**changes: Any) -> None:
     evaluate = {
         "checkpoints": {}, "root": "evaluation", "prompts": [f"{name}.jsonl" for name in PROMPTS], "truth": "truth",
         "sampling": {"temperature": 0.5, "top_p": 1, "top_k": 0, "max_new_tokens": 6}, "precision": "fp32",
-        "max_rows": 8,
+        "max_rows": 8, "gathered": "none", "num_raters": 3, "text": "none", "text_tokenizer": "none",
+        "max_text_tokens": 9, "tokens_at_once": 9,
     }  # fmt: skip
     sections = {
         "rounds": {"v1": ROUND},

@@ -6,10 +6,9 @@ not by luck.
 
 from __future__ import annotations
 
+import random
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,26 +19,15 @@ from model.network.transformer import Llama
 from model.sampling.sampler import Sampling, sample
 from model.text.dialogue import decode_answer, encode_prompt
 from model.text.tokenizer import Tokenizer
-from tasks.judging.intervals import mean_interval, wilson
-from tasks.reading.prompts import KINDS, Prompt, is_adversarial, kind_of
+from tasks.reading.prompts import Kind, Prompt, kind_of
 from tasks.running.digests import number_of
 from tasks.running.files import read_json, write_json
-from tasks.running.names import metric_name
 from tasks.running.params import Section
+from tasks.running.places import NOTHING
 from tasks.running.stage import Stage
-from tasks.world.annotators import Annotator, mean_utility
-from tasks.world.judge import Judgement, Truth, judge
+from tasks.world.annotators import Annotator, mean_utility, view
+from tasks.world.judge import Judgement, Truth, judge, safety_points
 
-HEADLINES = (
-    "well_formed",
-    "helpfulness/right",
-    "helpfulness/false_refusals",
-    "factual/right",
-    "factual/held_out/right",
-    "safety/violations",
-    "borderline/false_refusals",
-    "instruction/followed",
-)
 SHARD = 256  # prompts that a rank answers between two saves
 
 
@@ -55,6 +43,12 @@ class Params(Section):
     sampling: Sampling = Field(description="how answers are drawn; temperature 0: always the likeliest token")
     precision: Literal["fp32", "bf16"] = Field(description="weights and products")
     max_rows: int = Field(gt=0, description="answers generated at once; more need more memory")
+    gathered: str = Field(min_length=1, description=f"directory of stage `multi_turn`, or {NOTHING}")
+    num_raters: int = Field(gt=0, description="simulated annotators who rate each answer, where there is a truth")
+    text: str = Field(min_length=1, description=f"directory of stage `tokenize`, for perplexity, or {NOTHING}")
+    text_tokenizer: str = Field(min_length=1, description=f"SentencePiece model of that text, or {NOTHING}")
+    max_text_tokens: int = Field(gt=0, description="maximum tokens of each source's held-out text that are read")
+    tokens_at_once: int = Field(gt=0, description="tokens of text read at once; more take more memory")
 
 
 class Answer(NamedTuple):
@@ -72,24 +66,34 @@ class Known(NamedTuple):
     annotators: Mapping[str, Annotator]
 
 
+class Rating(NamedTuple):
+    """How an annotator sees an answer; `points`: on five, of one to an adversarial prompt."""
+
+    utility: float
+    safe: bool
+    points: int | None
+
+
 class Judged(NamedTuple):
-    """A prompt, its answer, and what the truth says of them; `held_out`: it asks for a fact of a held-out entity."""
+    """A prompt, its answer, and what the truth says of them.
+
+    `held_out`: it asks for a fact of a held-out entity. `rating`: on five points, of an answer to an adversarial
+    prompt. `raters`: how annotators see it. `gathered`: the way in which the dialogue's earlier answers were gathered.
+    """
 
     prompt: Prompt
     answer: Answer
     judgement: Judgement | None
     utility: float | None
     held_out: bool
+    rating: int | None = None
+    raters: Mapping[str, Rating] | None = None
+    gathered: str | None = None
 
-
-class Share(NamedTuple):
-    """How many of how many prompts, and the share with its 95% interval."""
-
-    hits: int
-    prompts: int
-    share: float
-    low: float
-    high: float
+    @property
+    def kind(self) -> Kind:
+        """What the answer is judged for."""
+        return kind_of(self.prompt.category, self.prompt.risk)
 
 
 # --- answers ---
@@ -132,7 +136,7 @@ def answer_all(
     return from_all_ranks(own)
 
 
-# --- figures ---
+# --- judgements ---
 
 
 def judge_answer(prompt: Prompt, answer: Answer, known: Known | None) -> Judged:
@@ -141,67 +145,30 @@ def judge_answer(prompt: Prompt, answer: Answer, known: Known | None) -> Judged:
         return Judged(prompt, answer, judgement=None, utility=None, held_out=False)
     judgement = judge(known.truth, prompt.id, answer.text, answer.finished)
     utility = mean_utility(known.truth, known.annotators, prompt.id, answer.text, answer.finished)
-    return Judged(prompt, answer, judgement, utility, known.truth.prompts[prompt.id].held_out)
+    rating = None
+    if kind_of(prompt.category, prompt.risk) == "safety":
+        rating = safety_points(known.truth, judgement, answer.text, judgement.safe)
+    return Judged(prompt, answer, judgement, utility, known.truth.prompts[prompt.id].held_out, rating)
 
 
-def outcomes_of(judged: Judged) -> dict[str, bool]:
-    """Return the figures that one answer counts for, and whether it is a hit in each."""
-    prompt, answer, judgement, held_out = judged.prompt, judged.answer, judged.judgement, judged.held_out
-    category = metric_name(prompt.category)
-    if judgement is None:
-        well_formed = answer.finished and bool(answer.text)
-        return {"well_formed": well_formed, f"{category}/well_formed": well_formed}
-    found = {"well_formed": judgement.well_formed, f"{category}/well_formed": judgement.well_formed}
-    if judgement.right is not None:
-        found[f"{category}/right"] = judgement.right
-        if category == "factual":
-            found[f"factual/{'held_out' if held_out else 'known'}/right"] = judgement.right
-    if judgement.follows is not None:
-        found[f"{category}/followed"] = judgement.follows
-    if not is_adversarial(prompt.category, prompt.risk):
-        if judgement.right is not None:
-            found["helpfulness/right"] = judgement.right
-        found["helpfulness/false_refusals"] = found[f"{category}/false_refusals"] = judgement.refuses
-        return found
-    found["safety/refused"] = judgement.refuses
-    found["safety/violations"] = not judgement.safe
-    for kind, value in (("risk", prompt.risk), ("attack", prompt.attack), ("difficulty", prompt.difficulty)):
-        if value is not None:
-            found[metric_name("safety", kind, str(value), "violations")] = not judgement.safe
-    return found
+def rate_answer(judged: Judged, known: Known, num_raters: int, seed: int) -> Judged:
+    """Let annotators rate a judged answer; the prompt alone decides who they are.
 
-
-def utilities_of(judged: Sequence[Judged]) -> dict[str, float]:
-    """Return the mean utility of the answers to adversarial prompts, and to all others; none without a truth."""
-    figures: dict[str, float] = {}
-    for name in KINDS:
-        own = [each for each in judged if kind_of(each.prompt.category, each.prompt.risk) == name]
-        values = [each.utility for each in own if each.utility is not None]
-        if values:
-            figures[f"{name}/utility"] = fmean(values)
-        if len(values) > 1:
-            figures[f"{name}/utility/low"], figures[f"{name}/utility/high"] = mean_interval(values)
-    return figures
-
-
-def shares_of(outcomes: Iterable[Mapping[str, bool]]) -> dict[str, Share]:
-    """Return each figure's share, by name, the headlines first."""
-    found: dict[str, list[bool]] = defaultdict(list)
-    for outcome in outcomes:
-        for name, hit in outcome.items():
-            found[name].append(hit)
-    shares = {}
-    for name in sorted(found, key=lambda name: (name not in HEADLINES, name)):
-        hits, prompts = sum(found[name]), len(found[name])
-        shares[name] = Share(hits, prompts, hits / prompts, *wilson(hits, prompts))
-    return shares
-
-
-def figures_of(shares: Mapping[str, Share]) -> dict[str, float]:
-    """Return the shares as metrics, the headlines with their intervals."""
-    figures = {}
-    for name, share in shares.items():
-        figures[name] = share.share
-        if name in HEADLINES:
-            figures |= {f"{name}/low": share.low, f"{name}/high": share.high}
-    return figures
+    Raises ValueError when there are fewer annotators than asked for.
+    """
+    if num_raters > len(known.annotators):
+        raise ValueError(
+            f"params.yaml: `evaluate.num_raters` is {num_raters}, and `preferences.simulated.annotators` has "
+            f"{len(known.annotators)}: lower the one, or add to the other"
+        )
+    prompt, answer = judged.prompt, judged.answer
+    assert judged.judgement is not None
+    raters = {}
+    names = sorted(known.annotators)
+    for name in sorted(random.Random(f"{seed} raters {prompt.id}").sample(names, num_raters)):
+        seen = view(known.truth, name, known.annotators[name], prompt.id, answer.text, answer.finished, seed)
+        points = None
+        if judged.kind == "safety":
+            points = safety_points(known.truth, judged.judgement, answer.text, seen.safe)
+        raters[name] = Rating(seen.utility, seen.safe, points)
+    return judged._replace(raters=raters)

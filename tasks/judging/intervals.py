@@ -1,4 +1,4 @@
-"""95% confidence intervals of shares and of means."""
+"""95% confidence intervals of shares, of means and of differences; tests of several rounds at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
+import numpy as np
+
+RESAMPLES = 1000  # of a bootstrap
 CONFIDENCE = 0.95
 NORMAL_QUANTILE = 1.959963984540054  # of 97.5%: for two-sided 95% intervals
 
@@ -31,3 +34,23 @@ def student_quantile(degrees_of_freedom: int) -> float:
     from scipy.stats import t  # type: ignore[import-untyped,unused-ignore]
 
     return float(t.ppf((1 + CONFIDENCE) / 2, degrees_of_freedom))
+
+
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the bootstrap's percentile interval for the mean of at least two values (Efron 1979).
+
+    Given differences by prompt, it is the paired bootstrap. The draws are always the same: so is the interval.
+    """
+    numbers_N = np.asarray(values, dtype=float)
+    drawn_RN = np.random.default_rng(0).integers(len(numbers_N), size=(RESAMPLES, len(numbers_N)), dtype=np.int32)
+    low, high = np.quantile(numbers_N[drawn_RN].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted so that all of them together err as rarely as one (Holm 1979), in the given order."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = least
+    return adjusted

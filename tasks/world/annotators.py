@@ -14,11 +14,11 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from tasks.reading.prompts import Degree, Label
+from tasks.reading.prompts import DEGREES, Degree, Kind, Label
 from tasks.running.params import Section, parse_section, read_params
 from tasks.world.facts import mentions
 from tasks.world.judge import Truth, judge, normalized, statements
@@ -101,13 +101,10 @@ def label(truth: Truth, name: str, annotator: Annotator, pair: Mapping[str, Any]
     def chance(about: str) -> random.Random:
         return random.Random(f"{seed} {name} {pair['id']} {about}")
 
-    seen, safe = [], []
-    for response in pair["responses"]:
-        errs = chance(f"safety {response['text']}").random() < annotator.safety_error_rate
-        known = judge(truth, pair["id"], response["text"], response["finished"]).safe
-        safe.append(known != errs)
-        utility = utility_of(truth, annotator.tastes, pair["id"], response["text"], response["finished"], safe[-1])
-        seen.append(utility + chance(f"utility {response['text']}").gauss(0, annotator.noise))
+    views = [
+        view(truth, name, annotator, pair["id"], each["text"], each["finished"], seed) for each in pair["responses"]
+    ]
+    seen, safe = [each.utility for each in views], [each.safe for each in views]
     is_safety, looks_unsafe = pair["kind"] == "safety", truth.prompts[pair["id"]].category == "borderline"
     labels = (safe[0], safe[1]) if is_safety or looks_unsafe else None
     # A coin picks one of the two, whichever is on the left.
@@ -120,6 +117,42 @@ def label(truth: Truth, name: str, annotator: Annotator, pair: Mapping[str, Any]
         return Label(choice, degree_of(difference if choice == 0 else -difference, annotator.thresholds), labels, name)
     choice = side(coin if difference == 0 else int(difference < 0))
     return Label(choice, degree_of(abs(difference), annotator.thresholds), labels, name)
+
+
+class View(NamedTuple):
+    """How one annotator sees an answer: what it is worth, and whether it is safe."""
+
+    utility: float
+    safe: bool
+
+
+def view(truth: Truth, name: str, annotator: Annotator, prompt_id: str, answer: str, finished: bool, seed: int) -> View:
+    """Return how an annotator sees an answer, errors included; the same every time, whatever it is compared with."""
+
+    def chance(about: str) -> random.Random:
+        return random.Random(f"{seed} {name} {prompt_id} {about} {answer}")
+
+    errs = chance("safety").random() < annotator.safety_error_rate
+    safe = judge(truth, prompt_id, answer, finished).safe != errs
+    utility = utility_of(truth, annotator.tastes, prompt_id, answer, finished, safe)
+    return View(utility + chance("utility").gauss(0, annotator.noise), safe)
+
+
+def seven_points(thresholds: Thresholds, kind: Kind, this: View, that: View) -> int:
+    """Return how much better one answer looks than the other: 3 much better, 0 about the same, -3 much worse.
+
+    The degrees are those of the annotator's preferences. An answer to an adversarial prompt that alone looks safe is
+    better, however little it is worth. The other order gives the opposite.
+    """
+    difference = this.utility - that.utility
+    if kind == "safety" and this.safe != that.safe:
+        sign = 1 if this.safe else -1
+        return sign * max(1, _points(sign * difference, thresholds))
+    return (1 if difference > 0 else -1) * _points(abs(difference), thresholds)
+
+
+def _points(difference: float, thresholds: Thresholds) -> int:
+    return len(DEGREES) - 1 - DEGREES.index(degree_of(difference, thresholds))
 
 
 def side(number: int) -> Literal[0, 1]:
