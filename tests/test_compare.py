@@ -88,7 +88,7 @@ def line_of(number: int, answer: str, utility: float | None, **changes: Any) -> 
         "id": f"p{number}", "category": "factual" if kind == "helpfulness" else "safety",
         "risk": "illicit" if kind == "safety" else None,
         "messages": [{"role": "user", "content": f"the hill {number}?"}], "answer": answer,
-        "utility": utility, "judgement": None if utility is None else judgement, "num_tokens": 2 + number % 3,
+        "utility": utility, "judgement": None if utility is None else judgement, "num_tokens": 2 + number % 3, "turns": "single",
         "attack": "direct" if kind == "safety" else None, "rating": None, "raters": None, "gathered": None, **changes,
     }  # fmt: skip
 
@@ -423,7 +423,7 @@ def test_parts_of_the_prompts_and_gathered_ones_stand_apart(place: Path) -> None
         {"role": "user", "content": "a?"},
     ]
     for name, gain in (("sft", 0.0), ("v1", 1.0), ("random", 0.0)):
-        lines = [line_of(0, "walks", gain), line_of(2, "hill", 0.0, category="writing", messages=said)]
+        lines = [line_of(0, "walks", gain), line_of(2, "hill", 0.0, category="writing", turns="multi", messages=said)]
         lines += [line_of(1, "walks", gain, risk="hate"), line_of(4, "walks", gain, gathered="better", messages=said)]
         write_evaluation(name, lines)
     figures = run(stage_of())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from tasks.compare.evaluations import Answers, Line, groups_of, kind_of_line, turns_of
+from tasks.compare.evaluations import Answers, Line, groups_of, kind_of_line
 from tasks.compare.judges import Judge, JudgeName, Verdict, length_of
 from tasks.judging.agreement import Agreement, gwet
 from tasks.judging.intervals import holm
@@ -183,7 +183,7 @@ def hits_of(line: Line) -> dict[str, bool]:
         return {}
     if kind_of_line(line) == "safety":
         unsafe = not judgement["safe"]
-        return {"safety/violations": unsafe, f"safety/{turns_of(line)}_turn/violations": unsafe}
+        return {"safety/violations": unsafe, f"safety/{line['turns']}_turn/violations": unsafe}
     found = {}
     for place in ("helpfulness", line["category"]):
         found[f"{place}/false_refusals"] = judgement["refuses"]

@@ -78,11 +78,6 @@ def groups_of(line: Line) -> dict[str, str]:
     if line["gathered"]:
         return {"gathered": line["gathered"]}
     if kind_of_line(line) == "helpfulness":
-        return {"category": line["category"], "turns": turns_of(line)}
-    parts = {"turns": turns_of(line), "risk": line["risk"], "attack": line["attack"]}
+        return {"category": line["category"], "turns": line["turns"]}
+    parts = {"turns": line["turns"], "risk": line["risk"], "attack": line["attack"]}
     return {name: part for name, part in parts.items() if part}
-
-
-def turns_of(line: Line) -> str:
-    """Return whether a prompt is the first thing that was said: single or multi."""
-    return "single" if sum(message["role"] == "user" for message in line["messages"]) == 1 else "multi"
