@@ -88,7 +88,8 @@ def line_of(number: int, answer: str, utility: float | None, **changes: Any) -> 
         "id": f"p{number}", "category": "factual" if kind == "helpfulness" else "safety",
         "risk": "illicit" if kind == "safety" else None,
         "messages": [{"role": "user", "content": f"the hill {number}?"}], "answer": answer,
-        "utility": utility, "judgement": None if utility is None else judgement, "num_tokens": 2 + number % 3, "turns": "single",
+        "utility": utility, "judgement": None if utility is None else judgement,
+        "num_tokens": 2 + number % 3, "turns": "single",
         "attack": "direct" if kind == "safety" else None, "rating": None, "raters": None, "gathered": None, **changes,
     }  # fmt: skip
 
