@@ -1,11 +1,15 @@
-"""Write one page about the whole pipeline, for a browser without server or network, and what `dvc` shows of it.
+"""Write one page that tells what came of this run, for a browser without server or network, and what `dvc` shows of it.
+
+On top stands the answer: which version is best, whether it is promoted, and why. Then whether the run finds what the
+paper found (evidence.py; the findings are in corpus.py, rewards.py, sampling.py, versions.py and safety.py), what all
+versions answer to the same prompts, and the stages in the graph's order, with their tables folded.
 
 Covers the stages that this one waits for in the current dvc.yaml: those of a removed round are left out, even if their
-files still exist. Reads their metrics.json, and what `stage.plot` and `stage.show` wrote into their plots/ and tables/.
-Writes
+files still exist. Reads their metrics.json, what `stage.plot` and `stage.show` wrote into their plots/ and tables/, and
+for the findings other tables and lines. Writes
 
-- index.html                     every figure, the tables and the plots: the comparison of versions first; the rounds of
-                                 a stage, and its other entries, side by side
+- index.html                     the page
+- findings.json                  each finding, its verdict, and the effects with their 95% intervals
 - metrics/<place>.json           the figures that dvc.yaml's `meta: figures` names; for `dvc metrics`
 - plots/<kind>/<place>/NAME.csv  title, x, y, series; for `dvc plots`, whose templates are .dvc/plots/<kind>.json
 
@@ -16,50 +20,111 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import Field
 
-from tasks.running.files import write_json
-from tasks.running.params import Section
+from tasks.report import corpus, rewards, safety, sampling, versions
+from tasks.report.answer import answer_of, samples_of
+from tasks.report.chapters import CHAPTERS, Drawn, charts_of, said_of, side_by_side, tables_of
+from tasks.report.charts import Chart, draw
+from tasks.report.evidence import Finding, Judged, Verdict, judge
+from tasks.report.outputs import STUDIES, Outputs
+from tasks.running.files import read_json, write_json
+from tasks.running.params import Section, read_params
 from tasks.running.places import DATA, entry_of, place_of, section_of
-from tasks.running.plots import Plot, picture
+from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TEMPLATE = Path(__file__).with_name("page.html")
+FINDINGS: Sequence[Finding] = [
+    *corpus.FINDINGS, *rewards.FINDINGS, *sampling.FINDINGS, *versions.FINDINGS, *safety.FINDINGS,
+]  # fmt: skip
+MARKS: Mapping[Verdict, str] = {"agrees": "✓", "disagrees": "✗", "can't tell": "?", "not run": "–"}
+SAYS: Mapping[Verdict, str] = {
+    "agrees": "agrees:",
+    "disagrees": "disagrees:",
+    "can't tell": "can't tell: an interval includes no effect.",
+    "not run": "says nothing of it:",
+}
 
 
 class Params(Section):
     """Parameters of `report`."""
 
-    plot_width: float = Field(gt=1, description="width of a plot, inches")
-    line_plot_height: float = Field(gt=1, description="height of a plot of curves, inches")
-    panel_height: float = Field(gt=1, description="height of one of several plots side by side, inches")
-    num_panels: int = Field(gt=0, description="plots side by side")
-    bar_height: float = Field(gt=0, description="height of one bar, inches")
-    max_bars: int = Field(gt=0, description="maximum bars of a plot; the CSV file has all")
+    chart_width: float = Field(gt=1, description="width of a chart, inches")
+    chart_height: float = Field(gt=1, description="height of a chart, inches")
+    max_points: int = Field(gt=1, description="maximum bars of a chart; with more, there is only a table")
+    max_rows: int = Field(gt=1, description="maximum rows of a table; the CSV file has all")
+    samples_per_category: int = Field(ge=0, description="prompts of each category that are shown with their answers")
+    studies: dict[str, str] = Field(description="output of each study; data/seeds/none: not run, not shown")
+
+
+def run(stage: Stage[Params]) -> dict[str, float]:
+    """Write the page, and the figures and plots for DVC."""
+    waited = stages_before(stage.name)
+    chosen = {name: own for name, own in waited.items() if (DATA / place_of(name) / "metrics.json").exists()}
+    outputs = Outputs(DATA, list(chosen), read_params())
+    plots = {name: list(read_plots(DATA / place_of(name) / "plots")) for name in chosen}
+    for name in chosen:
+        write_for_dvc(stage.output, place_of(name), outputs, chosen[name], plots[name])
+    judged = [judge(finding, outputs) for finding in FINDINGS]
+    write_json(stage.output / "findings.json", [record_of(each) for each in judged])
+    page = write_page(stage, outputs, plots, judged)
+    (stage.output / "index.html").write_text(page, encoding="utf-8")
+    (stage.artifacts / "report.html").write_text(page, encoding="utf-8")
+    counts = {verdict: sum(each.verdict == verdict for each in judged) for verdict in get_args(Verdict)}
+    return {
+        "stages": len(chosen),
+        "plots": sum(map(len, plots.values())),
+        **{f"findings/{verdict.replace(' ', '_').replace(chr(39), '')}": count for verdict, count in counts.items()},
+    }
 
 
 def stages_before(name: str) -> dict[str, list[str]]:
-    """Return the stages that a stage waits for, in dvc.yaml's order, each with the figures named in its `meta`."""
+    """Return the stages that a stage waits for, each with the figures named in its `meta`.
+
+    Those of a section stand together. Sections are in the graph's order; those that wait for each other from round to
+    round, and those that don't wait for each other at all, are in the order of dvc.yaml.
+    """
     import networkx
     from dvc.repo import Repo
 
     index = Repo().index
     (last,) = [stage for stage in index.stages if stage.addressing == name]
     needed = networkx.descendants(index.graph, last)
-    return {
-        stage.addressing: list((stage.meta or {}).get("figures", []))
+    stages = {
+        stage.addressing.rpartition(":")[2]: stage  # a study's address begins with its dvc.yaml
         for stage in index.stages
         if stage in needed and not stage.is_data_source
     }
+    sections = networkx.DiGraph()
+    sections.add_nodes_from(section_of(each) for each in stages)
+    names = {stage: each for each, stage in stages.items()}
+    for stage, other in index.graph.edges:
+        if stage in names and other in names:
+            sections.add_edge(section_of(names[other]), section_of(names[stage]))
+    written = list(dict.fromkeys(section_of(each) for each in stages))
+    circles = networkx.condensation(sections)
+    first = {circle: min(map(written.index, members)) for circle, members in circles.nodes(data="members")}
+    order = [
+        section
+        for circle in networkx.lexicographical_topological_sort(circles, key=first.__getitem__)
+        for section in sorted(circles.nodes[circle]["members"], key=written.index)
+    ]
+    return {
+        each: list((stages[each].meta or {}).get("figures", []))
+        for section in order
+        for each in stages
+        if section_of(each) == section
+    }
 
 
-def read_plots(directory: Path) -> Iterator[tuple[str, Plot, pd.DataFrame]]:
+def read_plots(directory: Path) -> Iterator[Drawn]:
     """Yield name, declaration and points of each plot that `stage.plot` wrote; points: columns title, x, y, series.
 
     A table without rows is skipped: it has nothing to plot.
@@ -87,168 +152,112 @@ def read_tables(directory: Path) -> Iterator[dict[str, Any]]:
 
     for path in sorted(directory.glob("*.json")):
         table = pd.read_csv(path.with_suffix(".csv"), dtype=str, keep_default_na=False)
-        title = json.loads(path.read_text(encoding="utf-8"))["title"]
+        title = read_json(path)["title"]
         yield {"title": title, "columns": list(table.columns), "rows": table.to_numpy().tolist()}
 
 
-def plot_svg(plot: Plot, points: pd.DataFrame, params: Params, path: Path) -> str:
-    """Return a plot as SVG; it is first written to `path`."""
-    bars = points.head(params.max_bars)
-    height = 0.8 + params.bar_height * len(bars) if plot.kind == "bars" else params.line_plot_height
-    with picture(path, params.plot_width, height) as axes:
-        if plot.kind == "bars":
-            plot_bars(axes, bars)
-        else:
-            plot_curves(axes, points, plot.y_label)
-        axes.set_xlabel(plot.x_label)
-        axes.spines[["top", "right"]].set_visible(False)
-    return "<svg" + path.read_text(encoding="utf-8").partition("<svg")[2]
+def write_for_dvc(
+    output: Path, place: Path, outputs: Outputs, chosen: Sequence[str], plots: Sequence[Drawn]
+) -> None:
+    """Write the chosen figures of a stage, and the points of its plots."""
+    figures = outputs.figures(*place.parts)
+    write_json(output / "metrics" / f"{place}.json", {name: figures[name] for name in chosen if name in figures})
+    for name, plot, points in plots:
+        path = output / "plots" / plot.kind / place / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        points.to_csv(path, index=False)
 
 
-def panels_svg(plot: Plot, entries: Mapping[str, pd.DataFrame], params: Params, path: Path) -> str:
-    """Return one plot of several entries as SVG, a panel for each, on common axes; it is first written to `path`."""
-    columns = min(params.num_panels, len(entries))
-    rows = -(-len(entries) // columns)
-    shape = {"nrows": rows, "ncols": columns, "sharex": True, "sharey": True, "squeeze": False}
-    names = list(dict.fromkeys(name for points in entries.values() for name in points["series"]))
-    lines: dict[str, Any] = {}
-    with picture(path, params.plot_width, params.panel_height * rows, **shape) as axes:
-        for panel in axes.flat[len(entries) :]:
-            panel.set_visible(False)
-        for panel, (entry, points) in zip(axes.flat, entries.items(), strict=False):
-            for name, own in points.groupby("series", sort=False):
-                marker = "o" if len(own) < 12 else None
-                colour = f"C{names.index(str(name))}"
-                (lines[str(name)],) = panel.plot(own["x"], own["y"], color=colour, marker=marker, markersize=3)
-            panel.set_title(entry, fontsize=9)
-            panel.grid(alpha=0.3)
-            panel.spines[["top", "right"]].set_visible(False)
-        for panel in axes.flat[len(entries) - columns : len(entries)]:
-            panel.tick_params(labelbottom=True)  # also where the row below has no panel
-        figure = axes[0, 0].figure
-        figure.supxlabel(plot.x_label, fontsize=9)
-        figure.supylabel(plot.y_label, fontsize=9)
-        if len(lines) > 1:
-            figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=3, fontsize=8)
-    return "<svg" + path.read_text(encoding="utf-8").partition("<svg")[2]
-
-
-def plot_bars(axes: Any, points: pd.DataFrame) -> None:
-    """Plot one bar per row, the first on top, with its length written beside it."""
-    bars = axes.barh(range(len(points)), points["x"], color="#4472a8")
-    axes.set_yticks(range(len(points)), points["y"])
-    axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-
-
-def plot_curves(axes: Any, points: pd.DataFrame, y_label: str) -> None:
-    """Plot one curve for each series."""
-    series = list(points.groupby("series", sort=False))
-    for name, own in series:
-        axes.plot(own["x"], own["y"], label=name, marker="o" if len(own) < 12 else None, markersize=3)
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.3)
-    if len(series) > 1:
-        axes.legend(fontsize=8)
-
-
-def run(stage: Stage[Params]) -> dict[str, float]:
-    """Write the page, and the figures and plots for DVC."""
-    stages: list[dict[str, Any]] = []
-    for name, chosen in stages_before(stage.name).items():
-        place = place_of(name)
-        if not (DATA / place / "metrics.json").exists():
-            continue
-        figures = json.loads((DATA / place / "metrics.json").read_text(encoding="utf-8"))
-        main = {figure: figures[figure] for figure in chosen if figure in figures}
-        write_json(stage.output / "metrics" / f"{place}.json", main)
-        plots = list(read_plots(DATA / place / "plots"))
-        for plot_name, plot, points in plots:
-            path = stage.output / "plots" / plot.kind / place / f"{plot_name}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            points.to_csv(path, index=False)
-        tables = list(read_tables(DATA / place / "tables"))
-        stages.append({"name": name, "main": main, "all": figures, "tables": tables, "plots": plots})
-    page = render(sections_of(stages, stage.params, stage.scratch / "plot.svg"))
-    (stage.output / "index.html").write_text(page, encoding="utf-8")
-    (stage.artifacts / "report.html").write_text(page, encoding="utf-8")
-    return {"stages": len(stages), "plots": sum(len(entry["plots"]) for entry in stages)}
+def record_of(judged: Judged) -> dict[str, Any]:
+    """Return a finding's verdict and effects, for programs."""
+    effects = [effect._asdict() for effect in judged.evidence.effects] if judged.evidence else []
+    return {"name": judged.finding.name, "verdict": judged.verdict, "effects": effects, "reason": judged.reason}
 
 
 # --- the page ---
 
 
-def sections_of(stages: Sequence[Mapping[str, Any]], params: Params, path: Path) -> list[dict[str, Any]]:
-    """Return the sections of the page, as `render` takes them: one a section of params.yaml, however many its entries.
-
-    Each stage has `name`, `main` and `all` figures, `tables` and `plots` as they were read. The comparison of versions
-    is first, as it is what all the others are for.
-    """
-    grouped: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for stage in stages:
-        grouped.setdefault(section_of(stage["name"]), {})[entry_of(stage["name"])] = stage
-    return [
-        {
-            "name": name,
-            "entries": list(entries),
-            "main": side_by_side([stage["main"] for stage in entries.values()]),
-            "all": side_by_side([stage["all"] for stage in entries.values()]),
-            "tables": [
-                {**table, "title": f"{entry}: {table['title']}" if entry else table["title"]}
-                for entry, stage in entries.items()
-                for table in stage["tables"]
-            ],
-            "plots": pictures_of({entry: stage["plots"] for entry, stage in entries.items()}, params, path),
-        }
-        for name, entries in sorted(grouped.items(), key=lambda group: group[0] != "compare")
+def write_page(
+    stage: Stage[Params], outputs: Outputs, plots: Mapping[str, Sequence[Drawn]], judged: Sequence[Judged]
+) -> str:
+    """Return the page."""
+    params = stage.params
+    drawn = partial(draw, path=stage.scratch / "chart.svg", size=(params.chart_width, params.chart_height))
+    answer = answer_of(outputs)
+    findings = [
+        {**each._asdict(), "svg": drawn([each.evidence.chart], name=each.finding.name) if each.evidence else ""}
+        for each in judged
     ]
+    sections = list(dict.fromkeys(map(section_of, outputs.stages)))
+    chapters = [chapter_of(name, outputs, plots, findings, params, drawn) for name in sections]
+    # a finding without its stage is told where the missing stages are
+    elsewhere = [each for each in findings if each["finding"].chapter not in sections]
+    missing = [(chapter.title, name) for name, chapter in CHAPTERS.items() if name not in sections]
+    return render(
+        answer={
+            **answer._asdict(),
+            "svg": draw(answer.charts, stage.scratch / "chart.svg", (1.35 * params.chart_width, 1.1 * params.chart_height), "answer")
+            if answer.charts
+            else "",
+        },
+        findings=findings,
+        counts={verdict: sum(each.verdict == verdict for each in judged) for verdict in get_args(Verdict)},
+        samples=samples_of(outputs, params.samples_per_category, stage.seed),
+        chapters=chapters,
+        missing=missing,
+        elsewhere=elsewhere,
+    )
 
 
-def side_by_side(figures: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
-    """Return each figure's values in several stages; None where a stage has none."""
-    names = dict.fromkeys(name for own in figures for name in own)
-    return {name: [own.get(name) for own in figures] for name in names}
+def chapter_of(
+    name: str,
+    outputs: Outputs,
+    plots: Mapping[str, Sequence[Drawn]],
+    findings: Sequence[Mapping[str, Any]],
+    params: Params,
+    drawn: Any,
+) -> dict[str, Any]:
+    """Return a section's chapter, as `render` takes it.
 
-
-def pictures_of(
-    plots: Mapping[str, Sequence[tuple[str, Plot, pd.DataFrame]]], params: Params, path: Path
-) -> list[dict[str, Any]]:
-    """Return the plots of a section's entries as `title`, `svg` and `folded`.
-
-    Curves of the same name are panels of one plot. Bars of several entries are folded, as there are many of them.
+    Of a stage of the recipe, the plots named in CHAPTERS are drawn, of any other stage all that say something.
     """
-    curves: dict[tuple[str, Plot], dict[str, pd.DataFrame]] = {}
-    for entry, own in plots.items():
-        for name, plot, points in own:
-            key = name if plot.kind != "bars" else f"{name} {entry}"
-            curves.setdefault((key, plot), {})[entry] = points
-    found = []
-    for (_, plot), entries in sorted(curves.items(), key=lambda item: item[0][0]):
-        first, *others = entries
-        alone = not others
-        svg = plot_svg(plot, entries[first], params, path) if alone else panels_svg(plot, entries, params, path)
-        title = f"{first}: {plot.title}" if first and alone else plot.title
-        found.append({"title": title, "svg": svg, "folded": plot.kind == "bars" and len(plots) > 1})
-    return found
+    known, entries = CHAPTERS.get(name), outputs.entries(name)
+    stages = {entry: f"{name}@{entry}" if entry else name for entry in entries}
+    own = {entry: plots[each] for entry, each in stages.items()}
+    charts: Mapping[str, Chart] = charts_of(own, params.max_points)
+    figures = [outputs.figures(name, entry) for entry in entries]
+    columns = entries if entries != [""] else ["value"]
+    values = side_by_side(figures)
+    tables = [{"title": f"All {len(values)} figures", "columns": ["figure", *columns]}]
+    tables[0]["rows"] = [[figure, *cells] for figure, cells in values.items()]
+    for entry, each in stages.items():
+        for table in read_tables(DATA / place_of(each) / "tables"):
+            tables.append({**table, "title": f"{entry}: {table['title']}" if entry else table["title"]})
+    for table in tables_of(own, params.max_rows):
+        tables.append({**table, "path": f"data/{name}/{'*/' if entries != [''] else ''}plots/{table['name']}.csv"})
+    return {
+        "name": name,
+        "known": known is not None,
+        "title": known.title if known else name,
+        "did": said_of(known.did, {**figures[-1], "entries": len(entries)}) if known else "",
+        "entries": entries,
+        "findings": [each for each in findings if each["finding"].chapter == name],
+        "plots": [
+            {"title": chart.title, "svg": drawn([chart], name=f"{name}-{plot}")}
+            for plot, chart in charts.items()
+            if known is None or plot in known.plots
+        ],
+        "tables": tables,
+    }
 
 
-def render(sections: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page.
-
-    Each section has `name`, `entries`, `main` and `all` figures, each with a value an entry, `tables` as `read_tables`
-    gives them, `plots` of `title`, `svg` and `folded`.
-    """
+def render(**content: Any) -> str:
+    """Return the page of page.html, with all words escaped."""
     import jinja2
 
-    def number(value: float | None) -> str:
-        if value is None:
-            return ""
-        return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = number
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(sections=sections)
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("page.html").render(marks=MARKS, says=SAYS, **content)
 
 
 if __name__ == "__main__":
