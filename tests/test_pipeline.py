@@ -197,6 +197,7 @@ def test_a_stage_has_one_output_and_depends_on_its_own_section(name: str) -> Non
     others |= AS_OTHERS.get(name, set())
     if name == "report":  # what is gone from them leaves the report
         others = {stage["foreach"].strip("${}") for stage in DVC["stages"].values() if "foreach" in stage}
+        others |= {"consistency.compared"}  # which of its checkpoints are a version and the one that it is set against
     if name == "consistency":  # what there is to judge
         others |= {"conversations.checkpoints"}
     if name in {"rejection_sampling", "context_distillation"}:  # what the judge's verdict is worth to them

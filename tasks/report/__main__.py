@@ -22,7 +22,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from pydantic import Field
 
@@ -31,15 +31,12 @@ from tasks.report.answer import answer_of, samples_of
 from tasks.report.chapters import CHAPTERS, Drawn, charts_of, said_of, side_by_side, tables_of
 from tasks.report.charts import Chart, draw
 from tasks.report.evidence import Finding, Judged, Verdict, judge
-from tasks.report.outputs import STUDIES, Outputs
+from tasks.report.outputs import Outputs
 from tasks.running.files import read_json, write_json
 from tasks.running.params import Section, read_params
-from tasks.running.places import DATA, entry_of, place_of, section_of
+from tasks.running.places import DATA, place_of, section_of
 from tasks.running.plots import Plot
 from tasks.running.stage import Stage, start
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FINDINGS: Sequence[Finding] = [
     *corpus.FINDINGS, *rewards.FINDINGS, *sampling.FINDINGS, *versions.FINDINGS, *safety.FINDINGS,
@@ -49,7 +46,7 @@ SAYS: Mapping[Verdict, str] = {
     "agrees": "agrees:",
     "disagrees": "disagrees:",
     "can't tell": "can't tell: an interval includes no effect.",
-    "not run": "says nothing of it:",
+    "not run": "says nothing of it.",
 }
 
 
@@ -156,9 +153,7 @@ def read_tables(directory: Path) -> Iterator[dict[str, Any]]:
         yield {"title": title, "columns": list(table.columns), "rows": table.to_numpy().tolist()}
 
 
-def write_for_dvc(
-    output: Path, place: Path, outputs: Outputs, chosen: Sequence[str], plots: Sequence[Drawn]
-) -> None:
+def write_for_dvc(output: Path, place: Path, outputs: Outputs, chosen: Sequence[str], plots: Sequence[Drawn]) -> None:
     """Write the chosen figures of a stage, and the points of its plots."""
     figures = outputs.figures(*place.parts)
     write_json(output / "metrics" / f"{place}.json", {name: figures[name] for name in chosen if name in figures})
@@ -185,7 +180,7 @@ def write_page(
     drawn = partial(draw, path=stage.scratch / "chart.svg", size=(params.chart_width, params.chart_height))
     answer = answer_of(outputs)
     findings = [
-        {**each._asdict(), "svg": drawn([each.evidence.chart], name=each.finding.name) if each.evidence else ""}
+        {**each._asdict(), "svg": drawn(each.evidence.chart, name=each.finding.name) if each.evidence else ""}
         for each in judged
     ]
     sections = list(dict.fromkeys(map(section_of, outputs.stages)))
@@ -194,12 +189,8 @@ def write_page(
     elsewhere = [each for each in findings if each["finding"].chapter not in sections]
     missing = [(chapter.title, name) for name, chapter in CHAPTERS.items() if name not in sections]
     return render(
-        answer={
-            **answer._asdict(),
-            "svg": draw(answer.charts, stage.scratch / "chart.svg", (1.35 * params.chart_width, 1.1 * params.chart_height), "answer")
-            if answer.charts
-            else "",
-        },
+        answer=answer,
+        pictures=[drawn(chart, name=f"answer-{number}") for number, chart in enumerate(answer.charts)],
         findings=findings,
         counts={verdict: sum(each.verdict == verdict for each in judged) for verdict in get_args(Verdict)},
         samples=samples_of(outputs, params.samples_per_category, stage.seed),
@@ -228,8 +219,10 @@ def chapter_of(
     figures = [outputs.figures(name, entry) for entry in entries]
     columns = entries if entries != [""] else ["value"]
     values = side_by_side(figures)
-    tables = [{"title": f"All {len(values)} figures", "columns": ["figure", *columns]}]
-    tables[0]["rows"] = [[figure, *cells] for figure, cells in values.items()]
+    rows = [[figure, *cells] for figure, cells in values.items()]
+    tables: list[dict[str, Any]] = [
+        {"title": f"All {len(rows)} figures", "columns": ["figure", *columns], "rows": rows}
+    ]
     for entry, each in stages.items():
         for table in read_tables(DATA / place_of(each) / "tables"):
             tables.append({**table, "title": f"{entry}: {table['title']}" if entry else table["title"]})
@@ -243,12 +236,22 @@ def chapter_of(
         "entries": entries,
         "findings": [each for each in findings if each["finding"].chapter == name],
         "plots": [
-            {"title": chart.title, "svg": drawn([chart], name=f"{name}-{plot}")}
+            {"title": chart.title, "svg": drawn(chart, name=f"{name}-{plot}")}
             for plot, chart in charts.items()
             if known is None or plot in known.plots
         ],
         "tables": tables,
     }
+
+
+def code(words: str) -> Any:
+    """Return words for the page, those in backticks as code."""
+    import markupsafe
+
+    parts = [markupsafe.escape(part) for part in words.split("`")]
+    return markupsafe.Markup("").join(
+        markupsafe.Markup("<code>{}</code>").format(part) if number % 2 else part for number, part in enumerate(parts)
+    )
 
 
 def render(**content: Any) -> str:
@@ -257,6 +260,7 @@ def render(**content: Any) -> str:
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = code
     return environment.get_template("page.html").render(marks=MARKS, says=SAYS, **content)
 
 

@@ -14,8 +14,8 @@ from tasks.running.files import read_json
 
 SHARES = {
     "safety/violations": "violations",
-    "borderline/false_refusals": "false refusals, borderline",
-    "helpfulness/false_refusals": "false refusals, helpful",
+    "borderline/false_refusals": "false refusals of borderline prompts",
+    "helpfulness/false_refusals": "false refusals of helpful prompts",
 }
 
 
@@ -42,7 +42,14 @@ def answer_of(outputs: Outputs) -> Answer:
     columns, rows = table_of(outputs, shown)
     best = best_of(outputs, versions)
     headline, why = headline_of(outputs, best, decision)
-    return Answer(headline, [*why, *warnings_of(outputs, decision["champion"] if decision else best)], charts, columns, rows, ladder)
+    return Answer(
+        headline,
+        [*why, *warnings_of(outputs, decision["champion"] if decision else best)],
+        charts,
+        columns,
+        rows,
+        ladder,
+    )
 
 
 def decision_of(outputs: Outputs) -> dict[str, Any] | None:
@@ -139,7 +146,9 @@ def table_of(outputs: Outputs, shown: Sequence[str]) -> tuple[list[str], list[li
     rows = {row["evaluation"]: row for row in outputs.lines("compare", "", "versions.jsonl")}
     baseline = baseline_of(outputs)
     rates = rates_of(outputs, judge_of(outputs))
-    figures = {figure: words for figure, words in SHARES.items() if any(rows[name].get(figure) is not None for name in shown)}
+    figures = {
+        figure: words for figure, words in SHARES.items() if any(rows[name].get(figure) is not None for name in shown)
+    }
     columns = ["version", *(f"{MEASURES[kind]}, win rate" for kind in KINDS), *figures.values()]
     found = []
     for name in shown:

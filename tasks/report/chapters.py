@@ -10,12 +10,13 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tasks.report.charts import Chart, Series
+from tasks.report.charts import SERIES, Chart, Series
 from tasks.running.plots import Plot
 
 if TYPE_CHECKING:
     import pandas as pd
 
+MAX_SERIES = len(SERIES)
 Drawn = tuple[str, Plot, "pd.DataFrame"]  # name, declaration and points: columns title, x, y, series
 
 
@@ -143,6 +144,14 @@ CHAPTERS: Mapping[str, Chapter] = {
         ["{entries} checkpoints answered {prompts:,} prompts: helpful, adversarial and borderline ones, and "
          "instructions."],
     ),
+    "multi_turn": Chapter(
+        "Prompts of several turns",
+        ["Dialogues for the evaluation were gathered in the paper's four ways: {prompts:,} prompts (section 3.4.2)."],
+    ),
+    "self_bleu": Chapter(
+        "How alike the samples of a prompt are",
+        ["{entries} checkpoints answered {prompts:,} prompts many times at each temperature."],
+    ),
     "compare": Chapter(
         "Comparing the versions",
         ["{evaluations:,} evaluations were set against each other, prompt by prompt, by the world's judge where there "
@@ -160,7 +169,7 @@ CHAPTERS: Mapping[str, Chapter] = {
         "Study: smaller models", ["Smaller models learnt the largest one's samples, off the main path."]
     ),
     "safety_scaling": Chapter(
-        "Study: more safety data", ["{trainings:,} models were trained with more and more safety data, off the main path."]
+        "Study: more safety data", ["{trainings:,} models were trained with more and more safety data, by name only."]
     ),
 }  # fmt: skip
 
@@ -197,12 +206,17 @@ def charts_of(plots: Mapping[str, Sequence[Drawn]], max_points: int) -> dict[str
                 series.append(Series(words, part["x"].tolist(), part["y"].tolist()))
     charts = {}
     for name, (plot, series) in found.items():
-        bars = plot.kind == "bars"
+        if len(series) > MAX_SERIES:  # of many sources all together, of many rounds the last one
+            last = list(plots)[-1]
+            together = [each for each in series if each.name.split(", ")[-1] == "all"]
+            series = together or [each for each in series if each.name.split(", ")[0] == last]
         places = {x for each in series for x in each.x}
-        if len(places) < 2 or len(series) > 7 or bars and (len(places) > max_points or not any(map(any, (s.y for s in series)))):
+        if not 0 < len(series) <= MAX_SERIES or len(places) < 2:
             continue
-        labels = (plot.y_label, plot.x_label) if bars else (plot.x_label, plot.y_label)
-        charts[name] = Chart(plot.title, *labels, series, joined=not bars)
+        if plot.kind == "bars" and (len(places) > max_points or not any(any(each.y) for each in series)):
+            continue
+        labels = (plot.y_label, plot.x_label) if plot.kind == "bars" else (plot.x_label, plot.y_label)
+        charts[name] = Chart(plot.title, *labels, series, joined=plot.kind != "bars")
     return charts
 
 
@@ -225,7 +239,7 @@ def tables_of(plots: Mapping[str, Sequence[Drawn]], max_rows: int) -> list[dict[
         keys = [row] if column == "series" or plot.series is None or plot.kind == "bars" else ["series", row]
         wide = points.drop_duplicates([*keys, column]).set_index([*keys, column])[value].unstack(column, sort=False)
         shown = wide if len(wide) <= max_rows else wide.iloc[:: -(-len(wide) // max_rows)]
-        heads = {"series": "", row: plot.y_label if plot.kind == "bars" else plot.x_label}
+        heads = {"series": "curve", row: plot.y_label if plot.kind == "bars" else plot.x_label}
         found.append(
             {
                 "title": plot.title,

@@ -7,6 +7,7 @@ series has its own marker and dashes, too. Words are set in the reader's font.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -18,7 +19,7 @@ INK, LINE = "#010101", "#020202"  # stand for the page's colours until the SVG i
 SERIES = tuple(f"#0a0a{number:02d}" for number in range(1, 8))
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", "-.", ":", "-", "--", "-.")
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.titlesize": 9,
@@ -48,7 +49,7 @@ class Series(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart; `level`: where there is no effect; `joined`: whether lines join the points; `log`: powers of 2 across."""
+    """A chart; `level`: where there is no effect; `joined`: whether lines join the points; `log`: powers of 2."""
 
     title: str
     x_label: str
@@ -60,24 +61,16 @@ class Chart(NamedTuple):
     log: bool = False
 
 
-def draw(charts: Sequence[Chart], path: Path, size: tuple[float, float], name: str) -> str:
-    """Return charts below each other as one SVG; it is first written to `path`.
+def draw(chart: Chart, path: Path, size: tuple[float, float], name: str) -> str:
+    """Return a chart as SVG; it is first written to `path`.
 
-    `size` is that of one, in inches; `name`, unique on the page, begins its ids. The titles are what is read aloud.
+    `size` is in inches; `name`, unique on the page, begins its ids. The title is what is read aloud.
     """
     import matplotlib
 
-    width, height = size
-    with (
-        matplotlib.rc_context(STYLE),
-        picture(path, width, height * len(charts), nrows=len(charts), squeeze=False) as axes,
-    ):
-        for panel, chart in zip(axes[:, 0], charts, strict=True):
-            draw_chart(panel, chart)
-            if len(charts) > 1:
-                panel.set_title(chart.title, loc="left", color=INK)
-    alternative = ". ".join(chart.title for chart in charts)
-    return inline(path.read_text(encoding="utf-8"), name, alternative)
+    with matplotlib.rc_context(STYLE), picture(path, *size) as axes:
+        draw_chart(axes, chart)
+    return inline(path.read_text(encoding="utf-8"), name, chart.title)
 
 
 def draw_chart(axes: Any, chart: Chart) -> None:
@@ -106,8 +99,12 @@ def draw_chart(axes: Any, chart: Chart) -> None:
     if chart.level is not None:
         axes.axhline(chart.level, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
     if words:
-        crowded = sum(map(len, words)) > 40
-        axes.set_xticks(range(len(words)), words, rotation=25 if crowded else 0, ha="right" if crowded else "center")
+        shown = [textwrap.fill(word.replace("_", " "), 12) for word in words]
+        crowded = len(words) * max(len(line) for word in shown for line in word.splitlines()) > 64
+        if crowded:
+            axes.set_xticks(range(len(words)), words, rotation=30, ha="right", rotation_mode="anchor")
+        else:
+            axes.set_xticks(range(len(words)), shown)
         axes.set_xlim(-0.5, len(words) - 0.5)
     elif chart.log:
         axes.set_xscale("log", base=2)
@@ -115,9 +112,9 @@ def draw_chart(axes: Any, chart: Chart) -> None:
     else:
         axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(short))
     if chart.percent:
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(percent))
     if any(series.labels for series in chart.series):
-        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(percent))
         axes.margins(0.15)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
@@ -142,6 +139,11 @@ def short(value: float, _position: int) -> str:
         if abs(value) >= scale:
             return f"{value / scale:g}{unit}"
     return f"{value:g}"
+
+
+def percent(value: float, _position: int) -> str:
+    """Return a tick's share in percent, without zeros that say nothing."""
+    return f"{100 * value:.3g}%"
 
 
 def inline(svg: str, name: str, alternative: str) -> str:

@@ -17,7 +17,7 @@ def pronouns(outputs: Outputs) -> Evidence:
     counts = dict(zip(table["group"], table["documents"], strict=True))
     if not {"he", "she"} <= set(counts):
         raise NotRun("not measured: no document has a pronoun of these groups")
-    total = outputs.figures("audit")["documents"]
+    total = int(outputs.figures("audit")["documents"])
     effect = of_shares("documents with `he` minus documents with `she`", counts["he"], total, counts["she"], total)
     shown = table[~table["group"].str.startswith("any")]
     chart = Chart(

@@ -1,4 +1,4 @@
-"""What the paper found, what this run's tables say of it, and the verdict: by the 95% intervals, and by nothing else."""
+"""What the paper found, what this run's tables say of it, and the verdict: by the 95% intervals and nothing else."""
 
 from __future__ import annotations
 
@@ -129,5 +129,5 @@ def of_means(words: str, these: Sequence[float], those: Sequence[float], percent
     freedom = sum(spreads) ** 2 / sum(
         spread**2 / (len(values) - 1) for spread, values in zip(spreads, (these, those), strict=True)
     )
-    reach = student_quantile(freedom) * math.sqrt(sum(spreads))
+    reach = student_quantile(max(1, math.floor(freedom))) * math.sqrt(sum(spreads))
     return Effect(words, value, value - reach, value + reach, percent)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tasks.running.files import read_json, read_lines
 from tasks.running.places import entry_of, place_of, section_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 STUDIES = ("reward_scaling", "distillation", "safety_scaling")  # of studies/dvc.yaml: they run by name only
 
@@ -60,7 +57,7 @@ class Outputs:
         """Return the lines of a file of JSON lines. Raises NotRun if it was not written."""
         return read_lines(self._file(section, entry, name))
 
-    def table(self, section: str, entry: str, name: str) -> pd.DataFrame:
+    def table(self, section: str, entry: str, name: str) -> Any:  # a DataFrame
         """Return a table of CSV, words such as `None` as they are. Raises NotRun if it was not written."""
         import pandas
 

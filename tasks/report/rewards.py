@@ -27,7 +27,7 @@ def unsure(outputs: Outputs) -> Evidence:
             own = table[table["bar"].str.startswith(f"{kind}: ")]
             hard = own[own["bar"] == f"{kind}: {DEGREES[-1]}"]
             if len(own):
-                counts[entry] = (float(hard["pairs"].sum()), float(own["pairs"].sum()))
+                counts[entry] = (float(hard["pairs"].sum()), int(own["pairs"].sum()))
         if len(counts) > 1:
             (first, *_), (*_, last) = counts, counts
             words = f"{kind}, pairs with a negligible difference, batch {last} minus {first}"
@@ -45,8 +45,8 @@ def degrees(outputs: Outputs) -> Evidence:
     for kind in KINDS:
         section = f"reward_{kind}"
         table = outputs.table(section, outputs.newest(section), "plots/accuracy.csv").set_index("part")
-        counts = {
-            degree: (round(2 * row["accuracy"] * row["pairs"]) / 2, float(row["pairs"]))
+        counts: dict[str, tuple[float, int]] = {
+            degree: (round(2 * row["accuracy"] * row["pairs"]) / 2, int(row["pairs"]))
             for degree in DEGREES
             if f"{kind}/{degree}" in table.index
             for row in [table.loc[f"{kind}/{degree}"]]
@@ -64,9 +64,7 @@ def degrees(outputs: Outputs) -> Evidence:
 
 def specialists(outputs: Outputs) -> Evidence:
     """Compare both newest models on the same pairs: each should do better on its own kind."""
-    found = {
-        kind: outputs.lines(f"reward_{kind}", outputs.newest(f"reward_{kind}"), "scores.jsonl") for kind in KINDS
-    }
+    found = {kind: outputs.lines(f"reward_{kind}", outputs.newest(f"reward_{kind}"), "scores.jsonl") for kind in KINDS}
     effects, accuracies = [], {}
     for kind in KINDS:
         rights = {model: rights_of(lines, kind) for model, lines in found.items()}
@@ -171,12 +169,12 @@ def rights_of(lines: Sequence[Mapping[str, Any]], kind: str) -> Rights:
     }
 
 
-def totals(rights: Sequence[float]) -> tuple[float, float]:
+def totals(rights: Sequence[float]) -> tuple[float, int]:
     """Return how many pairs are right, and how many there are."""
-    return sum(rights), float(len(rights))
+    return sum(rights), len(rights)
 
 
-def shares(name: str, counts: Mapping[str, tuple[float, float]]) -> Series:
+def shares(name: str, counts: Mapping[str, tuple[float, int]]) -> Series:
     """Return shares, by their names, as a curve with Wilson's intervals; `counts`: hits and all."""
     ends = [wilson(hits, count) for hits, count in counts.values()]
     values = [hits / count for hits, count in counts.values()]
@@ -193,13 +191,13 @@ FINDINGS = [
         "Accuracy falls from over 90% on significantly better answers to near 50% on negligibly better ones.", degrees,
     ),
     Finding(
-        "specialists", "Each reward model is best at its own kind", "section 3.2.2, table 7", "reward_helpfulness",
+        "specialists", "Each reward model is best at its own kind", "section 3.2.2, table 7", "reward_safety",
         "The helpfulness model does best on helpfulness pairs and the safety model on safety pairs: the two aims pull "
         "apart.", specialists,
     ),
     Finding(
         "scaling", "More data and larger models make better reward models", "section 3.2.2, figure 6",
-        "reward_helpfulness", "Accuracy rises with the amount of data and with size, and has not levelled out.", scaling,
+        "reward_helpfulness", "Accuracy rises with the amount of data and with size, not yet levelling out.", scaling,
     ),
     Finding(
         "drift", "Reward models fall behind newer answers", "section 3.1", "reward_drift",

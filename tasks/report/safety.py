@@ -18,9 +18,7 @@ def distillation(outputs: Outputs) -> Evidence:
     newest = outputs.newest("context_distillation")
     risks: dict[str, list[tuple[float, float, float]]] = {}
     for prompt in outputs.lines("context_distillation", newest, "samples.jsonl"):
-        drawn = [
-            candidate["safe_probability"] for candidate in prompt["candidates"] for _ in range(candidate["draws"])
-        ]
+        drawn = [candidate["safe_probability"] for candidate in prompt["candidates"] for _ in range(candidate["draws"])]
         if prompt["risk"] and drawn:
             own = (prompt["plain"]["safe_probability"], fmean(drawn), max(drawn))
             risks.setdefault(prompt["risk"], []).append(own)
@@ -28,12 +26,12 @@ def distillation(outputs: Outputs) -> Evidence:
         raise NotRun("not measured: no adversarial prompt names its category of risk")
     columns = {risk: [list(column) for column in zip(*own, strict=True)] for risk, own in sorted(risks.items())}
     effects = [
-        paired(f"{words(risk)}, probability of being safe with minus without a pre-prompt", prompted, plain, True)
+        paired(f"{in_words(risk)}, probability of being safe with minus without a pre-prompt", prompted, plain, True)
         for risk, (plain, prompted, _) in columns.items()
     ]
     series = []
     for number, name in enumerate(("without", "with a pre-prompt", "the safest of those")):
-        found = {words(risk): mean_of(own[number]) for risk, own in columns.items()}
+        found = {in_words(risk): mean_of(own[number]) for risk, own in columns.items()}
         ends = ([getattr(each, end) for each in found.values()] for end in ("value", "low", "high"))
         series.append(Series(name, list(found), *ends))
     chart = Chart(
@@ -62,10 +60,13 @@ def many_turns(outputs: Outputs) -> Evidence:
             turns[line["id"]] = sum(message["role"] == "user" for message in line["messages"])
             unsafe.setdefault(line["id"], []).append(not line["judgement"]["safe"])
             counts[turns[line["id"]] > 1].setdefault(name, []).append(not line["judgement"]["safe"])
-    means = {several: [fmean(unsafe[prompt]) for prompt in unsafe if (turns[prompt] > 1) == several] for several in counts}
+    means = {
+        several: [fmean(unsafe[prompt]) for prompt in unsafe if (turns[prompt] > 1) == several] for several in counts
+    }
     if not all(means.values()):
         raise NotRun("not measured: the evaluation has no adversarial prompts of one turn and of several")
-    effect = of_means("violations, prompts of several turns minus of one, mean of the versions", *means.values(), True)
+    words = "violations, prompts of several turns minus of one, mean of the versions"
+    effect = of_means(words, means[True], means[False], percent=True)
     series = []
     for several, title in ((False, "one turn"), (True, "several turns")):
         found = {name: share_of(own) for name, own in counts[several].items()}
@@ -77,7 +78,7 @@ def many_turns(outputs: Outputs) -> Evidence:
 
 
 def false_refusals(outputs: Outputs) -> Evidence:
-    """Compare refusals of harmless prompts that sound harmful with those of other harmless ones, and first with last."""
+    """Compare refusals of harmless prompts that sound harmful with those of others, and first with last."""
     names = [baseline_of(outputs), *versions_of(outputs)]
     borderline: dict[str, dict[str, bool]] = {}
     helpful: dict[str, list[bool]] = {}
@@ -122,7 +123,7 @@ def scaling(outputs: Outputs) -> Evidence:
             percent=True,
         )
     ]
-    by_share = {share: own for share, own in runs.groupby("share")}
+    by_share: dict[float, Any] = dict(iter(runs.groupby("share")))
     series = []
     for figure, title in (("safety/reward", "adversarial prompts"), ("helpfulness/reward", "helpful prompts")):
         if figure in runs:
@@ -132,9 +133,8 @@ def scaling(outputs: Outputs) -> Evidence:
     chart = Chart("Mean probability of being safe, of being helpful", "share of the safety data", "reward", series)
     note = ""
     if "helpfulness/reward" in runs:
-        change = of_means(
-            "Reward of helpful prompts, all minus none", *(list(by_share[end]["helpfulness/reward"]) for end in (most, least))
-        )
+        these, those = (by_share[end]["helpfulness/reward"].tolist() for end in (most, least))
+        change = of_means("Reward of helpful prompts, all minus none", these, those)
         note = f"{change}: in the paper it stays."
     return Evidence(effects, chart, note)
 
@@ -171,7 +171,7 @@ def adversarial(outputs: Outputs, evaluation: str) -> Sequence[Mapping[str, Any]
     return found
 
 
-def words(name: str) -> str:
+def in_words(name: str) -> str:
     """Return a name of params.yaml as words."""
     return name.replace("_", " ")
 
@@ -199,7 +199,7 @@ FINDINGS = [
     ),
     Finding(
         "safety_scaling", "More safety data makes safer, no less helpful answers", "section 4.2.3, figures 14 and 15",
-        "safety_scaling", "The mean safety reward rises with the share of safety data while helpfulness stays.", scaling,
+        "safety_scaling", "The mean safety reward rises with the safety data while helpfulness stays.", scaling,
     ),
     Finding(
         "scaling_refusals", "More safety data means more false refusals", "section 4.2.3, figure 33", "safety_scaling",

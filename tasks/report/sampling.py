@@ -63,7 +63,8 @@ def temperature(outputs: Outputs) -> Evidence:
                 continue
             ends = own[own["temperature"].isin([own["temperature"].min(), own["temperature"].max()])]
             signs = [
-                (1 if row.temperature == own["temperature"].max() else -1) * {"max": 1, "mean": -1}.get(row.statistic, 0)
+                (1 if row.temperature == own["temperature"].max() else -1)
+                * {"max": 1, "mean": -1}.get(row.statistic, 0)
                 for row in ends.itertuples()
             ]
             gains.append(sum(sign * reward for sign, reward in zip(signs, ends["reward"], strict=True)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from tasks.judging.wins import mean_of
 from tasks.reading.prompts import KINDS, Kind, kind_of
 from tasks.report.charts import Chart, Series
-from tasks.report.evidence import Effect, Evidence, Finding, of_means, paired
+from tasks.report.evidence import Effect, Evidence, Finding, paired
 from tasks.report.outputs import NotRun, Outputs
 
 MEASURES: Mapping[str, str] = {"helpfulness": "helpfulness", "safety": "harmlessness"}
@@ -83,7 +84,9 @@ def worth_of(outputs: Outputs, evaluation: str, kind: Kind) -> dict[str, float]:
     own = {line["id"]: line["utility"] for line in lines if kind_of(line["category"], line["risk"]) == kind}
     if judge_of(outputs) == "rewards":
         scores = outputs.lines("compare", "", "scores.jsonl")
-        own = {line["id"]: line["score"] for line in scores if line["evaluation"] == evaluation and line["kind"] == kind}
+        own = {
+            line["id"]: line["score"] for line in scores if line["evaluation"] == evaluation and line["kind"] == kind
+        }
     return {prompt: value for prompt, value in own.items() if value is not None}
 
 
@@ -91,17 +94,14 @@ def against(outputs: Outputs, pairs: Sequence[tuple[str, str]]) -> list[Effect]:
     """Return how far the win rates of versions against opponents are from one half, for each kind."""
     judge = judge_of(outputs)
     rates = rates_of(outputs, judge)
-    return [
-        Effect(
-            f"{MEASURES[kind]}, win rate of {version} against {opponent} ({rate.value:.1%}) minus one half",
-            *(end - 0.5 for end in rate),
-            percent=True,
-        )
-        for version, opponent in pairs
-        for kind in KINDS
-        if (version, opponent, kind) in rates
-        for rate in [rates[version, opponent, kind]]
-    ]
+    found = []
+    for version, opponent in pairs:
+        for kind in KINDS:
+            if (version, opponent, kind) in rates:
+                value, low, high = rates[version, opponent, kind]
+                words = f"{MEASURES[kind]}, win rate of {version} against {opponent} ({value:.1%}) minus one half"
+                found.append(Effect(words, value - 0.5, low - 0.5, high - 0.5, percent=True))
+    return found
 
 
 def controls(outputs: Outputs, suffix: str) -> list[tuple[str, str]]:
@@ -214,33 +214,32 @@ def compared(
 
 
 def rescaling(outputs: Outputs) -> Evidence:
-    """Ask whether tuning makes factual answers alike more than creative ones, at the highest temperature."""
-    names = [baseline_of(outputs), versions_of(outputs)[-1]]
-    rows = {name: outputs.lines("evaluate", name, "self_bleu.jsonl") for name in names}
-    hottest = max(row["temperature"] for own in rows.values() for row in own)
-    gains: dict[str, list[float]] = {}
-    before, after = (
-        {(row["kind"], row["id"]): row["self_bleu"] for row in own if row["temperature"] == hottest}
-        for own in rows.values()
-    )
-    for (kind, prompt), value in after.items():
-        if (kind, prompt) in before:
-            gains.setdefault(kind, []).append(value - before[kind, prompt])
-    if not {"factual", "creative"} <= set(gains):
-        raise NotRun("not measured: Self-BLEU of factual and of creative prompts is needed, of both versions")
-    words = f"rise of Self-BLEU from {names[0]} to {names[1]} at temperature {hottest:g}, factual minus creative"
+    """Ask whether tuning makes factual answers alike more than creative ones, at the highest temperature.
+
+    The four means are taken to be independent; as both answer the same prompts, the interval is rather wide.
+    """
+    entries = outputs.entries("self_bleu")
+    first, last = entries[0], entries[-1]
+    tables = {entry: outputs.table("self_bleu", entry, "self_bleu.csv") for entry in dict.fromkeys([first, last])}
+    hottest = max(tables[last]["temperature"])
+    means = {
+        (entry, row.kind): row
+        for entry, table in tables.items()
+        for row in table[table["temperature"] == hottest].itertuples()
+    }
+    signs = {(last, "factual"): 1, (first, "factual"): -1, (last, "creative"): -1, (first, "creative"): 1}
+    if not set(signs) <= set(means):
+        raise NotRun("not measured: Self-BLEU of factual and of creative prompts is needed, before and after tuning")
+    value = sum(sign * means[key].self_bleu for key, sign in signs.items())
+    reach = math.hypot(*((means[key].high - means[key].low) / 2 for key in signs))
+    words = f"rise of Self-BLEU from {first} to {last} at temperature {hottest:g}, factual minus creative"
     series = []
-    for name, own in rows.items():
-        for kind in ("factual", "creative"):
-            values: dict[float, list[float]] = {}
-            for row in own:
-                if row["kind"] == kind:
-                    values.setdefault(row["temperature"], []).append(row["self_bleu"])
-            found = {heat: mean_of(values[heat]) for heat in sorted(values)}
-            ends = ([getattr(each, end) for each in found.values()] for end in ("value", "low", "high"))
-            series.append(Series(f"{name}, {kind}", list(found), *ends))
+    for entry, table in tables.items():
+        for kind, part in table.groupby("kind", sort=False):
+            curve = [part[column].tolist() for column in ("temperature", "self_bleu", "low", "high")]
+            series.append(Series(f"{entry}, {kind}", *curve))
     chart = Chart("Self-BLEU against temperature: higher is more alike", "temperature", "Self-BLEU", series)
-    return Evidence([of_means(words, gains["factual"], gains["creative"])], chart)
+    return Evidence([Effect(words, value, value - reach, value + reach)], chart)
 
 
 FINDINGS = [
@@ -272,7 +271,7 @@ FINDINGS = [
         "Each version is more harmless than the one before.", climb("safety"),
     ),
     Finding(
-        "rescaling", "RLHF adapts the temperature to the prompt", "section 5.1, figure 21", "evaluate",
+        "rescaling", "RLHF adapts the temperature to the prompt", "section 5.1, figure 21", "self_bleu",
         "Tuning makes answers to factual prompts alike even at high temperatures, but leaves creative ones diverse.",
         rescaling,
     ),
