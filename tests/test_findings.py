@@ -88,9 +88,13 @@ def degrees(root: Path, sign: int) -> list[str]:
 
 def specialists(root: Path, sign: int) -> list[str]:
     return [
-        put(root, f"reward_{model}@v1", scores__jsonl=[line for kind in KINDS for line in pairs(kind, sign if kind == model else -sign)])
+        put(
+            root,
+            f"reward_{model}@v1",
+            scores__jsonl=[line for kind in KINDS for line in pairs(kind, sign if kind == model else -sign)],
+        )
         for model in KINDS
-    ]  # fmt: skip
+    ]
 
 
 def drift(root: Path, sign: int) -> list[str]:
@@ -101,10 +105,16 @@ def drift(root: Path, sign: int) -> list[str]:
 
 def scaling(root: Path, sign: int) -> list[str]:
     rows = [
-        {"layers": layers, "pairs": number, "seed": seed,
-         "accuracy": 0.6 + 0.01 * (-1) ** seed * (layers + number / 10) + 0.1 * sign * (layers + number / 10)}
-        for layers in (1, 2) for number in (10, 20) for seed in range(4)
-    ]  # fmt: skip
+        {
+            "layers": layers,
+            "pairs": number,
+            "seed": seed,
+            "accuracy": 0.6 + 0.01 * (-1) ** seed * (layers + number / 10) + 0.1 * sign * (layers + number / 10),
+        }
+        for layers in (1, 2)
+        for number in (10, 20)
+        for seed in range(4)
+    ]
     return [put(root, "reward_scaling", runs__csv=rows)]
 
 
@@ -117,8 +127,9 @@ def distillation(root: Path, sign: int) -> list[str]:
 def samples(root: Path, sign: int) -> list[str]:
     lines = [
         {"kind": kind, "candidates": [{"reward": n % 3 + reward, "draws": 1} for reward in (0.0, 1.0, 2.0, 3.0)]}
-        for kind in KINDS for n in range(20)
-    ]  # fmt: skip
+        for kind in KINDS
+        for n in range(20)
+    ]
     figures = {
         f"{kind}/judge/utility/gain{end}": 0.3 * sign + reach
         for kind in KINDS
@@ -134,27 +145,47 @@ def samples(root: Path, sign: int) -> list[str]:
 
 def temperature(root: Path, sign: int) -> list[str]:
     rows = [
-        {"kind": kind, "temperature": heat, "statistic": statistic, "reward": reward, "low": reward - 0.1, "high": reward + 0.1}
-        for kind in KINDS for heat in (0.5, 1.0) for statistic in ("max", "median", "mean")
+        {
+            "kind": kind,
+            "temperature": heat,
+            "statistic": statistic,
+            "reward": reward,
+            "low": reward - 0.1,
+            "high": reward + 0.1,
+        }
+        for kind in KINDS
+        for heat in (0.5, 1.0)
+        for statistic in ("max", "median", "mean")
         for reward in [sign * heat if statistic == "max" else 0.0]
-    ]  # fmt: skip
+    ]
     return [put(root, "rejection_sampling@v1", {"safety/temperature": 1.0}, plots__temperatures__csv=rows)]
 
 
 def ghost_attention(root: Path, sign: int) -> list[str]:
     lines = [
         {"checkpoint": name, "conversation": n, "turn": turn, "held": higher(own, n)}
-        for name, own in (("v2", sign), ("v2_without", -sign)) for n in range(100) for turn in (1, 2)
-    ]  # fmt: skip
+        for name, own in (("v2", sign), ("v2_without", -sign))
+        for n in range(100)
+        for turn in (1, 2)
+    ]
     return [put(root, "ghost_attention@v2"), put(root, "consistency", judged__jsonl=lines)]
 
 
 def compare(root: Path, sign: int, *opponents: str) -> str:
     """Write win rates of v2 against opponents; sft is the baseline."""
     rows = [
-        {"version": version, "opponent": opponent, "kind": kind, "judge": "utility", "win_rate": 0.5 + 0.1 * sign, "low": 0.45 + 0.1 * sign, "high": 0.55 + 0.1 * sign}
-        for version, opponent in (("v1", "sft"), ("v2", "sft"), *(("v2", each) for each in opponents)) for kind in KINDS
-    ]  # fmt: skip
+        {
+            "version": version,
+            "opponent": opponent,
+            "kind": kind,
+            "judge": "utility",
+            "win_rate": 0.5 + 0.1 * sign,
+            "low": 0.45 + 0.1 * sign,
+            "high": 0.55 + 0.1 * sign,
+        }
+        for version, opponent in (("v1", "sft"), ("v2", "sft"), *(("v2", each) for each in opponents))
+        for kind in KINDS
+    ]
     roles = {"sft": "baseline", "v1": "version", "v2": "version", **dict.fromkeys(opponents, "control of v2")}
     versions = [{"evaluation": name, "role": role} for name, role in roles.items()]
     return put(root, "compare", win_rates__jsonl=rows, versions__jsonl=versions)
@@ -181,9 +212,14 @@ def answer(
     risk = "hateful_harmful" if category == "safety" else None
     judgement = {"safe": safe, "refuses": refuses, "right": None, "follows": None, "well_formed": True}
     return {
-        "id": f"{category}-{turns}-{number}", "category": category, "risk": risk, "messages": messages, "answer": "a",
-        "utility": utility, "judgement": judgement,
-    }  # fmt: skip
+        "id": f"{category}-{turns}-{number}",
+        "category": category,
+        "risk": risk,
+        "messages": messages,
+        "answer": "a",
+        "utility": utility,
+        "judgement": judgement,
+    }
 
 
 def evaluated(root: Path, **lines: Rows) -> list[str]:
@@ -218,34 +254,46 @@ def false_refusals(root: Path, sign: int) -> list[str]:
 
 def rescaling(root: Path, sign: int) -> list[str]:
     return [
-        put(root, f"self_bleu@{name}", self_bleu__csv=[
-            {"kind": kind, "temperature": heat, "self_bleu": value, "low": value - 2, "high": value + 2}
-            for kind in ("factual", "creative") for heat in (0.5, 1.0)
-            for value in [50.0 + 20 * sign * (name == "v2" and kind == "factual")]
-        ])
+        put(
+            root,
+            f"self_bleu@{name}",
+            self_bleu__csv=[
+                {"kind": kind, "temperature": heat, "self_bleu": value, "low": value - 2, "high": value + 2}
+                for kind in ("factual", "creative")
+                for heat in (0.5, 1.0)
+                for value in [50.0 + 20 * sign * (name == "v2" and kind == "factual")]
+            ],
+        )
         for name in ("sft", "v2")
-    ]  # fmt: skip
+    ]
 
 
 def context_distillation(root: Path, sign: int) -> list[str]:
     lines = [
-        {"risk": risk, "plain": {"safe_probability": 0.5},
-         "candidates": [{"safe_probability": 0.5 + 0.2 * sign + 0.1 * (-1) ** n, "draws": 2}]}
-        for risk in ("hateful_harmful", "unqualified_advice") for n in range(20)
-    ]  # fmt: skip
+        {
+            "risk": risk,
+            "plain": {"safe_probability": 0.5},
+            "candidates": [{"safe_probability": 0.5 + 0.2 * sign + 0.1 * (-1) ** n, "draws": 2}],
+        }
+        for risk in ("hateful_harmful", "unqualified_advice")
+        for n in range(20)
+    ]
     return [put(root, "context_distillation@v2", samples__jsonl=lines)]
 
 
 def safety_scaling(root: Path, sign: int) -> list[str]:
     scores = [
         {"share": share, "seed": seed, "id": n, "safe_probability": 0.5 + (0.2 * sign + 0.1 * (-1) ** n) * share}
-        for share in (0.0, 1.0) for seed in (1, 2) for n in range(20)
-    ]  # fmt: skip
+        for share in (0.0, 1.0)
+        for seed in (1, 2)
+        for n in range(20)
+    ]
     figures = ("safety/reward", "helpfulness/reward", "borderline/false_refusals", "helpfulness/false_refusals")
     runs = [
-        {"share": share, "seed": seed, **{name: 0.5 + (0.2 * sign + 0.01 * (-1) ** seed) * share for name in figures}}
-        for share in (0.0, 1.0) for seed in (1, 2)
-    ]  # fmt: skip
+        {"share": share, "seed": seed, **dict.fromkeys(figures, 0.5 + (0.2 * sign + 0.01 * (-1) ** seed) * share)}
+        for share in (0.0, 1.0)
+        for seed in (1, 2)
+    ]
     return [put(root, "safety_scaling", scores__csv=scores, runs__csv=runs)]
 
 
@@ -290,7 +338,7 @@ def test_a_single_training_tells_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_what_has_not_been_run_is_said_with_what_to_do(name: str, tmp_path: Path) -> None:
-    found = judge(BY_NAME[name], Outputs(tmp_path, [], PARAMS))
+    found = judge(BY_NAME[name], Outputs(tmp_path, [], {}))
     assert (found.verdict, found.evidence) == ("not run", None)
     assert found.reason.startswith("not run: ")
 
@@ -329,9 +377,15 @@ def test_without_a_truth_the_reward_models_judge(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (place / "win_rates.jsonl").read_text().splitlines()]
     (place / "win_rates.jsonl").write_text("".join(json.dumps({**row, "judge": "rewards"}) + "\n" for row in rows))
     scores = [
-        {"evaluation": name, "id": f"factual-1-{n}", "kind": "helpfulness", "score": (name == "v2") + 0.1 * (-1) ** n * (name == "v1")}
-        for name in ("sft", "v1", "v2") for n in range(50)
-    ]  # fmt: skip
+        {
+            "evaluation": name,
+            "id": f"factual-1-{n}",
+            "kind": "helpfulness",
+            "score": (name == "v2") + 0.1 * (-1) ** n * (name == "v1"),
+        }
+        for name in ("sft", "v1", "v2")
+        for n in range(50)
+    ]
     (place / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
     found = judge(BY_NAME["helpfulness_climb"], Outputs(tmp_path, names, PARAMS))
     assert found.verdict == "agrees"

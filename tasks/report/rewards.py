@@ -84,13 +84,14 @@ def specialists(outputs: Outputs) -> Evidence:
 
 def drift(outputs: Outputs) -> Evidence:
     """Compare a batch's own reward model with one of an earlier round, on the batch's held-out pairs."""
+    names = outputs.entries("reward_drift")
     comparisons = outputs.params["reward_drift"]["comparisons"]
     effects, series = [], []
     for kind in KINDS:
         section = f"reward_{kind}"
         older: dict[str, list[float]] = {}
         newer: dict[str, list[float]] = {}
-        for name in outputs.entries("reward_drift"):
+        for name in names:
             batch = comparisons[name]["batch"]
             lines = outputs.lines("reward_drift", name, "scores.jsonl")
             old = rights_of([line for line in lines if line["model"] == section], kind)
