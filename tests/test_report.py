@@ -243,7 +243,7 @@ def test_tables_have_a_column_an_entry_and_say_when_rows_are_left_out(tmp_path: 
 
 def test_sentences_whose_figures_are_missing_are_left_out() -> None:
     parts = ["It was done.", "{a/b:.1%} of {n:,}.", "{missing:.2f} more."]
-    assert said_of(parts, {"a/b": 0.5, "n": 1000}) == "It was done. 50.0% of 1,000."
+    assert said_of(parts, {"a/b": 0.5, "n": 1000.0}) == "It was done. 50.0% of 1,000."
 
 
 def test_words_in_backticks_are_code_and_no_markup() -> None:
@@ -291,8 +291,8 @@ def test_the_answer_tells_whether_the_last_version_is_promoted_and_why(tmp_path:
     assert none.headline == "v2 is best; nothing is promoted, as this run has no promotion stage"
     assert [row[:3] for row in none.rows] == [
         ["sft", "–", "–"],
-        ["v1", "60.0%\n55.0% to 65.0%", "60.0%\n55.0% to 65.0%"],
-        ["v2", "60.0%\n55.0% to 65.0%", "60.0%\n55.0% to 65.0%"],
+        ["v1", "60.0%\n55.0%\u00a0to\u00a065.0%", "60.0%\n55.0%\u00a0to\u00a065.0%"],
+        ["v2", "60.0%\n55.0%\u00a0to\u00a065.0%", "60.0%\n55.0%\u00a0to\u00a065.0%"],
     ]
     assert len(none.charts) == 1  # no share of violations in these tables
 

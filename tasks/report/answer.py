@@ -155,10 +155,16 @@ def table_of(outputs: Outputs, shown: Sequence[str]) -> tuple[list[str], list[li
         cells = [name]
         for kind in KINDS:
             rate = rates.get((name, baseline, kind))
-            cells.append(f"{rate.value:.1%}\n{rate.low:.1%} to {rate.high:.1%}" if rate else "–")
+            cells.append(
+                f"{rate.value:.1%}\n{rate.low:.1%}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{rate.high:.1%}"
+                if rate
+                else "–"
+            )
         for figure in figures:
             value, low, high = (rows[name].get(f"{figure}{end}") for end in ("", "/low", "/high"))
-            cells.append("–" if value is None else f"{value:.1%}\n{low:.1%} to {high:.1%}")
+            cells.append(
+                "–" if value is None else f"{value:.1%}\n{low:.1%}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high:.1%}"
+            )
         found.append(cells)
     return columns, found
 

@@ -177,8 +177,9 @@ CHAPTERS: Mapping[str, Chapter] = {
 def said_of(parts: Sequence[str], figures: Mapping[str, float]) -> str:
     """Return those of the sentences whose figures there are."""
     formatter = string.Formatter()
+    values = {name: int(value) if float(value).is_integer() else value for name, value in figures.items()}
     return " ".join(
-        formatter.vformat(part, (), {**figures})
+        formatter.vformat(part, (), values)
         for part in parts
         if all(name is None or name in figures for _, name, _, _ in formatter.parse(part))
     )

@@ -18,7 +18,7 @@ def pronouns(outputs: Outputs) -> Evidence:
     if not {"he", "she"} <= set(counts):
         raise NotRun("not measured: no document has a pronoun of these groups")
     total = int(outputs.figures("audit")["documents"])
-    effect = of_shares("documents with `he` minus documents with `she`", counts["he"], total, counts["she"], total)
+    effect = of_shares("documents with “he” minus documents with “she”", counts["he"], total, counts["she"], total)
     shown = table[~table["group"].str.startswith("any")]
     chart = Chart(
         "Share of the documents with each group of pronouns", "pronouns", "documents",
