@@ -377,3 +377,10 @@ def test_stages_are_in_the_graphs_order_and_those_of_a_section_together(workspac
     (workspace / "dvc.yaml").write_text(ORDER)
     # a and b wait for each other from round to round: they stand in dvc.yaml's order
     assert list(stages_before("report")) == ["first", "b@v1", "b@v2", "a@v1", "a@v2", "judge"]
+
+
+def test_a_study_that_the_report_reads_has_its_own_name(workspace: Path) -> None:
+    (workspace / "dvc.yaml").write_text(ORDER.replace("deps: [judged]", "deps: [judged, studied]"))
+    (workspace / "studies").mkdir()
+    (workspace / "studies" / "dvc.yaml").write_text('stages:\n  study: {wdir: .., cmd: "true", outs: [studied]}\n')
+    assert set(stages_before("report")) == {"first", "b@v1", "b@v2", "a@v1", "a@v2", "judge", "study"}
