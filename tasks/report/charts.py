@@ -99,7 +99,7 @@ def draw_chart(axes: Any, chart: Chart) -> None:
     if chart.level is not None:
         axes.axhline(chart.level, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
     if words:
-        shown = [textwrap.fill(word.replace("_", " "), 12) for word in words]
+        shown = [textwrap.fill(word.replace("_", " "), 13, break_long_words=False) for word in words]
         crowded = len(words) * max(len(line) for word in shown for line in word.splitlines()) > 64
         if crowded:
             axes.set_xticks(range(len(words)), words, rotation=30, ha="right", rotation_mode="anchor")
