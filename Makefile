@@ -32,6 +32,10 @@ ui: setup
 
 deploy worker: export PREFECT_API_URL ?= http://127.0.0.1:$(or $(PREFECT_SERVER_API_PORT),4200)/api
 
+# The server on this machine is asked past any proxy; some libraries read the one name, some the other.
+deploy worker: export no_proxy := 127.0.0.1,localhost,$(no_proxy)
+deploy worker: export NO_PROXY := 127.0.0.1,localhost,$(NO_PROXY)
+
 deploy: SECONDS_TO_ANSWER ?= 120
 deploy: setup
 	end=$$(($$(date +%s) + $(SECONDS_TO_ANSWER))); until prefect work-pool ls > /dev/null 2>&1; do \

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.running.params import flatten, read_params
 from tasks.running.places import NOTHING
+from tasks.running.record import in_repository
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +43,7 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
     from dvc.repo import Repo
 
     _check_paths()
+    _tell_dvc_of_archive()
     try:
         graph = Repo().index.graph
     except DvcException as error:
@@ -67,6 +69,17 @@ def read_graph(targets: Sequence[str] = ()) -> list[Node]:
         for name in order
         if name in wanted
     ]
+
+
+def _tell_dvc_of_archive() -> None:
+    """Tell DVC, in .dvc/config.local, that a downloaded archive is no git repository: else it stops."""
+    from dvc.config import Config
+
+    if not in_repository() and Path(".dvc").exists():
+        config = Config(".dvc")
+        if not config["core"].get("no_scm"):
+            with config.edit("local") as local:
+                local["core"]["no_scm"] = True
 
 
 def _check_paths() -> None:

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-os.environ.setdefault("DO_NOT_TRACK", "1")  # read by Prefect when it is imported
-
 from prefect import State, flow, get_run_logger
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed

@@ -15,10 +15,11 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
-from pathlib import Path
+from urllib.error import HTTPError
 
 from tasks.running.places import SCRATCH
 from tasks.running.processes import die_with_parent
+from tasks.steering.tracking import ARTIFACTS, default_store, without_password
 
 # Prefect's own variable and default, where its commands look for a server.
 PREFECT_PORT = int(os.environ.get("PREFECT_SERVER_API_PORT", "4200"))
@@ -44,7 +45,17 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - always a constant scheme and host
             return True
+    except HTTPError:
+        return True
     except (OSError, HTTPException):  # nothing listens there, or it doesn't speak HTTP
+        return False
+
+
+def is_reachable(url: str) -> bool:
+    """Return whether anything speaks HTTP at an address that a user has set, even if it only says no."""
+    try:
+        return answers(url)
+    except ValueError:  # it is no address
         return False
 
 
@@ -102,8 +113,14 @@ def prefect_server() -> Iterator[str]:
     The last gets a random port: on the default one another workspace's flow would use it, and lose it with this block.
     """
     local = f"http://127.0.0.1:{PREFECT_PORT}/api"
-    if "PREFECT_API_URL" in os.environ:
-        yield os.environ["PREFECT_API_URL"]
+    configured = os.environ.get("PREFECT_API_URL")
+    if configured is not None:
+        if not is_reachable(configured):
+            raise RuntimeError(
+                f"PREFECT_API_URL is {without_password(configured)}, where no Prefect server answers: start one there "
+                "(here: `make ui`), or unset it to have one for this run alone"
+            )
+        yield configured
     elif answers(f"{local}/health"):
         yield local
     else:
@@ -125,10 +142,8 @@ def start_prefect(port: int) -> Iterator[str]:
 def start_mlflow(port: int) -> Iterator[str]:
     """Start MLflow's pages over the default store on a port; yield their address."""
     url = f"http://127.0.0.1:{port}"
-    store = f"sqlite:///{Path('mlflow.db').absolute()}"
-    artifacts = Path("mlartifacts").absolute().as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store, "--default-artifact-root", artifacts]
+    command += ["--backend-store-uri", default_store(), "--default-artifact-root", ARTIFACTS.absolute().as_uri()]
     environment = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",

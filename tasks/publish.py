@@ -190,8 +190,8 @@ def run(stage: Stage[Params]) -> dict[str, float]:
         write_evolution(client, experiment_id, sorted(stages))
     except MlflowException as error:
         raise ValueError(
-            f"MLflow does not answer ({tracking.without_password(error)}): start it or correct MLFLOW_TRACKING_URI, "
-            "then `dvc repro publish`; every other stage is done and recorded in .runs/"
+            f"MLflow does not answer ({tracking.without_password(str(error))}): start it or correct "
+            "MLFLOW_TRACKING_URI, then `dvc repro publish`; every other stage is done and recorded in .runs/"
         ) from None
     stage.log({"restored_runs": num_restored}, step=0)
     with (stage.output / "outputs.csv").open("w", encoding="utf-8", newline="") as file:

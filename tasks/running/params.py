@@ -63,6 +63,14 @@ def read_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
     return values
 
 
+def seed_of(values: Mapping[str, Any]) -> int:
+    """Return the seed of every random draw. Raises ValueError when it is no integer of 0 or more."""
+    seed = values.get("seed")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"params.yaml: `seed` is {seed!r}: an integer >= 0 is needed")
+    return seed
+
+
 def parse_section(model: type[SectionType], values: Mapping[str, Any], name: str) -> SectionType:
     """Return section `name` of params.yaml as its model.
 

@@ -16,6 +16,7 @@ PIPELINE_VARIABLE = "ARRIERO_PIPELINE"  # names the flow run that a stage belong
 PIPELINE_ARGUMENT = "--pipeline="  # names the pipeline run to the ranks that a launcher starts, on any host
 LAUNCHER_VARIABLE = "ARRIERO_LAUNCHER"  # process id of the launcher on this host, for the ranks that it starts
 FINGERPRINT_ARGUMENT = "--fingerprint="  # tells ranks the stage's fingerprint, so that not each hashes all the data
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 LOCKED_ARGUMENT = "--locked"  # tells ranks that a flow holds the workspace's lock for them
 
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a forked child must not import
@@ -42,6 +43,13 @@ def pipeline_id() -> str:
 
     parent = psutil.Process(os.getppid())
     return f"{parent.pid}-{int(parent.create_time())}"
+
+
+def bypass_proxy() -> None:
+    """Let this process and its children reach servers of this machine directly, whatever proxy is set."""
+    for name in ("no_proxy", "NO_PROXY"):  # some libraries read the one, some the other
+        hosts = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join(dict.fromkeys([*hosts, *THIS_MACHINE]))
 
 
 @contextmanager

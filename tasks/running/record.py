@@ -61,8 +61,15 @@ def close_record(record: Path, status: str, error: str | None = None, trace: str
     write_json(path, {**values, "status": status, "error": error, "ended": time.time()})
 
 
+def in_repository() -> bool:
+    """Return whether the working directory is in a git repository; a downloaded archive is in none."""
+    return any((folder / ".git").exists() for folder in (Path.cwd(), *Path.cwd().parents))
+
+
 def code_revision() -> dict[str, str]:
-    """Return the current git commit, and whether files differ from it."""
+    """Return the current git commit, and whether files differ from it; both unknown without git or a repository."""
+    if shutil.which("git") is None or not in_repository():
+        return {"commit": "unknown", "changed": "unknown"}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Generic
 from tasks.running.files import read_json, write_json
 from tasks.running.fingerprint import Identity, fingerprint
 from tasks.running.names import is_metric_name
-from tasks.running.params import Machine, ParamsType, Tracking, parse_section, read_params
+from tasks.running.params import Machine, ParamsType, Tracking, parse_section, read_params, seed_of
 from tasks.running.places import DATA, RUNS, SCRATCH, entry_of, place_of, section_of
 from tasks.running.plots import Plot, write_plot, write_table
 from tasks.running.processes import (
@@ -142,7 +142,7 @@ def start(params_model: type[ParamsType], run: Callable[[Stage[ParamsType]], Map
     module = spec.name.removesuffix(".__main__").removeprefix("tasks.")
     name = "@".join([module, *(argument for argument in sys.argv[1:] if not argument.startswith("--"))])
     status = _status_of(name, module, params_model, run)
-    if "RANK" not in os.environ:
+    if argument(FINGERPRINT_ARGUMENT) is None:
         sys.exit(status)
     # A rank exits without Python's shutdown: gloo's threads may still be releasing the last exchange's tensors, which
     # needs the interpreter, and one that is shutting down aborts the process (pytorch's issue 190489). Destroying the
@@ -199,14 +199,13 @@ def _run_stage(
     run: Callable[[Stage[ParamsType]], Mapping[str, float]],
 ) -> None:
     """Run one stage, opening its record before and closing it after."""
-    rank = int(os.environ.get("RANK", "0"))
+    # Only our launcher makes ranks, and tells them the fingerprint; another one may have left its variables.
+    rank = int(os.environ["RANK"]) if argument(FINGERPRINT_ARGUMENT) is not None else 0
     values = read_params()
     params = parse_section(params_model, values, module)
     machine = parse_section(Machine, values, "machine")
     tracking = parse_section(Tracking, values, "tracking")
-    seed = values.get("seed")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"params.yaml: `seed` is {seed!r}: an integer >= 0 is needed")
+    seed = seed_of(values)
     identity = _identity_of(name)
     place = place_of(name)
     scratch = SCRATCH / place / identity.digest

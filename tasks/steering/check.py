@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 
-from tasks.running.params import Machine, Tracking, parse_section, read_params
+from tasks.running.params import Machine, Tracking, parse_section, read_params, seed_of
 from tasks.running.places import section_of
 
 
@@ -26,9 +28,13 @@ def problems(stages: Sequence[str]) -> list[str]:
             module = importlib.import_module(f"tasks.{name}.__main__")
         models[name] = module.Params
     found = []
-    for name, model in models.items():
+    checks: list[Callable[[], Any]] = [
+        partial(seed_of, values),
+        *(partial(parse_section, model, values, name) for name, model in models.items()),
+    ]
+    for check in checks:
         try:
-            parse_section(model, values, name)
+            check()
         except ValueError as error:
             found.append(str(error))
     return found

@@ -24,18 +24,30 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.reading.rounds import NAME
 from tasks.running.files import read_json, write_json
 from tasks.running.places import SCRATCH, dashed, entry_of, section_of
+from tasks.running.processes import bypass_proxy
 from tasks.running.record import metric_lines, read_run
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
 
+STORE = Path("mlflow.db")
+ARTIFACTS = Path("mlartifacts")
+# Where MLflow's store notes whole addresses of artifacts: table and column.
+PLACES_OF_ARTIFACTS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 SECONDS_BETWEEN_SENDS = 3.0
 LINES_PER_BATCH = 1000  # MLflow's limit on metrics in one request
 PARAMS_PER_BATCH = 100  # MLflow's limit on parameters in one request
@@ -47,8 +59,9 @@ def connect(experiment: str) -> tuple[MlflowClient, str]:
     """Return a client and the id of the experiment, created if needed.
 
     MLFLOW_TRACKING_URI selects the server. Without it, runs go to mlflow.db and mlartifacts/ in the working directory.
-    Raises MlflowException when the server does not answer.
+    Raises MlflowException when the server does not answer, ValueError when the experiment was deleted there.
     """
+    bypass_proxy()
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -57,25 +70,52 @@ def connect(experiment: str) -> tuple[MlflowClient, str]:
     from mlflow import MlflowClient, set_tracking_uri
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    artifacts = None
-    if uri is None:
-        uri = f"sqlite:///{Path('mlflow.db').absolute()}"
-        artifacts = Path("mlartifacts").absolute().as_uri()
+    configured = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = configured or default_store()
+    artifacts = None if configured else ARTIFACTS.absolute().as_uri()
     SCRATCH.mkdir(exist_ok=True)
     # Whoever opens a new SQLite store first sets it up; two at once would corrupt it.
     with FileLock(SCRATCH / "mlflow.lock"):
         set_tracking_uri(uri)
         client = MlflowClient()
         found = client.get_experiment_by_name(experiment)
+        if found and found.lifecycle_stage == "deleted":
+            raise ValueError(
+                f"MLflow's experiment `{experiment}` was deleted: bring it back with `mlflow experiments restore "
+                f"--experiment-id {found.experiment_id}`, or name another one in params.yaml (`tracking.experiment`)"
+            )
+        if found and artifacts and found.artifact_location != artifacts:
+            move_artifacts(found.artifact_location, artifacts)
         kind = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page then opens on training runs
         experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifacts, kind)
     return client, experiment_id
 
 
-def without_password(error: Exception) -> str:
-    """Return an error's first line without a password: MLflow quotes the server's whole address."""
-    return re.sub(r"://[^/\s]*@", "://", str(error).splitlines()[0][:200])
+def default_store() -> str:
+    """Return the address of this folder's own MLflow store."""
+    path = STORE.absolute()
+    return f"sqlite:///{STORE if '?' in str(path) else path}"  # what follows a `?` would be options
+
+
+def move_artifacts(before: str, now: str) -> None:
+    """Let this folder's own store point to the artifacts beside it: MLflow notes whole paths, and the folder was moved.
+
+    A copy would else write into the original.
+    """
+    import sqlite3
+
+    with closing(sqlite3.connect(STORE)) as store, store:
+        for table, column in PLACES_OF_ARTIFACTS:
+            moved = f"{column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ? || '/'"
+            store.execute(
+                f"UPDATE {table} SET {moved}",  # noqa: S608 - names of ours
+                (now, len(before) + 1, len(before) + 1, before),
+            )
+
+
+def without_password(text: str) -> str:
+    """Return an address, or an error's first line, without a password: MLflow quotes the server's whole address."""
+    return re.sub(r"://[^/\s]*@", "://", text.splitlines()[0][:200])
 
 
 def find_run(client: MlflowClient, experiment_id: str, tags: dict[str, str], condition: str = "") -> str | None:
@@ -296,11 +336,11 @@ def follow(record: Path, started: float) -> None:
             end_killed(record)
         try:
             send(record)
-        except MlflowException as error:
+        except (MlflowException, ValueError) as error:
             if ended:
                 sys.stderr.write(
-                    f"MLflow can't be reached, the record of {run['stage']} stays in {record}: "
-                    f"the next `publish` sends it, or now `dvc repro -f -s publish` ({without_password(error)})\n"
+                    f"MLflow does not have the record of {run['stage']}, it stays in {record}: "
+                    f"the next `publish` sends it, or now `dvc repro -f -s publish` ({without_password(str(error))})\n"
                 )
 
 
