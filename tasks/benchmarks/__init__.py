@@ -1,0 +1,1 @@
+"""Benchmarks of the field, on their own harness."""
