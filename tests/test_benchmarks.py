@@ -88,7 +88,7 @@ def test_a_chat_checkpoint_answers_as_the_sampler_does(place: Path) -> None:
     Path("files/ifeval.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(other) + "\n")
     figures = run(stage_here("benchmarks@sft", params_for(place, "ifeval", chat=True)))
     (answered,) = read_lines(Path("out/samples.jsonl"))  # the other needs data that nltk would download
-    assert json.loads(answered["prompt"].removeprefix("messages: ")) == [{"role": "user", "content": "so 1?"}]
+    assert json.loads(answered["prompt"].removeprefix("\0messages: ")) == [{"role": "user", "content": "so 1?"}]
     assert figures["ifeval/strict"] == ("," not in answered["answers"][0] and bool(answered["answers"][0].strip()))
 
 

@@ -23,7 +23,7 @@ from model.text.dialogue import encode_prompt
 from model.text.tokenizer import Tokenizer
 from tasks.running.digests import number_of
 
-DIALOGUE = "messages: "  # begins a prompt that is a dialogue, as JSON: its special tokens can't be written as text
+DIALOGUE = "\0messages: "  # begins a prompt that is a dialogue, as JSON: special tokens can't be written as text
 
 
 class Checkpoint(TemplateLM):  # type: ignore[misc,unused-ignore]
