@@ -1,6 +1,7 @@
 """Talk to a checkpoint in the terminal: `python -m flows.chat [CHECKPOINT]`.
 
-CHECKPOINT is a Hugging Face Llama directory, for instance data/sft; by default the newest one in data/. The settings
+CHECKPOINT is a Hugging Face Llama directory, for instance data/sft; by default the champion, which the stage `promote`
+has chosen, or the newest one in data/ while there is none. The settings
 are those of section `chat` in params.yaml. Input may come from a pipe: then each line is printed as it is read.
 """
 
@@ -265,6 +266,26 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
+def champion() -> tuple[Path, str] | None:
+    """Return the champion's directory and why it is the champion, or None while there is none.
+
+    Raises ValueError when its checkpoint is gone.
+    """
+    decision_file = DATA / "promote" / "decision.json"
+    if not decision_file.exists():
+        return None
+    decision = json.loads(decision_file.read_text(encoding="utf-8"))
+    name, directory = decision["champion"], decision_file.with_name("champion")
+    if not (directory / "config.json").exists():
+        raise ValueError(
+            f"{directory}, the checkpoint of the champion {name}, is gone: `dvc checkout promote` brings it back, or "
+            "name a Hugging Face directory"
+        )
+    passed = [each for each in decision["ladder"] if each["challenger"] == name]
+    why = "; ".join(rule["text"] for each in passed for rule in each["rules"]) or "no version has passed the gate"
+    return directory, f"the champion, {name}: {why}"
+
+
 def newest_checkpoint() -> Path:
     """Return the newest checkpoint in data/ of a model that answers.
 
@@ -289,17 +310,18 @@ def answers(checkpoint: Path) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Chat; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.chat", description="Talk to a checkpoint.")
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a directory; default: the newest in data/")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a directory; default: the champion")
     name = parser.parse_args(arguments).checkpoint
     for stream in (sys.stdin, sys.stdout):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         values = read_params()
         params, machine = parse_section(Params, values, "chat"), parse_section(Machine, values, "machine")
-        directory = Path(name) if name else newest_checkpoint()
+        chosen = None if name else champion()
+        directory, why = chosen or (Path(name) if name else newest_checkpoint(), "")
         if not directory.is_dir():
             raise ValueError(f"{directory} is not a directory: name a checkpoint, for instance data/sft")
-        show(f"Opening {directory}. /help lists the commands.\n")
+        show(f"Opening {directory}{f' ({why})' if why else ''}. /help lists the commands.\n")
         talk(open_chat(directory, params, machine.threads, values["seed"]), read_line)
     except ValueError as error:
         sys.stderr.write(f"{error}\n")

@@ -33,6 +33,7 @@ from tasks.steering import tracking
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+PROMOTE = "promote"  # the stage that chooses the champion
 START = "sft"  # evaluation of the model that the first round starts from
 
 
@@ -111,30 +112,50 @@ def restored_run(client: MlflowClient, experiment_id: str, name: str, stage: Map
 def register(client: MlflowClient, experiment_id: str, name: str, run_id: str, prefix: str, digest: str) -> None:
     """Register a stage's checkpoint: one registered model per section, one version per output digest.
 
-    An alias leads to the version that dvc.lock has: models:/arriero-fine_tuning@rlhf-v1.
+    An alias leads to the version that dvc.lock has: models:/arriero-fine_tuning@rlhf-v1. The champion's leads to the
+    version that the stage `promote` chose, models:/arriero-promote@champion, tagged with the reasons.
     """
     from mlflow.exceptions import MlflowException
 
     place = DATA / place_of(name)
-    if not (place / "config.json").exists():
+    checkpoint = place / "champion" if name == PROMOTE else place
+    if not (checkpoint / "config.json").exists():
         return
-    model_id = tracking.model_of(client, experiment_id, run_id, {"path": str(place), "stage": name})
+    model_id = tracking.model_of(client, experiment_id, run_id, {"path": str(checkpoint), "stage": name})
     client.set_logged_model_tags(model_id, {"digest": digest})
     registered = f"{prefix}-{section_of(name)}"
     try:
         client.get_registered_model(registered)
     except MlflowException:
         client.create_registered_model(registered)
-    tags = {"digest": digest, "path": str(place)}
+    tags = {"digest": digest, "path": str(checkpoint)}
     query = " and ".join([f"name = '{registered}'", *(f"tags.{key} = '{value}'" for key, value in tags.items())])
     versions = client.search_model_versions(query) or [
         client.create_model_version(registered, f"models:/{model_id}", run_id, tags, model_id=model_id)
     ]
     client.set_registered_model_alias(registered, alias_of(name), versions[0].version)
+    if name == PROMOTE:
+        for key, value in reasons(read_json(place / "decision.json")).items():
+            client.set_model_version_tag(registered, versions[0].version, key, value)
+
+
+def reasons(decision: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags of the champion's version: which one it is, and how each challenge ended."""
+    told = {
+        each["challenger"]: f"{'promoted' if each['promoted'] else 'not promoted'}: "
+        + "; ".join(rule["text"] for rule in each["rules"] if each["promoted"] or not rule["passed"])
+        for each in decision["ladder"]
+    }
+    return {"champion": decision["champion"], **{f"challenge.{name}": text for name, text in told.items()}}
 
 
 def alias_of(name: str) -> str:
-    """Return the alias of a stage's checkpoint: `rlhf-v1`, as MLflow reserves `v1`; `current` if it runs once."""
+    """Return the alias of a stage's checkpoint: `rlhf-v1`, as MLflow reserves `v1`; `current` if it runs once.
+
+    The one that `promote` chose is the `champion`.
+    """
+    if name == PROMOTE:
+        return "champion"
     entry = re.sub(r"[^\w-]", "_", entry_of(name))
     return f"rlhf-{entry}" if entry else "current"
 

@@ -47,7 +47,8 @@ LEAVE_OUT = {  # read what the evaluation asks, to leave it out
     "distillation",
     "safety_scaling",
 }
-AS_OTHERS = {  # stages that train as another one does: that one's section
+AS_OTHERS = {  # stages that train as another one does, or judge its outputs: that one's section
+    "promote": {"evaluate.checkpoints"},
     "controls": {"fine_tuning"},
     "distillation": {"fine_tuning", "rejection_sampling"},
     "safety_scaling": {
