@@ -17,7 +17,20 @@ from ruamel.yaml import YAML
 from test_evaluate import write_checkpoint
 from test_stage import wait_for
 
-from flows.chat import COMMANDS, HARMLESS, Chat, Params, main, newest_checkpoint, open_chat, room, say, talk, visible
+from flows.chat import (
+    COMMANDS,
+    HARMLESS,
+    Chat,
+    Params,
+    champion,
+    main,
+    newest_checkpoint,
+    open_chat,
+    room,
+    say,
+    talk,
+    visible,
+)
 from model.sampling.sampler import Response, Sampling, sample
 from model.text.dialogue import Message, decode_answer, encode_dialogue, encode_prompt
 from model.text.tokenizer import Tokenizer
@@ -328,6 +341,26 @@ def test_the_newest_checkpoint_is_the_last_that_answers(tmp_path: Path, monkeypa
         os.utime(Path(place, "training.json"), (seconds, seconds))
     (tmp_path / "data" / "audit").mkdir()
     assert newest_checkpoint() == Path("data/ppo/v5")
+
+
+def test_the_champion_is_told_with_its_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert champion() is None
+    place = Path("data/promote")
+    place.mkdir(parents=True)
+    rules = [{"text": "it wins"}, {"text": "it refuses little"}]
+    ladder = [
+        {"challenger": "v1", "promoted": True, "rules": rules},
+        {"challenger": "v2", "promoted": False, "rules": []},
+    ]
+    (place / "decision.json").write_text(json.dumps({"champion": "v1", "ladder": ladder}))
+    with pytest.raises(ValueError, match="checkpoint of the champion v1, is gone: `dvc checkout promote` brings it"):
+        champion()
+    (place / "champion").mkdir()
+    (place / "champion" / "config.json").write_text("{}")
+    assert champion() == (place / "champion", "the champion, v1: it wins; it refuses little")
+    (place / "decision.json").write_text(json.dumps({"champion": "sft", "ladder": ladder}))
+    assert champion() == (place / "champion", "the champion, sft: no version has passed the gate")
 
 
 def test_the_greeting_comes_before_heavy_imports() -> None:

@@ -22,7 +22,14 @@ from tasks.running.files import write_json
 place, value = Path(sys.argv[1]), float(sys.argv[2])
 place.mkdir(parents=True)
 write_json(place / "metrics.json", {"safety/violations": value, "well_formed": 1.0})
-if place.parts[1] != "evaluate":
+if place.parts[1] == "promote":
+    rule = {"rule": "wins", "passed": True, "text": "it wins"}
+    passed = {"challenger": "v1", "champion": "sft", "promoted": True, "rules": [rule]}
+    rules = [rule, {**rule, "passed": False, "text": "it refuses"}]
+    failed = {**passed, "challenger": "v2", "promoted": False, "rules": rules}
+    write_json(place / "decision.json", {"champion": "v1", "ladder": [passed, failed]})
+    write_json(place / "champion" / "config.json", {"model_type": "llama"})
+elif place.parts[1] != "evaluate":
     write_json(place / "config.json", {"model_type": "llama", "value": value})
 """
 PIPELINE = """\
@@ -45,9 +52,12 @@ stages:
     do:
       cmd: PYTHON make.py data/evaluate/${key} ${item}
       outs: ["data/evaluate/${key}"]
+  promote:
+    cmd: PYTHON make.py data/promote 1
+    outs: [data/promote]
   publish:
     cmd: exec PYTHON -m tasks.publish
-    deps: [data/sft, data/fine_tuning, data/controls, data/evaluate]
+    deps: [data/sft, data/fine_tuning, data/controls, data/evaluate, data/promote]
     params: [publish]
     outs:
     - data/publish:
@@ -84,7 +94,8 @@ def test_versions_are_told_apart_and_seen_as_one_line(rounds: Path) -> None:
     assert evolution("eval/well_formed") == [(0, 1.0), (1, 1.0), (2, 1.0)]
 
     client, _ = tracking.connect("test")
-    assert {model.name for model in client.search_registered_models()} == {"toy-sft", "toy-fine_tuning", "toy-controls"}
+    names = {"toy-sft", "toy-fine_tuning", "toy-controls", "toy-promote"}
+    assert {model.name for model in client.search_registered_models()} == names
     lock = publish.locked_stages()
     for name, registered, alias in (
         ("sft", "toy-sft", "current"),
@@ -96,6 +107,19 @@ def test_versions_are_told_apart_and_seen_as_one_line(rounds: Path) -> None:
         version = client.get_model_version_by_alias(registered, alias)
         assert version.tags == {"digest": lock[name]["output"], "path": f"data/{name.replace('@', '/')}"}
         assert version.run_id == found[name].info.run_id
+
+
+@pytest.mark.slow
+def test_the_champions_alias_leads_to_it_with_the_reasons(rounds: Path) -> None:
+    client, _ = tracking.connect("test")
+    version = client.get_model_version_by_alias("toy-promote", "champion")
+    assert version.tags == {
+        "digest": publish.locked_stages()["promote"]["output"],
+        "path": "data/promote/champion",
+        "champion": "v1",
+        "challenge.v1": "promoted: it wins",
+        "challenge.v2": "not promoted: it refuses",
+    }
 
 
 @pytest.mark.slow
