@@ -266,6 +266,17 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
+def choose(name: str | None) -> tuple[Path, str]:
+    """Return the checkpoint that was named, or the champion, or while there is none the newest, and what to say of it.
+
+    Raises ValueError when there is none, or when no directory has this name.
+    """
+    directory, why = (Path(name), "") if name else champion() or (newest_checkpoint(), "")
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory: name a checkpoint, for instance data/sft")
+    return directory, why
+
+
 def champion() -> tuple[Path, str] | None:
     """Return the champion's directory and why it is the champion, or None while there is none.
 
@@ -317,10 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         values = read_params()
         params, machine = parse_section(Params, values, "chat"), parse_section(Machine, values, "machine")
-        chosen = None if name else champion()
-        directory, why = chosen or (Path(name) if name else newest_checkpoint(), "")
-        if not directory.is_dir():
-            raise ValueError(f"{directory} is not a directory: name a checkpoint, for instance data/sft")
+        directory, why = choose(name)
         show(f"Opening {directory}{f' ({why})' if why else ''}. /help lists the commands.\n")
         talk(open_chat(directory, params, machine.threads, values["seed"]), read_line)
     except ValueError as error:

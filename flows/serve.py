@@ -1,6 +1,6 @@
 """Serve a checkpoint as OpenAI's chat completions: `python -m flows.serve [CHECKPOINT] [--port N]`.
 
-CHECKPOINT is a Hugging Face Llama directory, for instance data/sft; by default the one that `make chat` opens. Only
+CHECKPOINT is a Hugging Face Llama directory, for instance data/sft; by default the champion, as in `make chat`. Only
 this machine can reach the server. Where vLLM is installed and there is a GPU, vLLM serves; else the project's own
 sampler does, behind FastAPI (flows/completions.py). `transformers serve` would sample with other code than every stage
 here does, and reads `</s>` in a message as the end of a turn.
@@ -57,7 +57,7 @@ def name_of(directory: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m flows.serve", description="Serve OpenAI's chat completions.")
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a directory; default: that of `make chat`")
+    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a directory; default: the champion")
     parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1; default: serve.port of params.yaml")
     asked = parser.parse_args(arguments)
     return guarded(lambda: _serve(asked.checkpoint, asked.port))
@@ -68,14 +68,12 @@ def _serve(checkpoint: str | None, port: int | None) -> int:
     drawing, machine = parse_section(chat.Params, values, "chat"), parse_section(Machine, values, "machine")
     given = {**values.get("serve", {}), **({} if port is None else {"port": port})}
     params = parse_section(Params, {"serve": given}, "serve")
-    directory = Path(checkpoint) if checkpoint else chat.newest_checkpoint()
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory: name a checkpoint, for instance data/sft")
+    directory, why = chat.choose(checkpoint)
     if not servers.port_is_free(params.port):
         raise ValueError(f"port {params.port} of {HOST} is busy: stop what listens there, or choose another by --port")
     import torch
 
-    address = f"{name_of(directory)} ({directory}) at http://{HOST}:{params.port}/v1; Ctrl-C stops it"
+    address = f"{name_of(directory)} ({directory}{why and f', {why}'}) at http://{HOST}:{params.port}/v1; Ctrl-C stops it"
     program = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if program and torch.cuda.is_available():
         chat.show(f"vLLM serves {address}.\n")
