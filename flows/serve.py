@@ -73,7 +73,8 @@ def _serve(checkpoint: str | None, port: int | None) -> int:
         raise ValueError(f"port {params.port} of {HOST} is busy: stop what listens there, or choose another by --port")
     import torch
 
-    address = f"{name_of(directory)} ({directory}{why and f', {why}'}) at http://{HOST}:{params.port}/v1; Ctrl-C stops it"
+    reason = f", {why}" if why else ""
+    address = f"{name_of(directory)} ({directory}{reason}) at http://{HOST}:{params.port}/v1; Ctrl-C stops it"
     program = shutil.which("vllm", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if program and torch.cuda.is_available():
         chat.show(f"vLLM serves {address}.\n")
