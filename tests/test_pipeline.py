@@ -321,7 +321,7 @@ def test_every_profile_gives_valid_parameters(profile: str | None, monkeypatch: 
 
 
 def test_params_hold_a_section_for_each_stage_and_nothing_else() -> None:
-    shared = {"seed", "machine", "tracking", "training", "plan", "chat", "rounds"}
+    shared = {"seed", "machine", "tracking", "training", "plan", "chat", "serve", "rounds"}
     assert set(PARAMS) == shared | set(STAGES)
 
 
