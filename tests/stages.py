@@ -26,7 +26,9 @@ from ruamel.yaml import YAML
 
 from flows.servers import free_port
 from tasks.running.params import Machine
+from tasks.running.processes import FINGERPRINT_ARGUMENT
 from tasks.running.stage import Stage
+from tasks.workers.launch import identify
 
 REPOSITORY = Path(__file__).parent.parent
 THREADS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # as tasks.workers.launch sets them
@@ -108,10 +110,12 @@ class Workspace:
         """Start the stage's ranks without the seconds that imports take."""
         alone = {**self.environment, **THREADS, "WORLD_SIZE": str(self.num_ranks), "LOCAL_SIZE": str(self.num_ranks)}
         alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        with chdir(self.root):  # by the fingerprint a rank sees that it is one of this pipeline's launcher
+            arguments = [*self.arguments, f"{FINGERPRINT_ARGUMENT}{identify('@'.join(self.arguments))}"]
         processes = []
         for rank in map(str, range(self.num_ranks)):
             environment = {**alone, "RANK": rank, "LOCAL_RANK": rank}
-            processes.append(fork_server().Process(target=become_rank, args=(self.root, environment, self.arguments)))
+            processes.append(fork_server().Process(target=become_rank, args=(self.root, environment, arguments)))
             processes[-1].start()
         return processes
 
