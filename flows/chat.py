@@ -1,8 +1,8 @@
 """Talk to a checkpoint in the terminal: `python -m flows.chat [CHECKPOINT]`.
 
 CHECKPOINT is a Hugging Face Llama directory, for instance data/sft; by default the champion, which the stage `promote`
-has chosen, or the newest one in data/ while there is none. The settings
-are those of section `chat` in params.yaml. Input may come from a pipe: then each line is printed as it is read.
+has chosen, or the newest one in data/ while there is none. The settings are those of section `chat` in params.yaml.
+Input may come from a pipe: then each line is printed as it is read.
 """
 
 from __future__ import annotations

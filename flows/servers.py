@@ -45,8 +45,6 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - always a constant scheme and host
             return True
-    except HTTPError:
-        return True
     except (OSError, HTTPException):  # nothing listens there, or it doesn't speak HTTP
         return False
 
@@ -54,8 +52,11 @@ def answers(url: str) -> bool:
 def is_reachable(url: str) -> bool:
     """Return whether anything speaks HTTP at an address that a user has set, even if it only says no."""
     try:
-        return answers(url)
-    except ValueError:  # it is no address
+        with urllib.request.urlopen(url, timeout=2):  # noqa: S310 - the user's own
+            return True
+    except HTTPError:
+        return True
+    except (OSError, HTTPException, ValueError):  # ValueError: it is no address
         return False
 
 

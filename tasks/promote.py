@@ -115,13 +115,21 @@ def read_scores() -> dict[str, dict[str, float]]:
 
 
 def challenge(challenger: Answers, champion: Answers, first: Answers, params: Params) -> list[dict[str, Any]]:
-    """Return the rules of one challenge: name, value with its 95% interval, limit, whether it is passed, a sentence."""
+    """Return the rules of one challenge: name, value with its 95% interval, limit, whether it is passed, a sentence.
+
+    Raises ValueError when nothing is known of what their answers are worth.
+    """
     rates = {}
     for kind, measure in MEASURES.items():
         both = [prompt for prompt in challenger.values[kind] if prompt in champion.values[kind]]
         if both:
             these, those = ([answers.values[kind][prompt] for prompt in both] for answers in (challenger, champion))
             rates[measure] = wins_of(points_of(these, those, params.tie))
+    if not rates:
+        raise ValueError(
+            "a version and the champion have no answers to the same prompts that a judge or a reward model has valued: "
+            "set `evaluate.truth`, or run `compare` for both"
+        )
     best = max(rates, key=lambda measure: rates[measure].low)
     worst = min(rates, key=lambda measure: rates[measure].high)
     rules = [
@@ -192,7 +200,7 @@ def take_checkpoint(source: Path, target: Path) -> list[Path]:
     target.mkdir(parents=True)
     for path in files:
         try:
-            os.link(path, target / path.name)
+            os.link(path.resolve(), target / path.name)  # DVC may have put a symbolic link there
         except OSError:  # another volume, or a file system without links
             shutil.copyfile(path, target / path.name)
     return files

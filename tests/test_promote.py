@@ -102,16 +102,24 @@ def test_without_a_judge_the_rewards_decide_alone():
     assert [(rule["rule"], rule["passed"]) for rule in rules] == [("wins", True), ("loses nothing", True)]
 
 
+def test_versions_whose_answers_nobody_has_valued_are_named():
+    nothing = Answers({"helpfulness": {}, "safety": {}}, None, {})
+    with pytest.raises(ValueError, match=r"no answers to the same prompts that a judge or a reward model has valued"):
+        challenge(nothing, nothing, nothing, PARAMS)
+
+
 def test_a_champion_shares_its_weights_with_its_stage_and_has_a_card(tmp_path):
     source = tmp_path / "ppo"
     source.mkdir()
     config = {"num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 300, "max_position_embeddings": 64}
     (source / "config.json").write_text(json.dumps(config))
-    (source / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "cached").write_bytes(b"weights")
+    (source / "model.safetensors").symlink_to(tmp_path / "cached")  # as DVC's cache may be linked
     (source / "samples.jsonl").write_text("{}\n")
     target = tmp_path / "champion"
     assert [path.name for path in take_checkpoint(source, target)] == ["config.json", "model.safetensors"]
-    assert (target / "model.safetensors").samefile(source / "model.safetensors")
+    assert (target / "model.safetensors").samefile(tmp_path / "cached")
+    assert not (target / "model.safetensors").is_symlink()
     decision = climb(PARAMS, {"sft": answers(0, 0), "v1": answers(1, 1, violations=0)}, ["v1"])
     card = model_card("v1", str(source), decision, answers(1, 1))
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"

@@ -6,11 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import migrated_prefect, repro
 from test_stage import set_value
+
+from flows.servers import answers, is_reachable
 
 NOWHERE = "http://user:secret@127.0.0.1:1"  # nothing listens on port 1
 
@@ -55,6 +59,21 @@ def test_a_prefect_server_that_does_not_answer_is_named_without_its_password(wor
     assert "unset it" in done.stderr
     assert "secret" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_server_that_only_says_no_is_reachable_but_is_not_prefects():
+    class No(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+    with HTTPServer(("127.0.0.1", 0), No) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api/health"
+        assert is_reachable(url)
+        assert not answers(url)
+        server.shutdown()
+    assert not is_reachable(url)
+    assert not is_reachable("no address")
 
 
 def test_an_mlflow_server_that_does_not_answer_is_named_without_its_password(workspace, monkeypatch):
